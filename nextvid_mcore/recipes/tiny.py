@@ -1,0 +1,42 @@
+"""A run for a laptop's CPU: every part of the real one, seconds a step."""
+
+from __future__ import annotations
+
+from nextvid_mcore.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    StageConfig,
+    TargetConfig,
+    TrainConfig,
+    TransformerShape,
+)
+
+
+def tiny() -> RunConfig:
+    """64-pixel clips, pixel targets, the four stages of Table 8 in 60 steps."""
+    return RunConfig(
+        recipe="tiny",
+        model=ModelConfig(
+            encoder=TransformerShape(width=96, depth=4, heads=4, mlp=384),
+            predictor=TransformerShape(width=48, depth=2, heads=4, mlp=192),
+            decoder=TransformerShape(width=48, depth=2, heads=4, mlp=192),
+            image_size=64,
+            patch_size=8,
+        ),
+        stages=(
+            StageConfig("warmup", 10, frames=8, batch=8, lr_start=1e-4, lr_end=1e-3, tau_samples=4),
+            StageConfig("stable1", 20, frames=8, batch=8, lr_start=1e-3, lr_end=9e-4, tau_samples=4),
+            StageConfig("stable2", 20, frames=8, batch=8, lr_start=9e-4, lr_end=2e-4, flow_lr=1.6e-3),
+            StageConfig("cooldown", 10, frames=16, batch=4, lr_start=2e-4, lr_end=2e-6, flow_lr=6e-4),
+        ),
+        target=TargetConfig(kind="pixels"),
+        data=DataConfig(fps=4.0, workers=1),
+        optim=OptimConfig(ema=0.99),
+        train=TrainConfig(micro_batch=4, precision="fp32"),
+        checkpoint=CheckpointConfig(every=20),
+        eval=EvalConfig(every=20, samples=16),
+    )
