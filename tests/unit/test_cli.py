@@ -1,0 +1,132 @@
+"""The command line: what each spelling means, and that a mistake is one message and code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nextvid_mcore import cli, recipes
+from nextvid_mcore.config import ConfigError, SetConfig
+
+DRY = "--dry-run"
+
+
+def parse(line: str):
+    return cli.parse(line.split())
+
+
+def test_defaults_are_the_recipes():
+    for name in recipes.names():
+        config, options = cli.parse([name, DRY])
+        assert config == recipes.get(name)
+        assert options.dry_run and options.out is None
+
+
+def test_settings_reach_every_part():
+    config, options = parse(
+        "tiny --dry-run --world-size 4 --train.global-batch 16 --train.micro_batch 2 --stages.0.steps=3 "
+        "--stages.3.flow-lr None --parallel.encoder.tensor 2 --mask.keep 0.25 0.5 --data.sets a=1 b=3.5"
+    )
+    assert options.world_size == 4
+    assert (config.train.global_batch, config.train.micro_batch) == (16, 2)
+    assert config.stages[0].steps == 3 and config.stages[3].flow_lr is None
+    assert config.stages[1] == recipes.get("tiny").stages[1]
+    assert config.parallel.encoder.tensor == 2
+    assert config.mask.keep == (0.25, 0.5)
+    assert config.data.sets == (SetConfig("a", 1.0), SetConfig("b", 3.5))
+
+
+def test_short_spellings_and_recipe_anywhere():
+    config, _ = parse("--dry-run --start-stage cooldown tiny --init-from=runs/a")
+    assert config.train.start_stage == "cooldown"
+    assert config.train.init_from == "runs/a"
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ("--wandb.enabled", True),
+        ("--wandb.enabled True", True),
+        ("--wandb.enabled=1", True),
+        ("--wandb.enabled --no-wandb", False),
+        ("--wandb.enabled --wandb.enabled False", False),
+        ("--wandb.enabled --wandb.no-enabled", False),
+        ("--wandb.enabled --no-wandb.enabled", False),
+    ],
+)
+def test_switch_spellings(words: str, value: bool):
+    assert parse(f"tiny --dry-run {words}")[0].wandb.enabled is value
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "name a recipe first"),
+        ("vitl --dry-run", "did you mean vit_l?"),
+        (
+            "tiny --train.global-bath 8",
+            "unknown setting --train.global-bath; did you mean --train.global-batch",
+        ),
+        ("tiny --outt x", "did you mean --out?"),
+        ("tiny stray --dry-run", "unknown setting stray"),
+        ("tiny --train.steps x", "--train.steps takes {None}|INT, got 'x'"),
+        ("tiny --train.steps -4", "train steps must be positive, got -4"),
+        ("tiny --train.steps", "Missing value for argument '--train.steps'"),
+        ("tiny --mask.mode foo", "invalid choice 'foo'"),
+        ("tiny --dry-run --mask.keep 0.3 0.2", "mask keep 0.3 of 64 tokens is 19.2"),
+        ("tiny --dry-run --stages.2.frames 7", "7 frames: must be a multiple of the tubelet size 2"),
+        ("tiny --dry-run --model.encoder.width 97", "width 97 is not divisible by 4 heads"),
+        ("tiny --dry-run --data.sets k400", "NAME=WEIGHT"),
+        ("tiny --dry-run --train.progress=maybe", "is a switch"),
+        ("tiny --dry-run --world-size 0", "--world-size must be 1 or more"),
+        ("tiny --world-size 8 --out x", "--world-size 8 but 1 process was started"),
+        ("tiny", "--out runs/tiny"),
+        ("vit_l --out x", "--data.manifest"),
+        ("tiny --out x --data.manifest nowhere.parquet", "nowhere.parquet: no such file"),
+    ],
+)
+def test_mistakes_name_the_value_and_the_way_out(line: str, said: str):
+    with pytest.raises(ConfigError) as error:
+        parse(line)
+    assert said in str(error.value)
+    assert "╭" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_help_names_recipes_and_settings():
+    with pytest.raises(cli.Help) as shown:
+        parse("vit_g --help")
+    text = str(shown.value)
+    assert all(name in text for name in recipes.names())
+    assert "--train.global-batch" in text and "--stages.3.frames" in text and "--out" in text
+    assert "1408" in text  # the recipe's own defaults
+
+
+def test_demo_manifest_is_found_where_it_lies(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        cli.nextvid_mcore, "__file__", str(tmp_path / "package" / "nextvid_mcore" / "__init__.py")
+    )
+    with pytest.raises(ConfigError, match="bash examples/quickstart.sh"):
+        parse("tiny --out runs/a")
+    (tmp_path / cli.DEMO_MANIFEST).mkdir(parents=True)
+    assert parse("tiny --out runs/a")[0].data.manifest == str(tmp_path / cli.DEMO_MANIFEST)
+    assert parse("tiny --out runs/a")[0].data.eval_manifest is None
+
+
+def test_a_mistake_is_said_by_one_rank_without_torch(tmp_path):
+    """As a program: exit code 2, one line on rank 0, none on the others, and no torch imported."""
+    code = (
+        "import sys, time; time.sleep = lambda s: None\n"
+        "from nextvid_mcore import cli\n"
+        "try: cli.parse(['tiny', '--train.stepz', '1'])\n"
+        "except cli.ConfigError as e: assert 'torch' not in sys.modules; cli.fail(e)\n"
+    )
+    for rank, lines in (("0", 1), ("1", 0)):
+        env = {**os.environ, "RANK": rank, "WORLD_SIZE": "2"}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.returncode == cli.EXIT_CONFIG
+        assert len(done.stderr.splitlines()) == lines, done.stderr
+        assert done.stdout == ""
