@@ -1,0 +1,83 @@
+"""Collapse monitors: is the prediction, or the feature it is aligned to, shrinking to a constant?
+
+Two variances (each channel's over all tokens of the step, averaged over the channels) and the cosine
+between the aligned prediction and the reference features. All are exact over micro-batches and ranks:
+means and squared deviations are merged (Chan et al., 1979), since a difference of raw second moments
+loses every digit exactly when features collapse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Moments:
+    """Count, mean and sum of squared deviations of W channels, in float64."""
+
+    def __init__(self, packed: Tensor) -> None:
+        self.packed = packed  # [1 + 2 W]: count, mean, squared deviations
+
+    @classmethod
+    def of(cls, x: Tensor) -> Moments:
+        """Moments of `x` [..., W] over all leading dimensions."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        mean = x.mean(0)
+        deviations = (x - mean).square().sum(0)
+        count = torch.full_like(mean[:1], x.shape[0])
+        return cls(torch.cat([count, mean, deviations]).double())
+
+    @classmethod
+    def merged(cls, parts: Iterable[Moments]) -> Moments:
+        """The moments of the union, whatever the parts' sizes."""
+        rows = torch.stack([part.packed for part in parts])  # [parts, 1 + 2 W]
+        count, (mean, deviations) = rows[:, :1], rows[:, 1:].chunk(2, dim=1)
+        total = count.sum(0)
+        middle = (count * mean).sum(0) / total
+        spread = (deviations + count * (mean - middle).square()).sum(0)
+        return cls(torch.cat([total, middle, spread]))
+
+    def variance(self) -> float:
+        """Variance over the tokens, averaged over the channels."""
+        count, spread = self.packed[0], self.packed[1:].chunk(2)[1]
+        return (spread / count).mean().item()
+
+    def mean(self) -> float:
+        return self.packed[1:].chunk(2)[0].mean().item()
+
+
+class Collapse:
+    """Gathers one step's features micro-batch by micro-batch; `result` closes the step.
+
+    `add` may see any share of the step's tokens, with sequence parallelism too: then the tensor group is
+    one of the groups that `result` merges over. Ranks that hold the same tokens must not be merged.
+    """
+
+    NAMES = ("z_var", "reference_var", "align_cos")
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Moments]] = {name: [] for name in self.NAMES}
+
+    def add(self, z: Tensor, reference: Tensor, aligned: Tensor) -> None:
+        """z [..., E] predictions, reference [..., D] features, aligned [..., D] their predictions."""
+        cosine = F.cosine_similarity(aligned.detach().float(), reference.detach().float(), dim=-1)
+        for name, x in zip(self.NAMES, (z, reference, cosine.unsqueeze(-1)), strict=True):
+            self._parts[name].append(Moments.of(x))
+
+    def result(self, groups: Sequence[dist.ProcessGroup] = ()) -> dict[str, float]:
+        """The monitors over everything added on all ranks of `groups`; empties the collection."""
+        merged = [Moments.merged(self._parts[name]) for name in self.NAMES]
+        sizes = [part.packed.numel() for part in merged]
+        for group in groups:
+            mine = torch.cat([part.packed for part in merged])
+            gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(gathered, mine, group=group)
+            columns = zip(*(each.split(sizes) for each in gathered), strict=True)
+            merged = [Moments.merged([Moments(part) for part in column]) for column in columns]
+        self.__init__()
+        z, reference, cosine = merged
+        return {"z_var": z.variance(), "reference_var": reference.variance(), "align_cos": cosine.mean()}

@@ -1,0 +1,43 @@
+"""Collapse monitors: exact however the step is cut, and still right when features have collapsed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nextvid_mcore.training.monitors import Collapse, Moments
+
+
+def test_equal_however_the_step_is_cut():
+    generator = torch.Generator().manual_seed(1)
+    z, reference, aligned = (torch.randn(12, 5, w, generator=generator) for w in (8, 16, 16))
+    whole, cut = Collapse(), Collapse()
+    whole.add(z, reference, aligned)
+    for part in (slice(0, 3), slice(3, 4), slice(4, 12)):  # unequal micro-batches
+        cut.add(z[part], reference[part], aligned[part])
+    expected = {
+        "z_var": z.reshape(-1, 8).var(0, unbiased=False).mean().item(),
+        "reference_var": reference.reshape(-1, 16).var(0, unbiased=False).mean().item(),
+        "align_cos": F.cosine_similarity(aligned, reference, dim=-1).mean().item(),
+    }
+    assert whole.result() == pytest.approx(expected, rel=1e-6)
+    assert cut.result() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_collapse_far_from_zero_is_seen():
+    """Raw second moments in fp32 would answer 0, or below, here."""
+    generator = torch.Generator().manual_seed(2)
+    x = (1000 + 1e-2 * torch.randn(4096, 4, generator=generator)).double()
+    seen = Moments.merged([Moments.of(x[:1000]), Moments.of(x[1000:])]).variance()
+    assert seen == pytest.approx(x.float().double().var(0, unbiased=False).mean().item(), rel=1e-2)
+    naive = (x.float().square().mean(0) - x.float().mean(0).square()).mean().item()
+    assert abs(naive - seen) > seen
+
+
+def test_each_step_starts_empty():
+    collapse = Collapse()
+    collapse.add(torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 2))
+    assert collapse.result() == {"z_var": 0.0, "reference_var": 0.0, "align_cos": pytest.approx(1.0)}
+    collapse.add(torch.eye(2), torch.eye(2), -torch.eye(2))
+    assert collapse.result()["align_cos"] == pytest.approx(-1.0)
