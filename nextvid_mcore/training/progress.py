@@ -1,0 +1,67 @@
+"""What a person sees while a run goes on: a bar on a terminal, a line every `log_every` steps elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+def _number(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.4g}"
+
+
+class Progress:
+    """Shows the rows of `metrics.jsonl`. Silent on every rank but 0.
+
+    Args:
+        total: the step at which this run ends.
+        step: finished steps.
+        enabled: False prints messages only.
+    """
+
+    def __init__(
+        self, total: int, step: int, log_every: int, enabled: bool, rank: int, stream: TextIO | None = None
+    ) -> None:
+        self.total, self.log_every, self.rank = total, log_every, rank
+        self.stream = stream or sys.stdout
+        self.enabled = enabled and rank == 0
+        self._bar = None
+        if self.enabled and self.stream.isatty():
+            self._bar = tqdm(total=total, initial=step, file=self.stream, dynamic_ncols=True, unit="step")
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """One finished step, as the metrics have it."""
+        if not self.enabled:
+            return
+        numbers = {
+            "loss": _number(row["loss"]),
+            "flow": _number(row["loss_flow"]),
+            "align": _number(row["loss_align"]),
+            "clips/s": _number(row["clips_per_s"]),
+            "lr": f"{row['lr']:.2e}",
+        }
+        if row["skipped"]:
+            numbers["skipped"] = str(row["skipped"])
+        if self._bar is not None:
+            self._bar.set_description(str(row["stage"]), refresh=False)
+            self._bar.set_postfix(numbers, refresh=False)
+            self._bar.update(row["step"] - self._bar.n)
+        elif row["step"] % self.log_every == 0 or row["step"] == self.total:
+            text = "  ".join(f"{name} {value}" for name, value in numbers.items())
+            print(f"step {row['step']}/{self.total}  {row['stage']}  {text}", file=self.stream, flush=True)
+
+    def say(self, text: str) -> None:
+        """A message beside the bar, on rank 0."""
+        if self.rank != 0:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
