@@ -33,7 +33,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines that end in a newline: a killed process can tear the last. Any other that isn't JSON is an error."""
+    """Lines that end in a newline: a killed process can tear the last. Others must be JSON."""
     if not path.exists():
         return []
     lines = path.read_text().split("\n")[:-1]  # what follows the last newline is nothing, or torn
