@@ -1,0 +1,123 @@
+"""Figure 3's attention masks, and the core attention that obeys them.
+
+A pattern is a list of stretches. Tokens attend only inside their stretch (one mask of a clip), and
+there by the rule on their frames: `causal`, a token sees its own frame and earlier ones (encoder);
+`autoregressive`, a query sees strictly earlier frames (predictor). The frame-isolated mask needs no
+pattern: the decoder puts each frame in a row of its own.
+
+megatron-core hands its `attention_bias` argument down to the core attention untouched, also through
+both kinds of recomputation, so the pattern travels there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+Rule = Literal["causal", "autoregressive"]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """One stretch: query rows [q_start, q_stop) see key rows [k_start, k_stop) where `allowed`."""
+
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+    allowed: Tensor  # bool [rows or 1, 1, queries, keys]
+
+
+@dataclass(frozen=True)
+class AttentionPattern:
+    """The stretches of a sequence, in order; together they cover every query once."""
+
+    stretches: tuple[Stretch, ...]
+
+
+def allowed_pairs(query_frames: Tensor, key_frames: Tensor, rule: Rule) -> Tensor:
+    """Which query may see which key, from frame numbers [rows, queries] and [rows, keys].
+
+    Returns bool [rows, 1, queries, keys].
+    """
+    q, k = query_frames[:, None, :, None], key_frames[:, None, None, :]
+    return k <= q if rule == "causal" else k < q
+
+
+def make_pattern(
+    query_frames: list[Tensor], key_frames: list[Tensor], key_starts: list[int], rule: Rule
+) -> AttentionPattern:
+    """Pattern of several stretches laid end to end.
+
+    Args:
+        query_frames: per stretch, frame numbers [rows or 1, queries].
+        key_frames: per stretch, frame numbers [rows or 1, keys].
+        key_starts: per stretch, where its keys begin in the key sequence.
+    """
+    stretches, start = [], 0
+    for q, k, k_start in zip(query_frames, key_frames, key_starts, strict=True):
+        stop = start + q.shape[1]
+        stretches.append(Stretch(start, stop, k_start, k_start + k.shape[1], allowed_pairs(q, k, rule)))
+        start = stop
+    return AttentionPattern(tuple(stretches))
+
+
+class PatternAttention(MegatronModule):
+    """Core attention: softmax(q k / sqrt(d)) v inside each stretch of the pattern, heads split over TP."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.tp_group = pg_collection.tp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: AttentionPattern | None = None,
+        packed_seq_params: object | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query, key, value: [s, rows, A local, d].
+            attention_bias: the pattern; None lets every query of a row see every key of that row.
+
+        Returns:
+            [s, rows, A local * d].
+        """
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [rows, A, s, d]
+        if attention_bias is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            parts = []
+            for x in attention_bias.stretches:
+                keys = slice(x.k_start, x.k_stop)
+                part = F.scaled_dot_product_attention(
+                    q[:, :, x.q_start : x.q_stop], k[:, :, keys], v[:, :, keys], attn_mask=x.allowed
+                )
+                parts.append(part)
+            out = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        s, rows = query.shape[:2]
+        return out.permute(2, 0, 1, 3).reshape(s, rows, -1)

@@ -1,0 +1,271 @@
+"""megatron-core layer specs for the three kinds of layer, with two backends.
+
+`local` builds from torch and megatron-core's own parallel linears and runs anywhere; `te` builds the
+same layers, with the same parameter names, from Transformer Engine's modules and needs CUDA.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import (
+    CrossAttention,
+    CrossAttentionSubmodules,
+    SelfAttention,
+    SelfAttentionSubmodules,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from nextvid_mcore.config import ConfigError, ModelConfig, TransformerShape
+from nextvid_mcore.models.adaln import AdaLNLayer
+from nextvid_mcore.models.attention import AttentionPattern, PatternAttention
+from nextvid_mcore.models.norm import LocalLayerNorm
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The classes a layer is built from."""
+
+    column: Any
+    row: Any
+    norm: Any
+
+
+@functools.cache
+def get_backend(name: str) -> Backend:
+    """`local` or `te`.
+
+    Raises:
+        ConfigError: `te` where Transformer Engine or CUDA is missing.
+    """
+    if name == "local":
+        return Backend(ColumnParallelLinear, RowParallelLinear, LocalLayerNorm)
+    if name != "te":
+        raise ConfigError(f"unknown backend {name!r}; there are local and te")
+    from megatron.core.extensions import transformer_engine as te
+
+    if not te.HAVE_TE:
+        raise ConfigError(
+            "backend te needs Transformer Engine, which is not installed: pip install "
+            "'nextvid_mcore[train,gpu]' on a machine with CUDA, or use --model.backend local"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError("backend te needs a CUDA GPU and none is visible; use --model.backend local")
+    return Backend(te.TEColumnParallelLinear, te.TERowParallelLinear, te.TENorm)
+
+
+class CrossAttentionWithGroups(CrossAttention):
+    """CrossAttention whose linears get the tensor group (megatron-core builds them without it)."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: CrossAttentionSubmodules,
+        *args: Any,
+        pg_collection: ProcessGroupCollection,
+        pp_layer_offset: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        submodules = CrossAttentionSubmodules(
+            linear_q=functools.partial(submodules.linear_q, tp_group=pg_collection.tp),
+            linear_kv=functools.partial(submodules.linear_kv, tp_group=pg_collection.tp),
+            core_attention=submodules.core_attention,
+            linear_proj=submodules.linear_proj,
+        )
+        super().__init__(config, submodules, *args, pg_collection=pg_collection, **kwargs)
+
+
+class ContextLayer(TransformerLayer):
+    """Cross-attention and MLP, no self-attention: queries read a fixed context (Section 3.2).
+
+    The context is key and value of every layer and passes through unchanged.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        context: Tensor | None = None,
+        rotary_pos_emb: tuple[Tensor, Tensor] | None = None,
+        attention_bias: AttentionPattern | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states [queries, rows, E] and context [keys, rows, E] -> the same two."""
+        attended = self.cross_attention(
+            self.pre_cross_attn_layernorm(hidden_states),
+            attention_mask=None,
+            key_value_states=context,
+            rotary_pos_emb=rotary_pos_emb,
+            attention_bias=attention_bias,
+        )
+        with self.bias_dropout_add_exec_handler():
+            hidden_states = self.cross_attn_bda(self.training, self.config.bias_dropout_fusion)(
+                attended, hidden_states, self.hidden_dropout
+            )
+        return self._forward_mlp(hidden_states), context
+
+
+def _mlp(backend: Backend) -> Any:
+    return functools.partial(
+        MLP.as_mlp_submodule,
+        submodules=MLPSubmodules(linear_fc1=backend.column, linear_fc2=backend.row),
+    )
+
+
+def _self_attention(backend: Backend) -> ModuleSpec:
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.arbitrary},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column, core_attention=PatternAttention, linear_proj=backend.row
+        ),
+    )
+
+
+def encoder_layer(backend: Backend) -> ModuleSpec:
+    """Pre-norm ViT layer."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=backend.norm,
+            self_attention=_self_attention(backend),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=backend.norm,
+            mlp=_mlp(backend),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def predictor_layer(backend: Backend) -> ModuleSpec:
+    """Q-former style layer: cross-attention to the context, then MLP."""
+    return ModuleSpec(
+        module=ContextLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_cross_attn_layernorm=backend.norm,
+            cross_attention=ModuleSpec(
+                module=CrossAttentionWithGroups,
+                params={"attn_mask_type": AttnMaskType.arbitrary},
+                submodules=CrossAttentionSubmodules(
+                    linear_q=backend.column,
+                    linear_kv=backend.column,
+                    core_attention=PatternAttention,
+                    linear_proj=backend.row,
+                ),
+            ),
+            cross_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=backend.norm,
+            mlp=_mlp(backend),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def decoder_layer(backend: Backend) -> ModuleSpec:
+    """DiT layer; its norms without scale and shift belong to the layer itself (models/adaln.py)."""
+    return ModuleSpec(
+        module=AdaLNLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=_self_attention(backend),
+            self_attn_bda=get_bias_dropout_add,
+            mlp=_mlp(backend),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a network must know of its layout beside the groups themselves."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+    recompute: str = "none"
+    last_stage_layers: int | None = None  # encoder layers on the last of several pipeline stages
+    dtype: torch.dtype = torch.float32
+
+
+def local_layers(depth: int, split: Split, stage: int) -> int:
+    """Encoder layers on pipeline stage `stage`."""
+    if split.pipeline == 1:
+        return depth
+    if stage == split.pipeline - 1:
+        return split.last_stage_layers
+    return (depth - split.last_stage_layers) // (split.pipeline - 1)
+
+
+def transformer_config(shape: TransformerShape, model: ModelConfig, split: Split) -> TransformerConfig:
+    """megatron-core's configuration of one of our networks."""
+    recompute: dict[str, Any] = {}
+    if split.recompute == "full":
+        recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif split.recompute == "core_attn":
+        recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    if split.pipeline > 1:
+        recompute["num_layers_in_last_pipeline_stage"] = split.last_stage_layers
+    on_gpu = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=shape.depth,
+        hidden_size=shape.width,
+        num_attention_heads=shape.heads,
+        ffn_hidden_size=shape.mlp,
+        tensor_model_parallel_size=split.tensor,
+        pipeline_model_parallel_size=split.pipeline,
+        pipeline_dtype=split.dtype,
+        sequence_parallel=split.sequence and split.tensor > 1,
+        params_dtype=split.dtype,
+        bf16=split.dtype == torch.bfloat16,
+        transformer_impl="local" if model.backend == "local" else "transformer_engine",
+        # models/init.py fills every tensor from its name, so that no layout changes the start
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        normalization="LayerNorm",
+        layernorm_epsilon=model.norm_eps,
+        activation_func=F.gelu,
+        add_bias_linear=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        attention_softmax_in_fp32=False,
+        # only for pipelines between modules: lets lengths differ from call to call
+        moe_token_dispatcher_type="alltoall",
+        **recompute,
+    )
+
+
+def build_block(
+    config: TransformerConfig,
+    layer: ModuleSpec,
+    layers: int,
+    norm: Any | None,
+    groups: ProcessGroupCollection,
+    first: bool = True,
+    last: bool = True,
+) -> TransformerBlock:
+    """A TransformerBlock of `layers` local layers, with `norm` at its end on the last stage."""
+    return TransformerBlock(
+        config=config,
+        spec=TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm),
+        post_layer_norm=norm is not None,
+        pre_process=first,
+        post_process=last,
+        pg_collection=groups,
+    )
