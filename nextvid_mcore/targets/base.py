@@ -1,0 +1,92 @@
+"""What the flow decoder generates: one protocol, and how a run's target is chosen (Section 3.4, Table 3).
+
+A target turns a clip into one vector of C channels per token, on the encoder's own (t, h, w) grid, so
+that a target token and a predicted token stand for the same cube of the video. Targets are frozen and
+hold no trained parameters: they are plain objects, not modules, so that no optimizer, EMA or checkpoint
+of the model that owns one can pick their weights up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from nextvid_mcore.config import ModelConfig, RunConfig, require
+
+
+@runtime_checkable
+class Target(Protocol):
+    """A space to generate in. `isinstance(x, Target)` checks that the three members are there."""
+
+    channels: int
+    """C, channels of a target token."""
+
+    def latents(
+        self, video: Tensor, static: Tensor | None = None, indices: Sequence[int] | None = None
+    ) -> Tensor:
+        """video [B, 3, T, H, W] float in [-1, 1] -> [B, t, n, C] float32, without gradient.
+
+        `static`: bool [B] on the CPU, True for clips whose T frames are identical (images): a cue that
+        may save work and never changes the result. `indices`: the clips' global sample indices; only
+        targets that draw random numbers need them.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B, t, n, C] -> video [B, 3, T, H, W] float32, about in [-1, 1]: for pictures."""
+        ...
+
+
+def target_channels(config: RunConfig) -> int:
+    """C of the run's target, without building it; raises ConfigError if its grid cannot fit the tokens."""
+    from nextvid_mcore.targets.pixels import Pixels
+    from nextvid_mcore.targets.va_vae import VaVae
+
+    kinds = {"pixels": Pixels, "va_vae": VaVae}
+    return kinds[config.target.kind].channels_for(config.model)
+
+
+def build_target(config: RunConfig, device: torch.device | str, dtype: torch.dtype) -> Target:
+    """The run's target on `device`. `dtype` is what a network inside it computes in.
+
+    Raises ConfigError, naming the flag, when a file it needs is missing or wrong.
+    """
+    from nextvid_mcore.targets.pixels import Pixels
+    from nextvid_mcore.targets.va_vae import VaVae
+
+    target_channels(config)  # the cheap checks come before any file is read
+    if config.target.kind == "pixels":
+        return Pixels(config.model)
+    return VaVae.from_files(config, device, dtype)
+
+
+def check_video(video: Tensor, model: ModelConfig) -> None:
+    """Raise ConfigError unless video is a float [B, 3, T, H, W] clip of the model's size."""
+    require(
+        video.ndim == 5 and video.shape[1] == 3,
+        f"a target reads video as [B, 3, T, H, W], got {tuple(video.shape)}",
+    )
+    require(
+        video.is_floating_point(),
+        f"a target reads floats in [-1, 1], got {video.dtype}; normalise the clip first",
+    )
+    size = model.image_size
+    require(
+        video.shape[-2:] == (size, size),
+        f"the target's grid is made for {size} x {size} pixels, got {video.shape[-2]} x {video.shape[-1]}",
+    )
+    require(
+        video.shape[2] % model.tubelet_size == 0,
+        f"{video.shape[2]} frames are not a multiple of the tubelet size {model.tubelet_size}",
+    )
+
+
+def check_latents(latents: Tensor, model: ModelConfig, channels: int) -> None:
+    """Raise ConfigError unless latents are [B, t, n, C] of the model's grid."""
+    require(
+        latents.ndim == 4 and latents.shape[2:] == (model.tokens_per_frame, channels),
+        f"latents must be [B, t, {model.tokens_per_frame}, {channels}], got {tuple(latents.shape)}",
+    )

@@ -1,0 +1,339 @@
+"""VA-VAE: its file's keys and shapes, strict loading, and what a latent token stands for.
+
+Computation runs on a narrow autoencoder of the same structure; the full-size one is checked by name,
+shape and count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nextvid_mcore import recipes
+from nextvid_mcore.config import ConfigError, ModelConfig, TransformerShape
+from nextvid_mcore.targets import Target, build_target
+from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
+from nextvid_mcore.targets.va_vae import VaVae, load_autoencoder, load_statistics
+
+NARROW = AutoencoderShape(width=32, latent=4)
+MEAN, STD = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([2.0, 0.5, 1.0, 4.0])
+
+
+def model(image: int = 64, tubelet: int = 2) -> ModelConfig:
+    shape = TransformerShape(width=24, depth=1, heads=2, mlp=48)
+    return ModelConfig(encoder=shape, image_size=image, patch_size=16, tubelet_size=tubelet)
+
+
+def clip(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def narrow() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(NARROW)
+
+
+@pytest.fixture
+def target(narrow: AutoencoderKL) -> VaVae:
+    return VaVae(model(), narrow, MEAN, STD, chunk=5)
+
+
+@pytest.fixture(scope="module")
+def full_shapes() -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {k: tuple(v.shape) for k, v in AutoencoderKL().state_dict().items()}
+
+
+# --- the file --------------------------------------------------------------------------------------
+
+
+def test_full_size_is_69_8m_parameters(full_shapes):
+    assert sum(torch.Size(s).numel() for s in full_shapes.values()) == 69_836_067
+
+
+def test_keys_and_shapes_are_the_published_ones(full_shapes):
+    """The digest is of the names and shapes of LightningDiT's own module, listed as `key (shape)`."""
+    for key, shape in {
+        "encoder.conv_in.weight": (128, 3, 3, 3),
+        "encoder.down.0.block.0.norm1.weight": (128,),
+        "encoder.down.0.downsample.conv.weight": (128, 128, 3, 3),
+        "encoder.down.2.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+        "encoder.down.4.attn.1.proj_out.bias": (512,),
+        "encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+        "encoder.conv_out.weight": (64, 512, 3, 3),
+        "decoder.conv_in.weight": (512, 32, 3, 3),
+        "decoder.up.4.attn.2.norm.weight": (512,),
+        "decoder.up.4.upsample.conv.weight": (512, 512, 3, 3),
+        "decoder.up.3.block.0.nin_shortcut.weight": (256, 512, 1, 1),
+        "decoder.up.0.block.2.conv2.weight": (128, 128, 3, 3),
+        "quant_conv.weight": (64, 64, 1, 1),
+        "post_quant_conv.weight": (32, 32, 1, 1),
+    }.items():
+        assert full_shapes[key] == shape, key
+    for key in ("encoder.down.4.downsample.conv.weight", "decoder.up.0.upsample.conv.weight"):
+        assert key not in full_shapes
+    assert len(full_shapes) == 342
+    listing = "\n".join(f"{k} {full_shapes[k]}" for k in sorted(full_shapes))
+    assert (
+        hashlib.sha256(listing.encode()).hexdigest()
+        == "5be5c896fe9232de1e9064ebf01c211d9c3c5df72c0de67f54d75ceff9076af5"
+    )
+
+
+def full_file(path, shapes, **changes) -> str:
+    """A checkpoint of the exact keys and shapes; one stored number per tensor keeps it small."""
+    tensors = {k: torch.tensor(0.001 * i).expand(s) for i, (k, s) in enumerate(sorted(shapes.items()))}
+    tensors |= {"loss.logvar": torch.zeros(()), "foundation_model.norm.weight": torch.ones(2)}
+    torch.save({"epoch": 3, "state_dict": tensors | changes}, path)
+    return str(path)
+
+
+def test_full_size_file_loads_and_training_leftovers_are_dropped(tmp_path, full_shapes):
+    loaded = load_autoencoder(full_file(tmp_path / "vae.pt", full_shapes))
+    for i, (key, shape) in enumerate(sorted(full_shapes.items())):
+        value = loaded.state_dict()[key]
+        assert tuple(value.shape) == shape and value.flatten()[0] == torch.tensor(0.001 * i), key
+
+
+def test_build_target_reads_the_two_files(tmp_path, full_shapes):
+    stats = tmp_path / "latents_stats.pt"
+    torch.save({"mean": torch.zeros(1, 32, 1, 1), "std": torch.full((1, 32, 1, 1), 2.0)}, stats)
+    config = recipes.get("vit_l")
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, image_size=64),
+        mask=dataclasses.replace(config.mask, keep=(0.5, 0.25)),
+        target=dataclasses.replace(
+            config.target, checkpoint=full_file(tmp_path / "vae.pt", full_shapes), statistics=str(stats)
+        ),
+    )
+    built = build_target(config, "cpu", torch.bfloat16)
+    assert isinstance(built, Target) and built.channels == 64
+    assert not any(p.requires_grad for p in built.autoencoder.parameters())
+    assert {p.dtype for p in built.autoencoder.parameters()} == {torch.bfloat16}
+    assert built.autoencoder.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(built.std, torch.full((1, 32, 1, 1), 2.0))
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "bare", "legacy", "safetensors"])
+def test_every_file_form_gives_the_same_weights(tmp_path, narrow, kind):
+    tensors = narrow.state_dict()
+    path = tmp_path / ("vae.safetensors" if kind == "safetensors" else "vae.pt")
+    if kind == "safetensors":
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+    else:
+        torch.save(
+            {"state_dict": tensors} if kind == "wrapped" else tensors,
+            path,
+            _use_new_zipfile_serialization=kind != "legacy",
+        )
+    loaded = load_autoencoder(str(path), NARROW).state_dict()
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
+
+
+def test_missing_surplus_and_reshaped_keys_are_named(tmp_path, narrow):
+    tensors = dict(narrow.state_dict())
+    del tensors["encoder.mid.attn_1.q.weight"]
+    tensors["decoder.extra.weight"] = torch.zeros(1)
+    tensors["quant_conv.bias"] = torch.zeros(3)
+    torch.save(tensors, tmp_path / "vae.pt")
+    with pytest.raises(ConfigError) as error:
+        load_autoencoder(str(tmp_path / "vae.pt"), NARROW)
+    for words in (
+        "--target.checkpoint",
+        "1 missing (encoder.mid.attn_1.q.weight)",
+        "1 surplus (decoder.extra.weight)",
+        "1 of another shape (quant_conv.bias is (3,) instead of (8,))",
+    ):
+        assert words in str(error.value), str(error.value)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path, narrow):
+    torch.save(narrow.state_dict(), tmp_path / "narrow.pt")
+    torch.save({"state_dict": {"vit.weight": torch.zeros(1)}}, tmp_path / "vit.pt")
+    torch.save(dataclasses.replace(NARROW), tmp_path / "object.pt")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    (tmp_path / "text.safetensors").write_text("not a checkpoint")
+    for name, words in {
+        "narrow.pt": "of another shape",
+        "vit.pt": "342 missing",
+        "object.pt": "plain tensors",
+        "text.pt": "text.pt",
+        "text.safetensors": "cannot be read",
+        "none.pt": "no such file",
+    }.items():
+        with pytest.raises(ConfigError, match="--target.checkpoint") as error:
+            load_autoencoder(str(tmp_path / name))
+        assert words in str(error.value) and "\n" not in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"mean": torch.zeros(1, 4, 1, 1)}, "no `std`"),
+        ({"mean": torch.zeros(1, 4, 1, 1), "std": torch.ones(1, 3, 1, 1)}, "(1, 3, 1, 1)"),
+        ({"mean": torch.zeros(1, 4, 1, 1), "std": torch.tensor([1.0, 0, 1, 1])}, "positive"),
+        ({"mean": torch.full((4,), torch.nan), "std": torch.ones(4)}, "finite"),
+    ],
+)
+def test_wrong_statistics_are_named(tmp_path, found, words):
+    torch.save(found, tmp_path / "latents_stats.pt")
+    with pytest.raises(ConfigError, match="--target.statistics") as error:
+        load_statistics(str(tmp_path / "latents_stats.pt"), 4)
+    assert words in str(error.value), str(error.value)
+
+
+def test_training_without_the_files_names_the_flags(tmp_path):
+    config = recipes.get("vit_l")
+    with pytest.raises(ConfigError, match="--target.checkpoint FILE.*state_dict.*safetensors"):
+        build_target(config, "cpu", torch.float32)
+    config = dataclasses.replace(config, target=dataclasses.replace(config.target, checkpoint="vae.pt"))
+    with pytest.raises(ConfigError, match="--target.statistics FILE.*latents_stats.pt"):
+        build_target(config, "cpu", torch.float32)
+
+
+# --- the latents -----------------------------------------------------------------------------------
+
+
+def test_shapes_and_no_gradient(target):
+    video = clip((2, 3, 4, 64, 64)).requires_grad_()
+    latents = target.latents(video)
+    assert latents.shape == (2, 2, 16, 8) and latents.dtype == torch.float32 and not latents.requires_grad
+    decoded = target.decode(latents)
+    assert decoded.shape == video.shape and decoded.dtype == torch.float32 and not decoded.requires_grad
+
+
+@pytest.mark.parametrize("tubelet", [1, 2, 4])
+def test_tokens_are_normalised_frames_stacked_in_order(narrow, tubelet):
+    video = clip((2, 3, 4, 64, 64))
+    latents = VaVae(model(tubelet=tubelet), narrow, MEAN, STD, chunk=3).latents(video)
+    assert latents.shape == (2, 4 // tubelet, 16, 4 * tubelet)
+    for b, frame in ((0, 0), (0, 1), (1, 2), (1, 3)):
+        with torch.no_grad():
+            mean = narrow.encode(video[b, :, frame][None])[0][0]  # [z, h, w]
+        wanted = ((mean - MEAN[:, None, None]) / STD[:, None, None]).flatten(1).T  # [n, z]
+        part = latents[b, frame // tubelet, :, frame % tubelet * 4 :][:, :4]
+        torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_decode_undoes_normalisation_and_stacking(target, narrow):
+    video = clip((1, 3, 4, 64, 64))
+    decoded = target.decode(target.latents(video))
+    with torch.no_grad():
+        wanted = torch.stack([narrow(video[:, :, i]) for i in range(4)], dim=2)
+    torch.testing.assert_close(decoded, wanted, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def averaging_autoencoder() -> AutoencoderKL:
+    """Weights made by hand: a latent position holds (a norm of) the mean colour of its 16 x 16 pixels."""
+    made = AutoencoderKL(NARROW)
+    for name, weight in made.named_parameters():
+        if ".norm" not in name:
+            weight.zero_()  # residual branches and attention are silent
+    colours = range(3)
+    for i in colours:
+        made.encoder.conv_in.weight[i, i, 1, 1] = 1
+        made.encoder.conv_out.weight[i, i, 1, 1] = 1
+        made.quant_conv.weight[i, i] = 1
+        for level in made.encoder.down:
+            if hasattr(level, "downsample"):
+                level.downsample.conv.weight[i, i, :2, :2] = 0.25
+            if hasattr(level.block[0], "nin_shortcut"):
+                level.block[0].nin_shortcut.weight[i, i] = 1
+    return made
+
+
+def test_a_token_stands_for_the_pixels_at_its_place():
+    """Random weights smear a patch over the whole frame, so these are made by hand."""
+    target = VaVae(model(image=128), averaging_autoencoder(), torch.zeros(4), torch.ones(4), chunk=3)
+    video = clip((1, 3, 4, 128, 128))
+    before = target.latents(video)[0]  # [t, n, (k z)]
+    for frame, y, x in ((0, 0, 0), (1, 6, 2), (2, 1, 7), (3, 4, 4)):
+        changed = video.clone()
+        changed[0, :, frame, y * 16 : y * 16 + 16, x * 16 : x * 16 + 16] += 0.2
+        move = target.latents(changed)[0] - before
+        for other in {0, 1, 2, 3} - {frame}:  # frames do not see each other
+            assert not move[other // 2, :, other % 2 * 4 :][:, :4].any()
+        size = move[frame // 2, :, frame % 2 * 4 :][:, :3].abs().amax(-1).reshape(8, 8)
+        rest = size.flatten()[torch.arange(64) != y * 8 + x]
+        assert size[y, x] > 1 and rest.max() < 0.25 * size[y, x], (size[y, x], rest.max())
+
+
+def test_a_static_clip_runs_once_and_equals_all_its_frames(target, narrow):
+    video = clip((3, 3, 4, 64, 64))
+    static = torch.tensor([True, False, True])
+    video[static] = video[static][:, :, :1].expand(-1, -1, 4, -1, -1)
+    everything = target.latents(video)
+    frames = []
+    handle = narrow.encoder.conv_in.register_forward_hook(lambda _m, args, _o: frames.append(len(args[0])))
+    try:
+        once = target.latents(video, static=static)
+    finally:
+        handle.remove()
+    assert sum(frames) == 1 + 4 + 1 and max(frames) <= 5
+    torch.testing.assert_close(once, everything, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(everything[0], everything[2])  # the clips do differ
+    with pytest.raises(ConfigError, match="static must be bool"):
+        target.latents(video, static=torch.tensor([1, 0, 1]))
+
+
+def test_chunks_change_nothing(narrow):
+    video = clip((2, 3, 4, 64, 64))
+    small, large = (VaVae(model(), narrow, MEAN, STD, chunk=c) for c in (3, 64))
+    torch.testing.assert_close(small.latents(video), large.latents(video), rtol=1e-5, atol=1e-5)
+
+
+def test_posterior_samples_depend_on_seed_and_index_alone(narrow):
+    def sampler(seed: int) -> VaVae:
+        return VaVae(model(), narrow, MEAN, STD, sample_posterior=True, seed=seed)
+
+    video = clip((2, 3, 1, 64, 64)).expand(2, 3, 4, 64, 64)
+    drawn = sampler(1).latents(video, indices=[7, 9])
+    alone = sampler(1).latents(video[1:], static=torch.tensor([True]), indices=torch.tensor([9]))
+    torch.testing.assert_close(alone[0], drawn[1], rtol=1e-5, atol=1e-5)
+    mode = VaVae(model(), narrow, MEAN, STD).latents(video)
+    noise = {}
+    for name, draw in {"seed": sampler(2).latents(video, indices=[7, 9]), "same": drawn}.items():
+        noise[name] = (draw - mode)[0]
+    other_clip = (drawn - mode)[1]
+    assert not torch.allclose(noise["seed"], noise["same"]) and not torch.allclose(other_clip, noise["same"])
+    assert not torch.allclose(noise["same"][0], noise["same"][1])  # frames of a static clip too
+    with pytest.raises(ConfigError, match="global index"):
+        sampler(1).latents(video)
+
+
+def test_posterior_samples_have_the_posteriors_spread(narrow):
+    target = VaVae(model(), narrow, torch.zeros(4), torch.ones(4), sample_posterior=True)
+    video = clip((1, 3, 2, 64, 64)).expand(32, 3, 2, 64, 64)
+    drawn = target.latents(video, indices=range(32))
+    with torch.no_grad():
+        mean, logvar = narrow.encode(video[0].transpose(0, 1))
+    wanted = (0.5 * logvar).exp().permute(2, 3, 0, 1).flatten(2).flatten(0, 1)  # [n, (k z)]
+    centre = mean.permute(2, 3, 0, 1).flatten(2).flatten(0, 1)
+    score = (drawn[:, 0] - centre) / wanted
+    assert abs(score.mean()) < 0.06 and abs(score.std() - 1) < 0.05
+
+
+def test_the_log_variance_is_clamped(narrow):
+    extreme = AutoencoderKL(NARROW)
+    extreme.load_state_dict(narrow.state_dict())
+    with torch.no_grad():
+        extreme.quant_conv.bias[4:6], extreme.quant_conv.bias[6:] = 1e4, -1e4
+        logvar = extreme.encode(clip((1, 3, 64, 64)))[1]
+    assert (logvar[:, :2] == 20).all() and (logvar[:, 2:] == -30).all()
+
+
+def test_bf16_follows_fp32(narrow):
+    half = AutoencoderKL(NARROW)
+    half.load_state_dict(narrow.state_dict())
+    video = clip((1, 3, 2, 64, 64))
+    exact = VaVae(model(), narrow, MEAN, STD).latents(video)
+    rough = VaVae(model(), half.to(torch.bfloat16), MEAN, STD).latents(video)
+    assert rough.dtype == torch.float32
+    assert (rough - exact).abs().max() < 0.05 * exact.abs().max()
