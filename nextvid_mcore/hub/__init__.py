@@ -28,6 +28,7 @@ FILES = {
     "predictor": "predictor.safetensors",
     "decoder": "decoder.safetensors",
 }
+MODULES = {"encoder": VisionTransformer, "predictor": Predictor, "decoder": Decoder}
 _SHAPE = ("width", "depth", "heads", "mlp_width")
 CONFIG_KEYS: dict[str, type] = {
     "format_version": int,  # of this folder's layout and names
@@ -118,9 +119,7 @@ def _load(role: str, folder: str | Path, device: torch.device | str, dtype: torc
     except SafetensorError as error:
         raise HubError(f"{path} cannot be read: {error}") from None
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced anyway
-        module = {"encoder": VisionTransformer, "predictor": Predictor, "decoder": Decoder}[role].from_config(
-            config
-        )
+        module = MODULES[role].from_config(config)
     check_state(state, module.state_dict(), str(path))
     module.load_state_dict(state, strict=True, assign=True)
     return module.to(device=device, dtype=dtype).eval()

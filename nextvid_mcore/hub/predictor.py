@@ -106,8 +106,8 @@ class Predictor(nn.Module):
         frames = list(range(1, self.token_frames)) if frames is None else list(frames)
         if context.dim() != 3 or tokens.shape != context.shape[:2] or context.shape[1] == 0:
             raise ValueError(
-                f"context {tuple(context.shape)} and tokens {tuple(tokens.shape)}: give [B, s, D] and [B, s], "
-                "s at least 1"
+                f"context {tuple(context.shape)} and tokens {tuple(tokens.shape)}: give [B, s, D] and "
+                "[B, s], s at least 1"
             )
         if not frames:
             raise ValueError("no frames to predict: give at least one")

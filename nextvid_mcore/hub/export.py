@@ -1,0 +1,129 @@
+"""From megatron-core's names and layouts to the hub's, and the writing of an exported folder.
+
+Weights come whole, as a model without tensor or pipeline parallelism holds them. Names change by the
+table below; queries, keys and values, which megatron-core interleaves head by head ([A, 3, d] rows, so
+that a tensor rank gets whole heads), are regrouped to [3, A, d]. A name that the table lacks is an
+error: nothing is dropped silently.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nextvid_mcore import __version__
+from nextvid_mcore.config import RunConfig
+from nextvid_mcore.hub import FILES, FORMAT_VERSION, HubError, check_config
+
+LAYER = {  # inside block.layers.{i} -> inside blocks.{i}
+    "input_layernorm": "norm1",
+    "pre_cross_attn_layernorm": "norm1",
+    "self_attention.linear_qkv": "attn.qkv",
+    "self_attention.linear_proj": "attn.proj",
+    "cross_attention.linear_q": "attn.q",
+    "cross_attention.linear_kv": "attn.kv",
+    "cross_attention.linear_proj": "attn.proj",
+    "pre_mlp_layernorm": "norm2",
+    "mlp.linear_fc1": "mlp.fc1",
+    "mlp.linear_fc2": "mlp.fc2",
+    "adaln": "adaln",
+}
+OUTSIDE = {  # of the layers
+    "block.final_layernorm": "norm",
+    "patch_embed": "patch_embed",
+    "context_projection": "context_projection",
+    "align_head": "align_head",
+    "input": "input",
+    "tau_embed.0": "tau_embed.0",
+    "tau_embed.2": "tau_embed.2",
+    "final_adaln": "final_adaln",
+    "output": "output",
+}
+INTERLEAVED = {"self_attention.linear_qkv": 3, "cross_attention.linear_kv": 2}
+_NAME = re.compile(r"(?:block\.layers\.(?P<layer>\d+)\.)?(?P<module>.+)\.(?P<kind>weight|bias)")
+
+
+def ungroup_heads(x: Tensor, heads: int, parts: int) -> Tensor:
+    """Rows [A, parts, d] of a projection's weight or bias -> [parts, A, d], each flattened."""
+    return x.unflatten(0, (heads, parts, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+
+
+def to_hub(parameters: Iterable[tuple[str, Tensor]], heads: int) -> dict[str, Tensor]:
+    """Named parameters of one of nextvid_mcore.models' networks -> the hub's state, fp32 on the CPU."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in parameters:
+        match = _NAME.fullmatch(name)
+        module = match["module"] if match else None
+        table = LAYER if match and match["layer"] is not None else OUTSIDE
+        if name != "query" and module not in table:
+            raise HubError(f"the training model's parameter {name} has no place in an export")
+        value = parameter.detach().to("cpu", torch.float32, copy=True)
+        if name == "query":
+            state[name] = value
+            continue
+        if module in INTERLEAVED:
+            value = ungroup_heads(value, heads, INTERLEAVED[module])
+        prefix = f"blocks.{match['layer']}." if table is LAYER else ""
+        state[f"{prefix}{table[module]}.{match['kind']}"] = value
+    return state
+
+
+def frames_at(config: RunConfig, step: int) -> int:
+    """Frames of the clips of the last finished step."""
+    end = 0
+    for stage in config.stages:
+        end += stage.steps
+        if step <= end:
+            break
+    return stage.frames
+
+
+def flat_config(config: RunConfig, channels: int, step: int, weights: str) -> dict:
+    """config.json of an export. channels: C of the target; weights: "ema" or "online"."""
+    model = config.model
+
+    def shape(role: str, prefix: str = "") -> dict[str, int]:
+        x = getattr(model, role)
+        sizes = {"width": x.width, "depth": x.depth, "heads": x.heads, "mlp_width": x.mlp}
+        return {f"{prefix}{key}": value for key, value in sizes.items()}
+
+    return check_config(
+        {
+            "format_version": FORMAT_VERSION,
+            "version": __version__,
+            "recipe": config.recipe,
+            "step": step,
+            "weights": weights,
+            "image_size": model.image_size,
+            "frames": frames_at(config, step),
+            "patch_size": model.patch_size,
+            "tubelet_size": model.tubelet_size,
+            **shape("encoder"),
+            "norm_eps": model.norm_eps,
+            "rope_base": model.rope_base,
+            **shape("predictor", "predictor_"),
+            **shape("decoder", "decoder_"),
+            "target_kind": config.target.kind,
+            "target_channels": channels,
+        },
+        "the run's configuration",
+    )
+
+
+def write_folder(folder: Path, config: dict, states: Mapping[str, dict[str, Tensor]]) -> None:
+    """Write config.json and, for each role in `states`, its safetensors file, all flushed to the disk."""
+    from safetensors.torch import save_file
+
+    metadata = {"format": "pt"}  # what transformers and others look for
+    for role, state in states.items():
+        save_file(state, folder / FILES[role], metadata=metadata)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
