@@ -42,10 +42,9 @@ class Target(Protocol):
 
 def target_channels(config: RunConfig) -> int:
     """C of the run's target, without building it; raises ConfigError if its grid cannot fit the tokens."""
-    from nextvid_mcore.targets.pixels import Pixels
-    from nextvid_mcore.targets.va_vae import VaVae
+    from nextvid_mcore.targets import pixels, va_vae  # they need this module's checks
 
-    kinds = {"pixels": Pixels, "va_vae": VaVae}
+    kinds = {"pixels": pixels.Pixels, "va_vae": va_vae.VaVae}
     return kinds[config.target.kind].channels_for(config.model)
 
 
@@ -54,13 +53,12 @@ def build_target(config: RunConfig, device: torch.device | str, dtype: torch.dty
 
     Raises ConfigError, naming the flag, when a file it needs is missing or wrong.
     """
-    from nextvid_mcore.targets.pixels import Pixels
-    from nextvid_mcore.targets.va_vae import VaVae
+    from nextvid_mcore.targets import pixels, va_vae
 
     target_channels(config)  # the cheap checks come before any file is read
     if config.target.kind == "pixels":
-        return Pixels(config.model)
-    return VaVae.from_files(config, device, dtype)
+        return pixels.Pixels(config.model)
+    return va_vae.VaVae.from_files(config, device, dtype)
 
 
 def check_video(video: Tensor, model: ModelConfig) -> None:

@@ -180,8 +180,8 @@ def read_tensors(path: str, flag: str) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ConfigError(
-            f"{flag} {path} is not a torch file of plain tensors ({str(error).splitlines()[0]}); if you trust "
-            "it, load it once with weights_only=False and save its state_dict alone"
+            f"{flag} {path} is not a torch file of plain tensors ({str(error).splitlines()[0]}); if you "
+            "trust it, load it once with weights_only=False and save its state_dict alone"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise ConfigError(f"{flag} {path} cannot be read: {str(error).splitlines()[0]}") from error

@@ -309,11 +309,15 @@ def test_posterior_samples_depend_on_seed_and_index_alone(narrow):
 
 
 def test_posterior_samples_have_the_posteriors_spread(narrow):
-    target = VaVae(model(), narrow, torch.zeros(4), torch.ones(4), sample_posterior=True)
+    spread = AutoencoderKL(NARROW)
+    spread.load_state_dict(narrow.state_dict())
+    with torch.no_grad():
+        spread.quant_conv.bias[4:] += torch.tensor([-3.0, -1.0, 1.0, 3.0])
+    target = VaVae(model(), spread, torch.zeros(4), torch.ones(4), sample_posterior=True)
     video = clip((1, 3, 2, 64, 64)).expand(32, 3, 2, 64, 64)
     drawn = target.latents(video, indices=range(32))
     with torch.no_grad():
-        mean, logvar = narrow.encode(video[0].transpose(0, 1))
+        mean, logvar = spread.encode(video[0].transpose(0, 1))
     wanted = (0.5 * logvar).exp().permute(2, 3, 0, 1).flatten(2).flatten(0, 1)  # [n, (k z)]
     centre = mean.permute(2, 3, 0, 1).flatten(2).flatten(0, 1)
     score = (drawn[:, 0] - centre) / wanted
