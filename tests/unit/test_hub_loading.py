@@ -112,7 +112,7 @@ import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {"megatron", "transformer_engine", "einops", "decord", "tyro", "numpy"}:
-            raise ImportError(f"{name} is not in the base install")
+            raise ModuleNotFoundError(f"{name} is not in the base install")
 sys.meta_path.insert(0, Refuse())
 sys.path.insert(0, sys.argv[1])
 import torch, nextvid_mcore.hub as hub
