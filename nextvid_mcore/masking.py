@@ -16,7 +16,8 @@ A mask is a pure function of (seed, index), whatever the micro-batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -124,6 +125,14 @@ def draw_masks(
         clips=len(indices),
         tokens_per_frame=n,
     )
+
+
+@cache
+def mean_shares(mask: MaskConfig, grid: int) -> tuple[float, ...]:
+    """Share of a frame that each mask's blocks leave visible on average, before any fixed count: the
+    mean of 4096 draws of seed 0 (standard error below 0.002)."""
+    visible, _, _ = _draw(replace(mask, mode="packed"), grid, 0, range(4096))
+    return tuple(visible.mean((1, 2)).tolist())
 
 
 def _tubes(places: np.ndarray, token_frames: int, n: int) -> np.ndarray:

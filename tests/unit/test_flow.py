@@ -91,6 +91,15 @@ def test_indices_that_agree_in_32_bits_get_other_noise():
     assert not torch.equal(a, b)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_draws_are_pure_and_tau_is_the_cpus():
+    tau, noise = flow.draw(3, range(6), **SIZES, device="cuda")
+    part_tau, part_noise = flow.draw(3, [5, 3], **SIZES, device="cuda")
+    assert torch.equal(part_tau, tau[[5, 3]]) and torch.equal(part_noise, noise[[5, 3]])
+    assert torch.equal(tau.cpu(), flow.draw_tau(3, range(6), 2, 3, 4))
+    assert abs(noise.std().item() - 1) < 0.05 and not torch.equal(noise[0], noise[1])
+
+
 def test_golden_draws_never_change():
     tau, noise = flow.draw(0, [7], 1, 1, 1, 1, 2)
     assert tau.item() == GOLDEN_TAU

@@ -1,0 +1,170 @@
+"""Parameters and FLOPs of a run by formula (Tables 7 and 8): for plans, placement and MFU.
+
+Counted are the multiply-adds (two FLOPs each) of linear layers, convolutions and attention scores and
+values, over visible (query, key) pairs only; norms, activations, rotary embedding and softmax are not.
+A trained role's backward is twice its forward; the reference has none; recomputation does not count.
+
+Two figures per clip. The nominal one is the paper's: every frame goes through the student, and masks
+show what Table 8's blocks leave on average. The executed one is what this program runs: the student
+never sees the last token frame, and mode `fixed` keeps exact counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nextvid_mcore.config import ModelConfig, RunConfig, StageConfig, TransformerShape
+from nextvid_mcore.masking import mean_shares
+
+TAU_FEATURES = 256  # width of the sinusoids that enter the decoder's tau embedding
+VAE_CHANNELS = 32  # VA-VAE f16d32: per video frame and latent position
+VAE_WIDTHS = (128, 128, 256, 256, 512)  # of its encoder's five resolutions, two residual blocks each
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of each network."""
+
+    encoder: int
+    context_projection: int
+    predictor: int
+    decoder: int
+
+    @property
+    def student(self) -> int:
+        """The role: encoder and context projection."""
+        return self.encoder + self.context_projection
+
+    @property
+    def predictor_of_paper(self) -> int:
+        """Table 7's predictor, which owns the context projection."""
+        return self.predictor + self.context_projection
+
+
+@dataclass(frozen=True)
+class RoleFlops:
+    """FLOPs of one training clip (all masks, forward and backward) by role."""
+
+    student: float
+    reference: float
+    predictor: float
+    decoder: float
+
+    @property
+    def total(self) -> float:
+        """Model FLOPs; the frozen target's come on top (`target_flops`)."""
+        return self.student + self.reference + self.predictor + self.decoder
+
+
+def target_channels(config: RunConfig) -> int:
+    """C: values of one target token."""
+    if config.target.kind == "pixels":
+        return config.model.patch_dim
+    return VAE_CHANNELS * config.model.tubelet_size
+
+
+def parameters(model: ModelConfig, channels: int) -> Parameters:
+    """Parameters by role, for target tokens of `channels` values."""
+    D, E = model.encoder.width, model.predictor.width
+    e, p, d = model.encoder, model.predictor, model.decoder
+    encoder_layer = _linear(D, 3 * D) + _linear(D, D) + _mlp(e) + 2 * _norm(D)
+    predictor_layer = _linear(E, E) + _linear(E, 2 * E) + _linear(E, E) + _mlp(p) + 2 * _norm(E)
+    decoder_layer = _linear(E, 3 * E) + _linear(E, E) + _mlp(d) + _linear(E, 6 * E)
+    return Parameters(
+        encoder=_linear(model.patch_dim, D) + e.depth * encoder_layer + _norm(D),
+        context_projection=_linear(D, E),
+        predictor=E + p.depth * predictor_layer + _norm(E) + _linear(E, D),  # E: the query
+        decoder=_linear(E + channels, E)
+        + _linear(TAU_FEATURES, E)
+        + _linear(E, E)
+        + d.depth * decoder_layer
+        + _linear(E, 2 * E)
+        + _linear(E, channels),
+    )
+
+
+def clip_flops(config: RunConfig, stage: StageConfig, executed: bool = False) -> RoleFlops:
+    """FLOPs of one training clip of `stage`: the paper's nominal figure, or what is really executed.
+
+    In mode `truncate` the executed figure is an upper bound: the cut depends on the micro-batch.
+    """
+    model, n = config.model, config.model.tokens_per_frame
+    t = model.token_frames(stage.frames)
+    p, frames = t - 1, t - 1 if executed else t
+    if executed and config.mask.mode == "fixed":
+        visible = [float(count) for count in config.mask.counts(n)]
+    else:
+        visible = [share * n for share in mean_shares(config.mask, model.grid)]
+    D, E = model.encoder.width, model.predictor.width
+    student = sum(_encoder(model, v, frames) + 2 * D * E * v * frames for v in visible)
+    predictor = sum(_predictor(model, v, frames, p) for v in visible)
+    decoder = len(visible) * _decoder(model, target_channels(config), p * stage.tau_samples)
+    return RoleFlops(
+        student=3 * student, reference=_encoder(model, n, t), predictor=3 * predictor, decoder=3 * decoder
+    )
+
+
+def target_flops(config: RunConfig, stage: StageConfig) -> float:
+    """FLOPs of the frozen target's encoder for one clip: VA-VAE's convolutions, nothing for pixels."""
+    if config.target.kind == "pixels":
+        return 0.0
+    side, total, width = config.model.image_size, 0.0, VAE_WIDTHS[0]
+    total += _convolution(3, width, side)
+    for level, wider in enumerate(VAE_WIDTHS):
+        if level:
+            side //= 2
+            total += _convolution(width, width, side)  # stride 2
+        total += _residual(width, wider, side) + _residual(wider, wider, side)
+        width = wider
+    attention = 2 * 4 * width**2 * side**2 + 4 * width * side**4
+    total += 2 * attention  # one behind each residual block of the last level
+    total += 2 * _residual(width, width, side) + attention
+    total += _convolution(width, 2 * VAE_CHANNELS, side) + 2 * (2 * VAE_CHANNELS) ** 2 * side**2
+    return total * stage.frames
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def _mlp(shape: TransformerShape) -> int:
+    return _linear(shape.width, shape.mlp) + _linear(shape.mlp, shape.width)
+
+
+def _norm(width: int) -> int:
+    return 2 * width
+
+
+def _convolution(inputs: int, outputs: int, side: int) -> float:
+    """A 3 x 3 convolution whose output is side x side."""
+    return 2.0 * 9 * inputs * outputs * side**2
+
+
+def _residual(inputs: int, outputs: int, side: int) -> float:
+    shortcut = 0 if inputs == outputs else 2 * inputs * outputs * side**2
+    return _convolution(inputs, outputs, side) + _convolution(outputs, outputs, side) + shortcut
+
+
+def _encoder(model: ModelConfig, v: float, frames: int) -> float:
+    """Forward of the encoder on v tokens in each of `frames` frames; frame-causal attention."""
+    D, tokens = model.encoder.width, v * frames
+    pairs = v * v * frames * (frames + 1) / 2
+    layer = 2 * (4 * D * D + 2 * D * model.encoder.mlp) * tokens + 4 * D * pairs
+    return 2 * model.patch_dim * D * tokens + model.encoder.depth * layer
+
+
+def _predictor(model: ModelConfig, v: float, frames: int, p: int) -> float:
+    """Forward of the predictor: queries of p frames on v visible tokens of each earlier frame."""
+    E, queries, keys = model.predictor.width, p * model.tokens_per_frame, v * frames
+    pairs = model.tokens_per_frame * v * p * (p + 1) / 2
+    layer = 2 * (2 * E * E + 2 * E * model.predictor.mlp) * queries + 2 * 2 * E * E * keys + 4 * E * pairs
+    return model.predictor.depth * layer + 2 * E * model.encoder.width * queries
+
+
+def _decoder(model: ModelConfig, channels: int, frames: int) -> float:
+    """Forward of the decoder on `frames` noisy frames (predicted frames x tau samples), each by itself."""
+    E, n = model.decoder.width, model.tokens_per_frame
+    layer = 2 * (4 * E * E + 2 * E * model.decoder.mlp) * n + 4 * E * n * n + 2 * 6 * E * E
+    edges = 2 * (E + channels) * E * n + 2 * E * channels * n
+    condition = 2 * (TAU_FEATURES * E + E * E) + 2 * 2 * E * E
+    return frames * (model.decoder.depth * layer + edges + condition)
