@@ -178,7 +178,7 @@ class VisionTransformer(nn.Module):
 
     @staticmethod
     def _init(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not module.weight.is_meta:  # meta: weights are to be loaded
             nn.init.normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
 
