@@ -1,0 +1,1 @@
+"""Optimizers, the EMA, checkpoints and the loop of a run."""

@@ -1,0 +1,177 @@
+"""One step of AdamW over all roles: Table 8's settings, one global norm, one decision to apply or skip.
+
+A role (student, predictor, decoder) is wrapped in megatron-core's DistributedDataParallel and has its own
+sharded AdamW; a rank has the roles that live on it. Learning rates are set before every step, since they
+are a function of the step alone (nextvid_mcore/schedule.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import clip_grads
+from torch import Tensor
+from torch.nn import Module
+
+from nextvid_mcore.config import OptimConfig
+from nextvid_mcore.parallel.groups import RoleGroups
+from nextvid_mcore.training.ema import Ema
+from nextvid_mcore.training.shards import ShardedAdamW
+
+STUDENT, DECODER = "student", "decoder"
+
+
+class HasRoles(Protocol):
+    """A model that names its trained parts on this rank."""
+
+    def roles(self) -> dict[str, Module]: ...
+
+
+class Rates(Protocol):
+    """What the optimizer needs of a schedule's StagePoint."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def lr_flow(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """applied: False when the loss or a gradient was not finite anywhere; grad_norm: before clipping."""
+
+    applied: bool
+    grad_norm: float
+
+
+def wrap_roles(
+    model: HasRoles,
+    groups: RoleGroups,
+    overlap_grad_reduce: bool = False,
+    overlap_param_gather: bool = False,
+    bucket_size: int | None = None,
+) -> dict[str, DistributedDataParallel]:
+    """Wrap every role of this rank in megatron-core's DistributedDataParallel, gradients in fp32.
+
+    Args:
+        overlap_grad_reduce: reduce gradients bucket by bucket during the backward pass (CUDA).
+        overlap_param_gather: gather weights bucket by bucket during the next forward pass (CUDA).
+        bucket_size: parameters of a bucket when reduction overlaps; None: megatron-core's choice.
+    """
+    wrapped = {}
+    for name, module in model.roles().items():
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap_grad_reduce,
+            overlap_param_gather=overlap_param_gather,
+            bucket_size=bucket_size,
+            check_for_nan_in_grad=False,  # a non-finite step is skipped, by everyone together
+        )
+        wrapped[name] = DistributedDataParallel(
+            module.config, settings, module, pg_collection=groups.collection
+        )
+    return wrapped
+
+
+def finalize_grads(roles: Iterable[DistributedDataParallel], groups: RoleGroups) -> None:
+    """Reduce gradients over data ranks, and those of replicated parameters over tensor ranks under SP."""
+    for role in roles:
+        finalize_model_grads([role], None, pg_collection=groups.collection)
+
+
+class RoleOptimizers:
+    """The optimizers of all roles on this rank, and the student's EMA.
+
+    Args:
+        roles: from `wrap_roles`.
+        reference: the frozen encoder of this rank, kept equal to the EMA; None: no one reads it here.
+    """
+
+    def __init__(
+        self,
+        roles: dict[str, DistributedDataParallel],
+        config: OptimConfig,
+        groups: RoleGroups,
+        reference: Module | None = None,
+    ) -> None:
+        self.roles, self.config, self.groups, self.reference = roles, config, groups, reference
+        self.optimizers = {name: ShardedAdamW(role, config, groups) for name, role in roles.items()}
+        self.ema = Ema(self.optimizers[STUDENT], config.ema) if STUDENT in self.optimizers else None
+        self.updates = 0  # steps that were applied
+        self.refresh()
+
+    @property
+    def modules(self) -> dict[str, Module]:
+        """The roles' bare modules."""
+        return {name: role.module for name, role in self.roles.items()}
+
+    def set_lr(self, point: Rates) -> None:
+        """Take the step's learning rates: the decoder follows `lr_flow`, all others `lr`."""
+        for name, optimizer in self.optimizers.items():
+            optimizer.set_lr(point.lr_flow if name == DECODER else point.lr)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients; before the first micro-batch of every step."""
+        for name, optimizer in self.optimizers.items():
+            self.roles[name].zero_grad_buffer()
+            optimizer.zero_grad()
+
+    @torch.no_grad()
+    def step(self, loss: Tensor | None = None) -> StepOutcome:
+        """Clip by the global norm and update, or change nothing. Gradients must be finalized.
+
+        Every rank of the world must call it.
+
+        Args:
+            loss: this rank's loss, if it has one: a non-finite loss skips the step too.
+        """
+        grads = []
+        for optimizer in self.optimizers.values():
+            optimizer.prepare_grads()
+            grads += optimizer.get_grads_for_grad_norm()  # without the tensor ranks' duplicates
+        if loss is not None:  # 0, or NaN if the loss isn't finite, which makes the norm NaN everywhere
+            grads.append(loss.detach().float().reshape(1) * 0)
+        norm = float(clip_grads.get_grad_norm_fp32(grads))  # over the whole world
+        if not math.isfinite(norm):
+            return StepOutcome(False, norm)
+        for optimizer in self.optimizers.values():
+            clip_grads.clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self.config.clip, norm)
+            optimizer.step_with_ready_grads()
+        self.updates += 1
+        if self.ema is not None:
+            self.ema.update()
+        self.refresh()
+        return StepOutcome(True, norm)
+
+    def refresh(self) -> None:
+        """Write the EMA into the reference encoder."""
+        if self.ema is not None and self.reference is not None:
+            self.ema.refresh(self.reference)
+
+    def set_updates(self, updates: int) -> None:
+        """Continue after `updates` applied steps."""
+        self.updates = updates
+        for optimizer in self.optimizers.values():
+            optimizer.set_updates(updates)
+
+    def reload(self) -> None:
+        """Start anew from the modules' present weights: master weights, zero moments, EMA, reference."""
+        for optimizer in self.optimizers.values():
+            optimizer._copy_model_params_to_main_params()
+            for state in optimizer.optimizer.state.values():
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
+        self.set_updates(0)
+        if self.ema is not None:
+            self.ema.reset()
+        self.refresh()
