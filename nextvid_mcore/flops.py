@@ -83,7 +83,7 @@ def parameters(model: ModelConfig, channels: int) -> Parameters:
     )
 
 
-def per_clip(config: RunConfig, stage: StageConfig, executed: bool = False) -> RoleFlops:
+def clip_flops(config: RunConfig, stage: StageConfig, executed: bool = False) -> RoleFlops:
     """FLOPs of one training clip of `stage`: the paper's nominal figure, or what is really executed.
 
     In mode `truncate` the executed figure is an upper bound: the cut depends on the micro-batch.

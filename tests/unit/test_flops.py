@@ -44,9 +44,9 @@ TABLE = {"vit_l": (6.25, 4.7, 24), "vit_h": (10.1, 8.6, 42), "vit_g": (14.6, 13.
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_nominal_flops_per_clip(name):
+def test_nominal_flops_clip_flops(name):
     config = recipes.get(name)
-    _, four, one, long = (flops.per_clip(config, stage).total / 1e12 for stage in config.stages)
+    _, four, one, long = (flops.clip_flops(config, stage).total / 1e12 for stage in config.stages)
     for got, want, unit in zip((four, one, long), TABLE[name], (0.1, 0.1, 1), strict=True):
         assert got == pytest.approx(want, abs=0.6 * unit)
 
@@ -54,27 +54,27 @@ def test_nominal_flops_per_clip(name):
 def test_who_does_the_work():
     """The shares that decide placement."""
     g, large = recipes.get("vit_g"), recipes.get("vit_l")
-    four, one = flops.per_clip(g, g.stages[1]), flops.per_clip(g, g.stages[2])
+    four, one = flops.clip_flops(g, g.stages[1]), flops.clip_flops(g, g.stages[2])
     assert four.student / 1e12 == pytest.approx(7.4, abs=0.06)
     assert (four.total - four.student) / 1e12 == pytest.approx(7.2, abs=0.06)
     light = lambda x: (x.predictor + x.decoder) / x.total  # noqa: E731
     assert light(one) == pytest.approx(0.08, abs=0.006)
     assert light(four) == pytest.approx(0.17, abs=0.006)
-    assert light(flops.per_clip(large, large.stages[1])) == pytest.approx(0.40, abs=0.006)
+    assert light(flops.clip_flops(large, large.stages[1])) == pytest.approx(0.40, abs=0.006)
     assert one.reference / one.total == pytest.approx(0.36, abs=0.006)
 
 
 def test_executed_is_less_by_the_dropped_frame_and_the_fixed_counts():
     config = recipes.get("vit_g")
     stage = config.stages[2]
-    nominal, executed = (flops.per_clip(config, stage, executed=flag) for flag in (False, True))
+    nominal, executed = (flops.clip_flops(config, stage, executed=flag) for flag in (False, True))
     assert executed.total / nominal.total == pytest.approx(0.92, abs=0.01)
     assert executed.reference == nominal.reference and executed.decoder == nominal.decoder
     assert executed.student < 0.89 * nominal.student
     # With as many tokens as the nominal figure has, only the last frame's share is left: 7 / 8 of the
     # linears and 28 / 36 of the attention.
     packed = replace(config, mask=MaskConfig(mode="packed"))
-    ratio = flops.per_clip(packed, stage, executed=True).student / nominal.student
+    ratio = flops.clip_flops(packed, stage, executed=True).student / nominal.student
     assert 28 / 36 < ratio < 7 / 8
 
 
@@ -86,12 +86,12 @@ def test_executed_counts_by_hand():
         tokens, pairs = 7 * v, 28 * v * v
         want += 24 * (2 * 12 * 1024**2 * tokens + 4 * 1024 * pairs) + 2 * 1536 * 1024 * tokens
         want += 2 * 1024 * 384 * tokens
-    assert flops.per_clip(config, config.stages[0], executed=True).student == 3 * want
+    assert flops.clip_flops(config, config.stages[0], executed=True).student == 3 * want
 
 
 def test_tau_samples_multiply_the_decoder_alone():
     config = recipes.get("vit_h")
-    four, one = (flops.per_clip(config, config.stages[i]) for i in (1, 2))
+    four, one = (flops.clip_flops(config, config.stages[i]) for i in (1, 2))
     assert four.decoder == pytest.approx(4 * one.decoder)
     assert (four.student, four.reference, four.predictor) == (one.student, one.reference, one.predictor)
 
@@ -121,7 +121,7 @@ def test_formulas_against_torchs_flop_counter():
                 linear(1, E, 6 * E), linear(n, E, 3 * E), linear(n, E, E)
                 linear(n, E, 192), linear(n, 192, E)
                 attend(n, n, E)
-    got = flops.per_clip(config, stage, executed=True)
+    got = flops.clip_flops(config, stage, executed=True)
     assert got.decoder == 3 * counter.get_total_flops()
 
     with FlopCounterMode(display=False) as counter:
