@@ -44,7 +44,7 @@ TABLE = {"vit_l": (6.25, 4.7, 24), "vit_h": (10.1, 8.6, 42), "vit_g": (14.6, 13.
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_nominal_flops_clip_flops(name):
+def test_nominal_flops_per_clip(name):
     config = recipes.get(name)
     _, four, one, long = (flops.clip_flops(config, stage).total / 1e12 for stage in config.stages)
     for got, want, unit in zip((four, one, long), TABLE[name], (0.1, 0.1, 1), strict=True):
