@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Pretrains ViT-G (1,012.2M) with Table 8's four stages on the GPUs of one node. Run it again and it goes on
+# where it stopped. More settings go at the end: examples/pretrain_vit_g_8gpu.sh --train.global-batch 256
+set -euo pipefail
+
+DATA=${DATA:-data/manifest}                       # written by tools/build_manifest.py
+VALIDATION=${VALIDATION:-data/manifest_val}
+VA_VAE=${VA_VAE:-weights/va_vae.pt}               # LightningDiT's VA-VAE, f16d32
+STATISTICS=${STATISTICS:-weights/latents_stats.pt}
+OUT=${OUT:-runs/vit_g}
+GPUS=${GPUS:-8}
+MICRO_BATCH=${MICRO_BATCH:-4}                     # clips of a GPU in one pass; lower it if memory runs out
+
+# Layout: 22 heads and an MLP of 6144 admit --parallel.encoder.tensor 1 or 2 and no more. By default every
+# GPU holds the whole encoder and the optimizer is sharded over all of them; if memory runs out, lower
+# MICRO_BATCH, then add --parallel.recompute full, then --parallel.encoder.tensor 2.
+torchrun --standalone --nproc-per-node "$GPUS" \
+    -m nextvid_mcore.pretrain vit_g \
+    --out "$OUT" \
+    --data.manifest "$DATA" \
+    --data.eval-manifest "$VALIDATION" \
+    --target.checkpoint "$VA_VAE" \
+    --target.statistics "$STATISTICS" \
+    --train.micro-batch "$MICRO_BATCH" \
+    --eval.every 1000 \
+    "$@"

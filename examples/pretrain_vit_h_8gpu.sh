@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Pretrains ViT-H (631.6M) with Table 8's four stages on the GPUs of one node. Run it again and it goes on
+# where it stopped. More settings go at the end: examples/pretrain_vit_h_8gpu.sh --train.global-batch 256
+set -euo pipefail
+
+DATA=${DATA:-data/manifest}                       # written by tools/build_manifest.py
+VALIDATION=${VALIDATION:-data/manifest_val}
+VA_VAE=${VA_VAE:-weights/va_vae.pt}               # LightningDiT's VA-VAE, f16d32
+STATISTICS=${STATISTICS:-weights/latents_stats.pt}
+OUT=${OUT:-runs/vit_h}
+GPUS=${GPUS:-8}
+MICRO_BATCH=${MICRO_BATCH:-4}                     # clips of a GPU in one pass; lower it if memory runs out
+
+torchrun --standalone --nproc-per-node "$GPUS" \
+    -m nextvid_mcore.pretrain vit_h \
+    --out "$OUT" \
+    --data.manifest "$DATA" \
+    --data.eval-manifest "$VALIDATION" \
+    --target.checkpoint "$VA_VAE" \
+    --target.statistics "$STATISTICS" \
+    --train.micro-batch "$MICRO_BATCH" \
+    --eval.every 1000 \
+    "$@"
