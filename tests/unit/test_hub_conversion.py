@@ -1,0 +1,124 @@
+"""From the training model to the hub: same numbers for every network and mask mode, and no half export."""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nextvid_mcore import recipes
+from nextvid_mcore.config import ConfigError, RunConfig, TransformerShape
+from nextvid_mcore.hub import FILES, HubError, export
+from nextvid_mcore.models.init import init_weights
+
+CHANNELS = 10
+_path = Path(__file__).resolve().parents[2] / "tools" / "convert_to_torch.py"
+_spec = importlib.util.spec_from_file_location("convert_to_torch", _path)
+convert_to_torch = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = convert_to_torch
+_spec.loader.exec_module(convert_to_torch)
+
+
+def small(mode: str) -> RunConfig:
+    """Different numbers wherever two could be confused: widths, heads, depths."""
+    config = recipes.get("tiny")
+    model = dataclasses.replace(
+        config.model,
+        encoder=TransformerShape(width=72, depth=3, heads=3, mlp=80),
+        predictor=TransformerShape(width=48, depth=2, heads=4, mlp=56),
+        decoder=TransformerShape(width=48, depth=2, heads=2, mlp=64),
+    )
+    return dataclasses.replace(config, model=model, mask=dataclasses.replace(config.mask, mode=mode))
+
+
+def trained(config: RunConfig):
+    """A training model with every tensor away from zero and one."""
+    model = convert_to_torch.build_model(config, CHANNELS)
+    for role, module in model.roles().items():
+        init_weights(module, role, model.groups, seed=3, std=0.1, noise=0.1)
+    return model
+
+
+def write(model, folder: Path) -> None:
+    config = export.flat_config(model.run, CHANNELS, step=3, weights="online")
+    export.write_folder(folder, config, convert_to_torch.hub_states(model, True))
+
+
+def clips(config: RunConfig) -> torch.Tensor:
+    return convert_to_torch.compared_clips(config, None)[0]
+
+
+@pytest.mark.parametrize("mode", ["fixed", "packed", "truncate"])
+def test_every_network_computes_the_same(tmp_path: Path, mode: str) -> None:
+    config = small(mode)
+    model = trained(config)
+    write(model, tmp_path)
+    rows = convert_to_torch.compare(model, tmp_path, clips(config), True)
+    stretches = 4 if mode == "packed" else 2
+    assert len(rows) == 1 + 4 * stretches
+    for row in rows:
+        assert row.scale > 0.1 and row.largest < 1e-5, row
+
+
+def test_a_wrong_weight_is_seen_in_every_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small("fixed")
+    model = trained(config)
+    monkeypatch.setattr(export, "ungroup_heads", lambda x, heads, parts: x)  # as megatron-core has it
+    write(model, tmp_path)
+    rows = convert_to_torch.compare(model, tmp_path, clips(config), True)
+    assert rows and all(row.largest > 1e-3 and not row.good(1e-4) for row in rows)
+
+
+def test_weights_that_were_not_loaded_are_refused() -> None:
+    model = convert_to_torch.build_model(small("fixed"), CHANNELS)
+    init_weights(model.student, "student", model.groups, seed=0, std=0.1)
+    convert_to_torch.hub_states(model, False)
+    with pytest.raises(convert_to_torch.Mismatch, match="predictor: .* missing in the checkpoint"):
+        convert_to_torch.hub_states(model, True)
+
+
+def test_unknown_parameters_are_refused() -> None:
+    for name in ("block.layers.0.self_attention.q_layernorm.weight", "pos_embed", "block.layers.0.input.bias"):
+        with pytest.raises(HubError, match=name):
+            export.to_hub([(name, torch.zeros(4))], heads=2)
+
+
+def test_heads_are_regrouped() -> None:
+    a, parts, d = 3, 2, 4
+    rows = torch.arange(a * parts * d).reshape(a, parts, d)
+    regrouped = export.ungroup_heads(rows.flatten(), a, parts).reshape(parts, a, d)
+    assert all(torch.equal(regrouped[p, h], rows[h, p]) for p in range(parts) for h in range(a))
+
+
+def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "export"
+    with pytest.raises(RuntimeError), convert_to_torch.finished_or_nothing(out) as folder:
+        (folder / "model.safetensors").write_text("x")
+        raise RuntimeError
+    assert list(out.parent.iterdir()) == []
+    with convert_to_torch.finished_or_nothing(out) as folder:
+        (folder / "config.json").write_text("new")
+        assert not out.exists()
+    assert [path.name for path in out.parent.iterdir()] == ["export"]
+
+
+def test_a_folder_is_replaced_only_when_asked_and_only_an_export(tmp_path: Path) -> None:
+    check = convert_to_torch.check_out
+    check(tmp_path / "new", False)
+    check(tmp_path, False)  # empty
+    (tmp_path / "config.json").write_text("old")
+    (tmp_path / FILES["decoder"]).write_text("old")
+    with pytest.raises(ConfigError, match="--force"):
+        check(tmp_path, False)
+    check(tmp_path, True)
+    with convert_to_torch.finished_or_nothing(tmp_path) as folder:
+        (folder / "config.json").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == "new"
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="holds thesis.tex, which is no part of an export"):
+        check(tmp_path, True)
+    with pytest.raises(ConfigError, match="is a file"):
+        check(tmp_path / "thesis.tex", True)

@@ -1,0 +1,288 @@
+"""Export a run to plain PyTorch, and prove it: reload the export and compare it with the training model.
+
+    python tools/convert_to_torch.py RUN_OR_CHECKPOINT --out DIR [--weights ema|online] [--all] [--force]
+
+Reads a checkpoint of any layout in one process on the CPU, in fp32. The folder holds config.json and
+model.safetensors (the encoder), with --all predictor.safetensors and decoder.safetensors; load it with
+`nextvid_mcore.hub.load_encoder(DIR)`. Only the encoder has an EMA: predictor and decoder are always
+the trained ("online") ones.
+
+The folder is written under another name, loaded into fresh hub networks and compared with the
+training model on real clips: those of --clips, else of the run's manifest, else a seeded synthetic
+clip. Above the tolerance nothing is left and the exit status is 1; it is 2 for a wrong setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # so that it runs from a clone that isn't installed
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact fp32 on every machine
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # one process, whatever started it
+        os.environ.pop(name, None)
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from nextvid_mcore.config import ConfigError, RunConfig, require  # noqa: E402
+from nextvid_mcore.hub import FILES, HubError, load_decoder, load_encoder, load_predictor  # noqa: E402
+from nextvid_mcore.hub import export  # noqa: E402
+
+if TYPE_CHECKING:
+    from nextvid_mcore.models.nextvid import NextVid
+
+CLIPS = 2  # compared
+VIDEO = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg"}
+IMAGE = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+class Mismatch(Exception):
+    """The export computes something else than the training model."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far an output of the export is from the training model's."""
+
+    what: str
+    largest: float  # absolute difference
+    scale: float  # largest absolute value of the training model's output
+
+    def good(self, tolerance: float) -> bool:
+        return self.largest <= tolerance  # False for nan
+
+
+# The clips ---------------------------------------------------------------------------------------
+
+
+def _files(config: RunConfig, clips: str | None) -> Iterator[tuple[str, str]]:
+    """(path, kind) of what can be read, best first."""
+    if clips is not None:
+        require(Path(clips).exists(), f"--clips {clips}: no such file or folder")
+        paths = [Path(clips)] if Path(clips).is_file() else sorted(Path(clips).rglob("*"))
+        for path in paths:
+            if path.suffix.lower() in VIDEO | IMAGE:
+                yield str(path), "video" if path.suffix.lower() in VIDEO else "image"
+        return
+    from nextvid_mcore.data.manifest import Manifest
+
+    manifest = Manifest.open(config.data.manifest)
+    for kind in ("video", "image"):
+        for name, table in manifest.sets.items():
+            for index in range(min(table.rows, 50)):
+                item = manifest.item(name, index)
+                if item.kind == kind:
+                    yield item.path, kind
+
+
+def compared_clips(config: RunConfig, clips: str | None) -> tuple[Tensor, str]:
+    """Clips [B, 3, T, H, W] in [-1, 1], T of the shortest stage, and where they come from."""
+    frames, size = min(stage.frames for stage in config.stages), config.model.image_size
+    manifest = config.data.manifest
+    if clips is None and (manifest is None or not Path(manifest).exists()):
+        generator = torch.Generator().manual_seed(0)
+        video = torch.rand(CLIPS, 3, frames, size, size, generator=generator) * 2 - 1
+        missing = "names no manifest" if manifest is None else f"read {manifest}, which isn't here"
+        return video, f"SYNTHETIC clips (seeded noise): the run {missing}; give real ones with --clips"
+
+    from nextvid_mcore.data import decode
+    from nextvid_mcore.data.transforms import centre_crop, normalize, resize_clip
+
+    found: list[Tensor] = []
+    for path, kind in _files(config, clips):
+        try:
+            if kind == "image":
+                pixels = decode.read_image(path)[None].repeat(frames, 0)
+            else:
+                video = decode.Video(path)
+                step = decode.frame_step(video.fps, config.data.fps)
+                pixels = video.read(decode.clip_indices(video.frames, step, frames, None))
+        except decode.BadFile as error:
+            print(f"skipped: {error}")
+            continue
+        found.append(normalize(resize_clip(pixels, centre_crop(*pixels.shape[1:3]), size, False)))
+        if len(found) == CLIPS:
+            break
+    source = clips or manifest
+    require(len(found) > 0, f"{source} holds no clip that can be decoded; give others with --clips")
+    return torch.stack(found), f"real clips of {source}"
+
+
+# The training model ------------------------------------------------------------------------------
+
+
+def build_model(config: RunConfig, channels: int) -> NextVid:
+    """The training model in fp32 on this process, all its weights nan until a checkpoint fills them."""
+    import dataclasses
+
+    from nextvid_mcore.models.nextvid import NextVid
+    from nextvid_mcore.models.specs import Split
+    from nextvid_mcore.parallel.groups import Layout, build_groups, init_distributed
+
+    init_distributed()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, backend="local"))
+    model = NextVid(config, Split(), build_groups(Layout()).collection, channels).eval()
+    del model.reference  # a copy of the encoder that nothing here needs
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    return model.requires_grad_(False)
+
+
+def hub_states(model: NextVid, everything: bool) -> dict[str, dict[str, Tensor]]:
+    """The networks' states under the hub's names."""
+    shapes = model.run.model
+    states = {"encoder": export.to_hub(model.student.encoder.named_parameters(), shapes.encoder.heads)}
+    if everything:
+        projection = model.student.context_projection.named_parameters(prefix="context_projection")
+        states["predictor"] = export.to_hub(
+            [*projection, *model.predictor.named_parameters()], shapes.predictor.heads
+        )
+        states["decoder"] = export.to_hub(model.decoder.named_parameters(), shapes.decoder.heads)
+    for role, state in states.items():
+        bad = [name for name, value in state.items() if not value.isfinite().all()]
+        if bad:
+            raise Mismatch(f"{role}: {len(bad)} tensors are missing in the checkpoint or not finite: {bad[:5]}")
+    return states
+
+
+# The comparison ----------------------------------------------------------------------------------
+
+
+def _difference(what: str, mine: Tensor, trained: Tensor) -> Difference:
+    if mine.shape != trained.shape:
+        raise Mismatch(f"{what}: shape {list(mine.shape)} instead of {list(trained.shape)}")
+    return Difference(what, (mine - trained).abs().max().item(), trained.abs().max().item())
+
+
+@torch.no_grad()
+def compare(model: NextVid, folder: Path, video: Tensor, everything: bool) -> list[Difference]:
+    """Run the training model and the networks loaded from `folder` on video [B, 3, T, H, W]."""
+    from nextvid_mcore.masking import draw_masks
+    from nextvid_mcore.models import sequences
+
+    config, shapes, device = model.run, model.run.model, torch.device("cpu")
+    clips, t = video.shape[0], shapes.token_frames(video.shape[2])
+    encoder = load_encoder(folder)
+
+    patches = sequences.patchify(video, shapes)  # [B, t*n, patch_dim]
+    whole = sequences.full_sequence(shapes, t, device)
+    trained = model.student.encoder(patches.transpose(0, 1).contiguous(), whole).transpose(0, 1)
+    rows = [_difference("encoder, whole clips", encoder(video), trained)]
+
+    masks = draw_masks(config.mask, shapes.grid, t - 1, config.train.seed, range(clips))
+    context = model.student.encoder(
+        sequences.visible_patches(patches, masks), sequences.student_sequence(shapes, masks, device)
+    )  # [s, rows, D]
+    if everything:
+        predictor, decoder = load_predictor(folder), load_decoder(folder)
+        z = model.predictor(
+            model.student.context_projection(context),
+            sequences.predictor_sequence(shapes, masks, t, device),
+        )  # [stretches * p * n, rows, E]
+        z = z.unflatten(0, (len(masks.segments), -1))
+    for i, segment in enumerate(masks.segments):
+        chosen = segment.clips if isinstance(segment.clips, slice) else slice(segment.clips, segment.clips + 1)
+        tokens, name = masks.of(segment), f"mask {segment.mask + 1}"
+        mine = encoder(video[chosen], tokens)
+        trained = context[segment.start : segment.stop].transpose(0, 1)
+        rows.append(_difference(f"encoder, {name}", mine, trained))
+        if not everything:
+            continue
+        my_z, my_align = predictor(mine, tokens, frames=range(1, t))
+        rows.append(_difference(f"predictor z, {name}", my_z, z[i].transpose(0, 1)))
+        align = model.predictor.align_head(z[i]).transpose(0, 1)
+        rows.append(_difference(f"predictor align, {name}", my_align, align))
+
+        generator = torch.Generator().manual_seed(i)
+        tau = torch.rand(len(my_z), t - 1, generator=generator)
+        noisy = torch.randn(*my_z.shape[:2], decoder.channels, generator=generator)
+
+        def by_frame(x: Tensor) -> Tensor:
+            """[B, p*n, ...] -> [n, B*p, ...], the training decoder's rows."""
+            return x.unflatten(1, (t - 1, -1)).flatten(0, 1).transpose(0, 1).contiguous()
+
+        velocity = model.decoder(by_frame(z[i].transpose(0, 1)), by_frame(noisy), tau.flatten())
+        mine = by_frame(decoder(noisy, tau, my_z))
+        rows.append(_difference(f"decoder velocity, {name}", mine, velocity))
+    return rows
+
+
+# The folder --------------------------------------------------------------------------------------
+
+
+def check_out(out: Path, force: bool) -> None:
+    """Refuse a folder that may not be replaced, before any work is done."""
+    if not out.exists():
+        return
+    require(out.is_dir(), f"--out {out} is a file; name a folder")
+    entries = {path.name for path in out.iterdir()}
+    require(not entries or force, f"--out {out} is not empty; name another folder, or replace it with --force")
+    for stray in sorted(entries - {"config.json", *FILES.values()}):
+        raise ConfigError(f"--out {out} holds {stray}, which is no part of an export; name another folder")
+
+
+@contextlib.contextmanager
+def finished_or_nothing(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when the block ends well, and vanishes otherwise."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.parent / f".{out.name}.unfinished-{os.getpid()}"
+    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    try:
+        work.mkdir()
+        yield work
+        if out.exists():
+            os.rename(out, old)
+        os.rename(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Do it all; raises ConfigError, HubError or Mismatch and then leaves nothing behind."""
+    from nextvid_mcore.training import checkpoint
+
+    out = Path(args.out)
+    check_out(out, args.force)
+    source = checkpoint.latest(Path(args.run))
+    require(source is not None, f"{args.run} holds no finished checkpoint; give a run or one of its checkpoints")
+    raise NotImplementedError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Export a run to plain PyTorch, and compare the export with the training model."
+    )
+    parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest checkpoint) or one checkpoint")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="of the encoder (default: ema)")
+    parser.add_argument("--all", action="store_true", help="predictor and decoder too")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export in DIR")
+    parser.add_argument("--clips", metavar="PATH", help="compare on this video or image, or a folder of them")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute difference (default: 1e-4)")
+    args = parser.parse_args(argv)
+    try:
+        convert(args)
+    except Mismatch as error:
+        print(f"{error}\nnothing was written", file=sys.stderr)
+        return 1
+    except (ConfigError, HubError) as error:
+        print(f"convert_to_torch: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
