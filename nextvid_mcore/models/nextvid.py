@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
@@ -42,6 +41,7 @@ class MicroBatch:
     """
 
     index: list[int]  # global sample indices, B of them
+    seed: int  # of tau and noise
     token_frames: int  # t
     tau_samples: int  # K
     masks: ClipMasks  # over frames 0 .. t-2: the last frame's context is never used
@@ -68,8 +68,6 @@ class LossTerms:
 
 class NextVid(MegatronModule):
     """The networks of one rank."""
-
-    model_type = ModelType.encoder_or_decoder
 
     def __init__(
         self, config: RunConfig, split: Split, groups: ProcessGroupCollection, channels: int
@@ -112,9 +110,6 @@ class NextVid(MegatronModule):
         super().train(mode)
         self.reference.eval()
         return self
-
-    def set_input_tensor(self, tensor: Tensor | list[Tensor] | None) -> None:
-        self.student.encoder.set_input_tensor(tensor)
 
     @torch.no_grad()
     def reference_features(self, patches: Tensor | None, token_frames: int) -> Tensor:
@@ -179,7 +174,7 @@ class NextVid(MegatronModule):
         """tau and flow terms, both [B, M, p, K]; z: [n (/ tp), M, p, B, E]."""
         latents = batch.latents[:, 1:]  # [B, p, n, C]
         tau, noise = flow.draw(
-            self.run.train.seed,
+            batch.seed,
             batch.index,
             z.shape[1],
             latents.shape[1],

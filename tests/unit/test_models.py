@@ -68,6 +68,7 @@ def micro_batch(
     latents = torch.randn(len(video), T_TOKENS, config.model.tokens_per_frame, CHANNELS, generator=generator)
     return MicroBatch(
         index=index,
+        seed=config.train.seed,
         token_frames=T_TOKENS,
         tau_samples=taus,
         masks=masks,

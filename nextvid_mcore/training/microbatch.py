@@ -1,0 +1,56 @@
+"""From a loaded clip batch to what the networks read: patches, masks, latents.
+
+Masks come from (seed, sample index) and are drawn again wherever they are needed; they never travel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from nextvid_mcore.config import RunConfig
+from nextvid_mcore.data import ClipBatch, normalize
+from nextvid_mcore.masking import draw_masks
+from nextvid_mcore.models.nextvid import MicroBatch
+from nextvid_mcore.models.sequences import patchify, visible_patches
+from nextvid_mcore.targets import Target
+
+
+def full_patches(config: RunConfig, clip: ClipBatch, device: torch.device) -> Tensor:
+    """Every patch of the clips, [B, t * n, patch_dim] in [-1, 1]."""
+    return patchify(normalize(clip.video.to(device, non_blocking=True)), config.model)
+
+
+def make_micro_batch(
+    config: RunConfig, clip: ClipBatch, tau_samples: int, device: torch.device, seed: int | None = None
+) -> MicroBatch:
+    """Indices and masks of the clips; patches, features and latents are added by who reads them.
+
+    Args:
+        seed: of masks, tau and noise; None: the run's. Held-out loss passes its own.
+    """
+    t = config.model.token_frames(clip.video.shape[2])
+    index = clip.index.tolist()
+    seed = config.train.seed if seed is None else seed
+    masks = draw_masks(config.mask, config.model.grid, t - 1, seed, index)
+    return MicroBatch(
+        index=index,
+        seed=seed,
+        token_frames=t,
+        tau_samples=tau_samples,
+        masks=dataclasses.replace(masks, tokens=masks.tokens.to(device, non_blocking=True)),
+    )
+
+
+def with_patches(batch: MicroBatch, patches: Tensor) -> MicroBatch:
+    """Add the visible ones of `patches` [B, t * n, patch_dim]."""
+    return dataclasses.replace(batch, patches=visible_patches(patches, batch.masks))
+
+
+@torch.no_grad()
+def with_latents(batch: MicroBatch, clip: ClipBatch, target: Target, device: torch.device) -> MicroBatch:
+    """Add the target's latents [B, t, n, C]."""
+    video = normalize(clip.video.to(device, non_blocking=True))
+    return dataclasses.replace(batch, latents=target.latents(video, clip.static, batch.index))
