@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-
 PRINTED_AT = r"\[\d\d:\d\d:\d\d\] \S+:\d+: |\[[^\]]* @ 0x\w+\] "  # decord's source line, ffmpeg's object
 
 

@@ -173,6 +173,14 @@ def _table(name: str, shards: list[tuple[dict[str, Any], int, str]], whole: bool
     )
 
 
+def check_set_name(name: str) -> None:
+    """A set's name is part of its files' names."""
+    require(
+        re.fullmatch(r"[A-Za-z0-9_.-]+", name) is not None,
+        f"set name {name!r}: use letters, digits, dot, dash and underscore",
+    )
+
+
 class SetWriter:
     """Writes the files of one set; `close` (or leaving the `with`) finishes the last one."""
 
@@ -183,10 +191,7 @@ class SetWriter:
         rows_per_file: int = ROWS_PER_FILE,
         rows_per_group: int = ROWS_PER_GROUP,
     ) -> None:
-        require(
-            re.fullmatch(r"[A-Za-z0-9_.-]+", name) is not None,
-            f"set name {name!r}: use letters, digits, dot, dash and underscore",
-        )
+        check_set_name(name)
         require(
             rows_per_file % rows_per_group == 0,
             f"{rows_per_file} rows per file is not a multiple of {rows_per_group} rows per group",
