@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nextvid_mcore import cli
+from nextvid_mcore import cli, pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
 NODE = sorted((ROOT / "examples").glob("pretrain_*.sh"))
@@ -72,18 +72,6 @@ def parse(call: list[str]) -> Launch:
     return Launch(flags, call[module + 2 :])
 
 
-def dry_run(arguments: list[str], world_size: int, tmp: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "nextvid_mcore.pretrain", *arguments, "--dry-run"]
-    return subprocess.run(
-        [*command, "--world-size", str(world_size)],
-        capture_output=True,
-        text=True,
-        cwd=tmp,  # the plan needs no data, so it must not need the clone's folders either
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=300,
-    )
-
-
 def recipe_of(script: Path) -> str:
     found = re.match(r"pretrain_(vit_[lhg])", script.name)
     assert found is not None, script
@@ -98,14 +86,17 @@ def test_the_scripts_are_there() -> None:
 
 
 @pytest.mark.parametrize("script", [*NODE, *SLURM], ids=lambda s: s.name)
-def test_the_command_passes_a_dry_run(script: Path, tmp_path: Path) -> None:
+def test_the_command_passes_a_dry_run(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     started = launch(script, tmp_path)
     assert started.arguments[0] == recipe_of(script)
     assert started.world_size == (96 if script.suffix == ".sbatch" else 8)
-    plan = dry_run(started.arguments, started.world_size, tmp_path)
-    assert plan.returncode == 0, plan.stderr
-    millions = {"vit_l": "303.9", "vit_h": "631.6", "vit_g": "1,012.2"}[recipe_of(script)]
-    assert millions in plan.stdout, plan.stdout
+    monkeypatch.chdir(tmp_path)  # the plan needs no data, so it must not need the clone's folders either
+    code = pretrain.main([*started.arguments, "--dry-run", "--world-size", str(started.world_size)])
+    plan = capsys.readouterr().out
+    millions = {"vit_l": "303.9M", "vit_h": "631.6M", "vit_g": "1,012.2M"}[recipe_of(script)]
+    assert code == 0 and millions in plan and f"{started.world_size} ranks" in plan, plan
 
 
 @pytest.mark.parametrize("script", [*NODE, *SLURM], ids=lambda s: s.name)
@@ -132,8 +123,17 @@ def test_slurm_nodes_meet_on_the_first(script: Path, tmp_path: Path) -> None:
 
 
 def test_an_impossible_layout_ends_the_dry_run(tmp_path: Path) -> None:
-    """So that the test above can fail: 22 heads can't be split by 4."""
+    """As a person meets it, and so that the dry runs above are known to be able to fail."""
     script = ROOT / "examples" / "pretrain_vit_g_8gpu.sh"
     started = launch(script, tmp_path, "--parallel.encoder.tensor", "4")
-    plan = dry_run(started.arguments, started.world_size, tmp_path)
+    command = [sys.executable, "-m", "nextvid_mcore.pretrain", *started.arguments]
+    plan = subprocess.run(
+        [*command, "--dry-run", "--world-size", str(started.world_size)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
     assert plan.returncode == 2 and "22 heads" in plan.stderr and "Traceback" not in plan.stderr
+    assert plan.stdout == ""
