@@ -17,11 +17,12 @@ bash scripts/install.sh train,demo
 python=.venv/bin/python
 
 title "2 of 5: clips and images that ship in packages, in data/demo"
-if [ -e data/demo/ready ]; then
+written_by=$(sha256sum <tools/demo_data.py)
+if [ "$(cat data/demo/written-by 2>/dev/null)" = "$written_by" ]; then
     echo "data/demo is there."
 else
     $python tools/demo_data.py --out data/demo
-    touch data/demo/ready
+    echo "$written_by" >data/demo/written-by
 fi
 
 title "3 of 5: pretraining recipe tiny on 2 processes (tensor parallel), in $RUN"
