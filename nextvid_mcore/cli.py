@@ -36,6 +36,7 @@ from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, RunConfig, SetConfig, require
 
 EXIT_CONFIG = 2
+PATIENCE = 5.0  # seconds that other ranks give rank 0 to speak
 DEMO_MANIFEST = "data/demo/manifest"  # written by examples/quickstart.sh, read when no manifest is named
 DEMO_EVAL_MANIFEST = "data/demo/manifest_val"
 PROGRAM = "python -m nextvid_mcore.pretrain"
@@ -287,13 +288,18 @@ def with_demo_data(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=data)
 
 
-def fail(error: Exception | str, code: int = EXIT_CONFIG) -> NoReturn:
+def fail(error: Exception | str, code: int = EXIT_CONFIG, everywhere: bool = False) -> NoReturn:
     """Print one message on rank 0 and end the process.
 
     A launcher ends every process as soon as one has ended, so the others wait until rank 0 has spoken.
+
+    Args:
+        everywhere: the failure may be of one rank alone: whoever is still there after the wait speaks too.
     """
-    if os.environ.get("RANK", "0") == "0":
-        print(f"nextvid_mcore: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(5)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(PATIENCE)
+    if rank == "0" or everywhere:
+        where = f" [rank {rank}]" if rank != "0" else ""
+        print(f"nextvid_mcore{where}: {error}", file=sys.stderr, flush=True)
     raise SystemExit(code)

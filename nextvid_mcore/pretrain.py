@@ -1,0 +1,78 @@
+"""Pretraining: `torchrun --nproc-per-node N -m nextvid_mcore.pretrain RECIPE --out DIR [settings]`.
+
+One process needs no torchrun. `--dry-run [--world-size N]` prints the plan and stops; `--help` lists the
+recipes and every setting. The same command run again goes on from the newest checkpoint in DIR.
+
+A process ends with one of these codes (torchrun itself answers 1 when one of its processes fails):
+
+    0    the run is complete
+    2    the settings can't work; nothing was started or changed
+    3    too many non-finite steps in a row (optim.max_skipped)
+    4    the data can't be read: too many bad files, or a loader failed
+    138  saved and ended because of SIGUSR1        143  because of SIGTERM
+
+Heavy imports stand inside `main`: loader processes import this module again.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+from nextvid_mcore import cli
+from nextvid_mcore.config import ConfigError, RunConfig
+
+EXIT_NON_FINITE = 3
+EXIT_DATA = 4
+
+
+def quiet() -> None:
+    """megatron-core and torch tell, at every import, what isn't installed; the plan says what is used."""
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, and print the plan or train. Returns the exit code."""
+    quiet()
+    try:
+        config, options = cli.parse(sys.argv[1:] if argv is None else argv)
+        from nextvid_mcore.parallel import plan
+
+        if options.dry_run:
+            print(plan.describe(config, options.world_size))
+            return 0
+        plan.check(config, options.world_size)
+    except cli.Help as text:
+        print(text)
+        return 0
+    except ConfigError as error:
+        cli.fail(error)
+    return train(config, options)
+
+
+def train(config: RunConfig, options: cli.Options) -> int:
+    """The run, with its failures as exit codes."""
+    import torch.distributed as dist
+
+    from nextvid_mcore.data.guard import DataError
+    from nextvid_mcore.training.feed import LoaderError
+    from nextvid_mcore.training.loop import NonFiniteError, Trainer
+
+    try:
+        return Trainer(config, options.out).run()
+    except (DataError, LoaderError) as error:
+        cli.fail(error, EXIT_DATA, everywhere=True)
+    except NonFiniteError as error:
+        cli.fail(error, EXIT_NON_FINITE)
+    except ConfigError as error:
+        cli.fail(error, everywhere=True)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

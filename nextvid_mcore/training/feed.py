@@ -1,0 +1,116 @@
+"""A step's micro-batches: decoded once per replica, shared inside it, with what all ranks must agree on.
+
+The first rank of a replica (tensor rank 0 of the first pipeline stage) runs the loader and broadcasts the
+uint8 clips and their sample indices over the replica. With them goes one small all-reduce over all ranks:
+how many samples met a bad file, whether a loader failed, whether a signal asked for the end. So every
+rank stops at the same step, for the same reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nextvid_mcore.data.guard import BadShareGuard
+from nextvid_mcore.data.loader import ClipBatch
+from nextvid_mcore.parallel.groups import RoleGroups
+
+
+class LoaderError(RuntimeError):
+    """A loader failed, here or on another rank."""
+
+
+@dataclass(frozen=True)
+class StepData:
+    """The clips of one step of one replica."""
+
+    batches: list[ClipBatch]
+    bad: int  # samples of the step that met a bad file, over all replicas
+    signal: int  # the signal that some rank received, or 0
+    seconds: float  # waited for
+
+
+def device() -> torch.device:
+    """Where collectives of this process work."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def share(batch: ClipBatch | None, clips: int, frames: int, size: int, groups: RoleGroups) -> ClipBatch:
+    """The replica's first rank's batch on every rank of the replica; the others pass None."""
+    replica = groups.collection.mp
+    if replica.size() == 1:
+        return batch
+    if batch is None:
+        video = torch.empty(clips, 3, frames, size, size, dtype=torch.uint8, device=device())
+        numbers = torch.empty(3, clips, dtype=torch.int64, device=device())
+    else:
+        video = batch.video.to(device(), non_blocking=True).contiguous()
+        numbers = torch.stack([batch.index, batch.label, batch.static.long()]).to(device())
+    first = dist.get_global_rank(replica, 0)
+    dist.broadcast(video, first, group=replica)
+    dist.broadcast(numbers, first, group=replica)
+    if batch is not None:
+        return dataclasses.replace(batch, video=video)
+    index, label, static = numbers.cpu()
+    return ClipBatch(video=video, index=index, label=label, static=static.bool(), items=[])
+
+
+class Feed:
+    """Hands out steps in order.
+
+    Args:
+        loader: this replica's micro-batches; None on ranks that don't load.
+        size: height and width of a frame.
+    """
+
+    def __init__(
+        self, loader: Iterator[ClipBatch] | None, groups: RoleGroups, guard: BadShareGuard, size: int
+    ) -> None:
+        self._loader, self._groups, self._guard, self._size = loader, groups, guard, size
+        assert (loader is not None) == (groups.collection.mp.rank() == 0)
+
+    def next(self, count: int, clips: int, frames: int, signal: int) -> StepData:
+        """The next `count` micro-batches of `clips` clips of `frames` frames.
+
+        `signal`: what this rank received. Raises LoaderError on all ranks, DataError when too many files
+        are bad.
+        """
+        begin = time.perf_counter()
+        mine: list[ClipBatch] = []
+        error: Exception | None = None
+        try:
+            for _ in range(count if self._loader is not None else 0):
+                mine.append(next(self._loader))
+        except Exception as failure:  # said on this rank below, after the others know
+            error = failure
+        files = [entry for batch in mine for entry in batch.bad]
+        bad = sum(batch.bad_samples for batch in mine)
+        bad, failed, signal = self._agree(bad, error is not None, signal)
+        if error is not None:
+            raise error
+        if failed:
+            raise LoaderError("the loader of another rank failed; its message names the cause")
+        total = count * clips * self._groups.layout.data
+        self._guard.update(total, bad, files)
+        batches = [
+            share(mine[i] if mine else None, clips, frames, self._size, self._groups) for i in range(count)
+        ]
+        return StepData(batches, bad, signal, time.perf_counter() - begin)
+
+    def _agree(self, bad: int, failed: bool, signal: int) -> tuple[int, bool, int]:
+        """(sum of bad, any failed, the highest signal) over all ranks."""
+        every = self._groups.collection.intra_dist_opt
+        mine = torch.tensor([bad, int(failed), signal], dtype=torch.int64, device=device())
+        rows = [torch.empty_like(mine) for _ in range(every.size())]
+        dist.all_gather(rows, mine, group=every)
+        table = torch.stack(rows).cpu()
+        return int(table[:, 0].sum()), bool(table[:, 1].any()), int(table[:, 2].max())

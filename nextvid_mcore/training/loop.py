@@ -1,0 +1,316 @@
+"""The training loop: everything round `TrainStep`. Start, resume, data, logs, evaluation, checkpoints, end.
+
+A run directory holds
+
+    config.json          the settings of the last start
+    metrics.jsonl        one line a step (see `Trainer._row`), eval.jsonl one line an evaluation
+    checkpoints/         training/checkpoint.py
+    plots/               written when the run ends
+
+The state of a run is a step number: data, masks, tau and noise follow from (seed, step). A checkpoint adds
+weights, optimizer, EMA, and in `extra` the two counters that decide when to give up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from nextvid_mcore.config import RunConfig, require
+from nextvid_mcore.data.guard import BadShareGuard
+from nextvid_mcore.data.loader import ClipBatch, build_dataset, build_loader
+from nextvid_mcore.data.sampler import rank_batches
+from nextvid_mcore.parallel.groups import build_groups, init_distributed, resolve_layout, seed_trackers
+from nextvid_mcore.schedule import Schedule, StagePoint
+from nextvid_mcore.training import checkpoint
+from nextvid_mcore.training.evaluate import Evaluator
+from nextvid_mcore.training.feed import Feed, StepData
+from nextvid_mcore.training.manifest import CheckpointError
+from nextvid_mcore.training.metrics import MetricsFile
+from nextvid_mcore.training.progress import Progress
+from nextvid_mcore.training.step import StepResult, TrainStep
+from nextvid_mcore.training.wandb_sink import WandbSink
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+class Trainer:
+    """One run in one directory. Every rank makes one and calls `run`."""
+
+    def __init__(self, config: RunConfig, out: Path) -> None:
+        """Join the other processes, build everything, and stand where the run left off."""
+        self.config, self.out = config, out
+        self.schedule = Schedule(config)
+        init_distributed(config.parallel.timeout)
+        self.rank = dist.get_rank()
+        layout = resolve_layout(config, dist.get_world_size())
+        self.groups = build_groups(layout, timeout=config.parallel.timeout)
+        seed_trackers(config.train.seed, self.groups)
+        self.guard = BadShareGuard(config.data.max_bad_share, config.data.bad_window)
+        self.skipped = 0  # steps skipped in a row
+        self.signal = 0
+        self.checkpoints = out / "checkpoints"
+        self.newest: Path | None = None
+
+        self.train_step = TrainStep(config, self.groups)
+        self.step, notes = self._stand()
+        self.progress = Progress(
+            self.schedule.total_steps, self.step, config.train.log_every, config.train.progress, self.rank
+        )
+        for note in notes:
+            self.progress.say(note)
+        self.evaluator = self._evaluator()
+        self.metrics, self.evals, self.wandb = self._sinks()
+
+    def _stand(self) -> tuple[int, list[str]]:
+        """Load the newest checkpoint, or the weights to start from. Finished steps, and what to say."""
+        config, newest = self.config, checkpoint.latest(self.checkpoints)
+        if newest is not None:
+            notes = changes(checkpoint.read_state(newest)["config"], config)
+            progress = checkpoint.load(newest, config, self.train_step.optimizers)
+            self.newest = newest
+            self.guard.load_state_dict(progress.extra.get("bad_window", []))
+            self.skipped = int(progress.extra.get("skipped", 0))
+            return progress.step, [f"going on after step {progress.step}, from {newest}", *notes]
+        if any(self.checkpoints.glob("step_*")):
+            raise CheckpointError(
+                f"none of the checkpoints in {self.checkpoints} is whole; move them away to start over"
+            )
+        notes = []
+        if config.train.init_from is not None:
+            source = find_checkpoint(Path(config.train.init_from))
+            checkpoint.load(source, config, self.train_step.optimizers, weights_only=True)
+            notes.append(f"weights from {source}, everything else new")
+        if self.schedule.first_step_of_run:
+            notes.append(
+                f"starting at stage {config.train.start_stage}, step {self.schedule.first_step_of_run}"
+            )
+        return self.schedule.first_step_of_run, notes
+
+    def _evaluator(self) -> Evaluator | None:
+        if not self.config.eval.every:
+            return None
+        if self.config.data.eval_manifest is None:
+            self.progress.say("no held-out loss: there is no --data.eval-manifest")
+            return None
+        return Evaluator(self.config, self.train_step, self.groups)
+
+    def _sinks(self) -> tuple[MetricsFile | None, MetricsFile | None, WandbSink | None]:
+        """Files and wandb, on rank 0."""
+        if self.rank != 0:
+            return None, None, None
+        self.out.mkdir(parents=True, exist_ok=True)
+        scratch = self.out / "config.json.tmp"
+        scratch.write_text(self.config.to_json() + "\n")
+        os.replace(scratch, self.out / "config.json")
+        wandb = WandbSink(self.config.wandb, self.out, dataclasses.asdict(self.config), say=self.progress.say)
+        metrics = MetricsFile(self.out / "metrics.jsonl", self.step)
+        return metrics, MetricsFile(self.out / "eval.jsonl", self.step), wandb
+
+    def _loader(self) -> Iterator[ClipBatch] | None:
+        """This replica's micro-batches from here to the end; None where another rank of it loads."""
+        if self.groups.collection.mp.rank() != 0:
+            return None
+        layout = self.groups.layout
+        requests = rank_batches(
+            self.schedule, self.step, self.groups.data_rank, layout.data, self.config.train.micro_batch
+        )
+        return build_loader(self.config, requests)
+
+    def run(self) -> int:
+        """Train to the end of the schedule (or of `train.steps`). Returns the process's exit code."""
+        self._check_data()
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        loader = self._loader() if self.step < self.schedule.total_steps else None
+        try:
+            code = self._run(loader)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if loader is not None:
+                loader.close()
+            for sink in (self.progress, self.metrics, self.evals, self.wandb):
+                if sink is not None:
+                    sink.close()
+        return code
+
+    def _check_data(self) -> None:
+        """Manifest and mixture are right before any step; and what is drawn from, said."""
+        note = build_dataset(self.config).mixture.note
+        self.progress.say(f"data: {note}")
+
+    def _run(self, loader: Iterator[ClipBatch] | None) -> int:
+        layout, config = self.groups.layout, self.config
+        feed = Feed(loader, self.groups, self.guard, config.model.image_size)
+        while self.step < self.schedule.total_steps:
+            begin = time.perf_counter()
+            point = self.schedule.at(self.step)
+            count = layout.micro_batches(point.batch, config.train.micro_batch)
+            data = feed.next(count, config.train.micro_batch, point.stage.frames, self.signal)
+            if data.signal:
+                return self._interrupted(data.signal)
+            result = self.train_step.run(point, data.batches)
+            self.step += 1
+            self.skipped = 0 if result.applied else self.skipped + 1
+            self._log(self._row(point, data, result, time.perf_counter() - begin))
+            if self.skipped >= config.optim.max_skipped:
+                self._give_up(point)
+            last = self.step == self.schedule.total_steps
+            if self.evaluator is not None and (last or self.step % config.eval.every == 0):
+                self._evaluate()
+            if last or self.step % config.checkpoint.every == 0:
+                self._save()
+        self._finish()
+        return 0
+
+    def _row(self, point: StagePoint, data: StepData, result: StepResult, seconds: float) -> dict[str, Any]:
+        """One line of metrics.jsonl. `skipped` counts the steps skipped in a row up to this one."""
+        row = {
+            "step": self.step,
+            "samples": point.samples_before + point.batch,
+            "stage": point.stage.name,
+            "loss": result.loss,
+            "loss_flow": result.loss_flow,
+            "loss_align": result.loss_align,
+            "grad_norm": result.grad_norm,
+            "lr": point.lr,
+            "lr_flow": point.lr_flow,
+            "tau": point.stage.tau_samples,
+            "frames": point.stage.frames,
+            "bad_samples": data.bad,
+            "skipped": self.skipped,
+            **result.monitors,
+            "clips_per_s": point.batch / seconds,
+            "step_time": seconds,
+            "data_time": data.seconds,
+            "memory_gib": memory_gib(),
+        }
+        if not result.applied:  # the step's samples: from the first up to, not including, the second
+            row["skipped_indices"] = [point.samples_before, point.samples_before + point.batch]
+        return row
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.rank == 0:
+            self.metrics.write(row)
+            self.wandb.write(row)
+            self.progress.step(row)
+            if "skipped_indices" in row:
+                first, end = row["skipped_indices"]
+                self.progress.say(
+                    f"step {row['step']} skipped: loss {row['loss']}, gradient norm {row['grad_norm']}; "
+                    f"samples {first} to {end - 1}"
+                )
+
+    def _evaluate(self) -> None:
+        row = {"step": self.step, **self.evaluator.run()}
+        if self.rank == 0:
+            self.evals.write(row)
+            self.wandb.write({"step": self.step, "eval": row})
+            self.progress.say(
+                f"step {self.step}: held-out loss {row['ema']['loss']:.5g} (EMA), "
+                f"{row['online']['loss']:.5g} (online)"
+            )
+
+    def _save(self) -> None:
+        """A checkpoint after `self.step` steps; no checkpoint is ahead of its metrics."""
+        for sink in (self.metrics, self.evals):
+            if sink is not None:
+                sink.sync()
+        self.newest = checkpoint.save(
+            self.checkpoints,
+            self.step,
+            self.schedule.samples_before(self.step),
+            self.config,
+            self.train_step.optimizers,
+            extra={"bad_window": self.guard.state_dict(), "skipped": self.skipped},
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _give_up(self, point: StagePoint) -> None:
+        first = self.schedule.samples_before(self.step - self.skipped)
+        raise NonFiniteError(
+            f"{self.skipped} steps in a row up to step {self.step} were not finite and were skipped "
+            f"(optim.max_skipped {self.config.optim.max_skipped}), samples {first} to "
+            f"{point.samples_before + point.batch - 1}; the last good checkpoint is in {self.checkpoints}. "
+            "Lower the learning rate, or look at these samples"
+        )
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number  # acted on between two steps, by all ranks together
+
+    def _interrupted(self, number: int) -> int:
+        if self.step > self.schedule.first_step_of_run:
+            self._save()
+        name = signal.Signals(number).name
+        self.progress.say(f"{name}: saved after step {self.step}; the same command goes on from here")
+        return 128 + number
+
+    def _finish(self) -> None:
+        """Pictures, and what lies where."""
+        if self.rank != 0:
+            return
+        from nextvid_mcore.evaluation.pictures import plot_losses
+
+        plot_losses(self.out / "metrics.jsonl", self.out / "plots" / "loss.png")
+        self.progress.close()
+        where = [
+            f"finished: {self.step} of {self.schedule.schedule_steps} steps",
+            f"  {self.newest}   the last checkpoint",
+            f"  {self.out}/metrics.jsonl   a line a step, plots/loss.png   the same as a picture",
+        ]
+        print("\n".join(where), flush=True)
+
+
+def memory_gib() -> float:
+    """The most memory this process has had: of its GPU, or of the machine without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def changes(old: dict[str, Any], config: RunConfig) -> list[str]:
+    """What this start sets otherwise than the checkpoint's run, a line each, but not how it is split or logged."""
+    quiet = ("checkpoint.", "eval.", "wandb.", "train.steps", "train.log_every", "train.progress")
+
+    def flat(value: Any, name: str = "") -> dict[str, Any]:
+        if isinstance(value, list):
+            value = {str(i): each for i, each in enumerate(value)}
+        if not isinstance(value, dict):
+            return {name: value}
+        parts = (flat(each, f"{name}.{key}" if name else key) for key, each in value.items())
+        return {key: each for part in parts for key, each in part.items()}
+
+    then, now = flat(old), flat(json.loads(config.to_json()))
+    names = [name for name in sorted(then.keys() | now.keys()) if not name.startswith(quiet)]
+    return [
+        f"note: {name} was {then.get(name)} and is now {now.get(name)}"
+        for name in names
+        if then.get(name) != now.get(name)
+    ]
+
+
+def find_checkpoint(source: Path) -> Path:
+    """`--init-from`: a checkpoint, a run's checkpoints folder, or a run."""
+    if (source / checkpoint.STATE).exists():
+        return source
+    for folder in (source / "checkpoints", source):
+        found = checkpoint.latest(folder) if folder.is_dir() else None
+        if found is not None:
+            return found
+    require(False, f"--init-from {source}: there is no whole checkpoint")
+    raise AssertionError

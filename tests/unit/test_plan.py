@@ -1,0 +1,123 @@
+"""The plan: what cannot run is refused with its numbers, and the text says what a run holds and costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nextvid_mcore import cli, flops, recipes
+from nextvid_mcore.config import ConfigError
+from nextvid_mcore.parallel.groups import Layout
+from nextvid_mcore.parallel.plan import WIDTH, check, describe, rank_memory, stage_layers
+
+
+def plan(line: str, world: int, dry_run: bool = True):
+    config, _ = cli.parse([*line.split(), "--dry-run"])
+    return check(config, world, dry_run)
+
+
+@pytest.mark.parametrize(
+    ("line", "world", "said"),
+    [
+        ("vit_g --parallel.encoder.tensor 4", 8, "encoder: 22 heads can't be split over tensor parallel 4"),
+        ("vit_g --parallel.encoder.tensor 11", 11, "MLP width 6144 can't be split over tensor parallel 11"),
+        ("vit_l --parallel.encoder.tensor 8", 8, "predictor: 12 heads can't be split over tensor parallel 8"),
+        ("vit_l --parallel.encoder.tensor 2", 7, "7 ranks can't be divided into groups of tensor 2"),
+        ("vit_l --parallel.encoder.data 3", 4, "needs 3 ranks, but 4 were started"),
+        (
+            "vit_l --train.global-batch 100",
+            8,
+            "batch 100 is not divisible by micro batch 4 x data parallel 8",
+        ),
+        ("tiny --parallel.encoder.pipeline 5", 5, "4 encoder layers can't be split over 5 pipeline stages"),
+        ("tiny --train.start-stage nowhere", 1, "no stage 'nowhere'"),
+        ("tiny --train.steps 61", 1, "61 is more than the 60 steps"),
+        ("tiny --parallel.encoder.tensor 2 --mask.mode packed --parallel.sequence", 2, "mask mode packed"),
+    ],
+)
+def test_impossible_runs_name_the_numbers(line: str, world: int, said: str):
+    with pytest.raises(ConfigError) as error:
+        plan(line, world)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_sequence_that_cannot_be_split_is_named():
+    # 2 token frames: the student sees 1 x (25 + 12) = 37 tokens
+    line = (
+        "tiny --parallel.encoder.tensor 2 --parallel.sequence --model.image-size 80 --stages.0.frames 4 "
+        "--mask.keep 0.25 0.12"
+    )
+    with pytest.raises(ConfigError, match="student's sequence of 37 tokens"):
+        plan(line, 2)
+
+
+def test_a_real_start_asks_for_what_a_dry_run_does_not():
+    assert plan("vit_l --model.backend te", 8).data == 8
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="--model.backend local"):
+            plan("vit_l --model.backend te", 8, dry_run=False)
+    with pytest.raises(ConfigError, match="--target.checkpoint"):
+        plan("vit_l", 8, dry_run=False)
+    assert plan("tiny", 1, dry_run=False) == Layout()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("vit_l", ("encoder 303.9M", "predictor 22.1M", "decoder 32.7M")),
+        ("vit_h", ("encoder 631.6M", "predictor 22.3M", "decoder 32.7M")),
+        ("vit_g", ("encoder 1,012.2M", "predictor 22.4M", "decoder 32.7M")),
+    ],
+)
+def test_the_text_has_the_papers_numbers(name: str, said: tuple[str, ...]):
+    text = describe(recipes.get(name), 96)
+    for words in (*said, "132,000 steps", "377.9M clips", "830.5B tokens", "data 96", "8 micro-batches"):
+        assert words in text
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_who_holds_what_covers_every_rank_once():
+    config, _ = cli.parse(
+        "tiny --dry-run --parallel.encoder.tensor 2 --parallel.encoder.pipeline 2 --train.micro-batch 2".split()
+    )
+    lines = [line.strip() for line in describe(config, 8).splitlines() if line.strip().startswith("data ")]
+    assert [line.split(": ")[1] for line in lines] == ["ranks 0-1", "ranks 4-5", "ranks 2-3", "ranks 6-7"]
+    assert ["decoder" in line for line in lines] == [False, True, False, True]
+    assert sum(stage_layers(config, Layout(2, 2, 2))) == config.model.encoder.depth
+
+
+def test_memory_adds_up_over_the_ranks():
+    """What all ranks hold is what the model has; the optimizer's state is held once."""
+    config = recipes.get("vit_g")
+    count = flops.parameters(config.model, flops.target_channels(config))
+    trained = count.student + count.predictor + count.decoder
+    layout = Layout(tensor=2, pipeline=4, data=12)
+    stages = [rank_memory(config, layout, i, config.stages[0]) for i in range(4)]
+    replica = layout.tensor
+    assert replica * sum(m.weights for m in stages) == pytest.approx(2 * trained)
+    assert replica * sum(m.gradients for m in stages) == pytest.approx(4 * trained)
+    assert replica * layout.data * sum(m.optimizer for m in stages) == pytest.approx(
+        12 * trained + 4 * count.encoder
+    )
+    assert replica * sum(m.reference for m in stages) == pytest.approx(2 * count.encoder)
+    full = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, recompute="full"))
+    lean = rank_memory(full, layout, 0, config.stages[0])
+    assert lean.activations < stages[0].activations / 8 and lean.weights == stages[0].weights
+
+
+def test_the_program_prints_its_plan_without_torchrun_data_or_gpu(tmp_path):
+    command = [sys.executable, "-m", "nextvid_mcore.pretrain", "tiny", "--dry-run", "--world-size", "2"]
+    command += ["--train.micro-batch", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "encoder 0.5M" in done.stdout and "2 ranks = tensor 1 x data 2" in done.stdout
+    done = subprocess.run(
+        [*command, "--parallel.encoder.tensor", "3"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "4 heads can't be split over tensor parallel 3; it can be 1, 2, 4" in done.stderr
