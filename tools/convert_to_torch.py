@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import shutil
 import sys
@@ -36,11 +37,11 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from nextvid_mcore.config import ConfigError, RunConfig, require  # noqa: E402
-from nextvid_mcore.hub import FILES, HubError, load_decoder, load_encoder, load_predictor  # noqa: E402
-from nextvid_mcore.hub import export  # noqa: E402
+from nextvid_mcore.hub import FILES, HubError, export, load_decoder, load_encoder, load_predictor  # noqa: E402
 
 if TYPE_CHECKING:
     from nextvid_mcore.models.nextvid import NextVid
+    from nextvid_mcore.parallel.groups import RoleGroups
 
 CLIPS = 2  # compared
 VIDEO = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg"}
@@ -122,22 +123,57 @@ def compared_clips(config: RunConfig, clips: str | None) -> tuple[Tensor, str]:
 # The training model ------------------------------------------------------------------------------
 
 
-def build_model(config: RunConfig, channels: int) -> NextVid:
-    """The training model in fp32 on this process, all its weights nan until a checkpoint fills them."""
-    import dataclasses
-
-    from nextvid_mcore.models.nextvid import NextVid
-    from nextvid_mcore.models.specs import Split
+def one_process() -> RoleGroups:
+    """Process groups of a world of one."""
     from nextvid_mcore.parallel.groups import Layout, build_groups, init_distributed
 
     init_distributed()
+    return build_groups(Layout())
+
+
+def build_model(config: RunConfig, channels: int, groups: RoleGroups) -> NextVid:
+    """The training model in fp32 on this process, all its weights nan until a checkpoint fills them."""
+    from nextvid_mcore.models.nextvid import NextVid
+    from nextvid_mcore.models.specs import Split
+
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, backend="local"))
-    model = NextVid(config, Split(), build_groups(Layout()).collection, channels).eval()
+    model = NextVid(config, Split(), groups.collection, channels).eval()
     del model.reference  # a copy of the encoder that nothing here needs
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     return model.requires_grad_(False)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint itself, or the newest whole one of a run."""
+    from nextvid_mcore.training import checkpoint
+
+    require(path.is_dir(), f"{path}: no such folder; give a run or one of its checkpoints")
+    if (path / checkpoint.STATE).exists():
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = checkpoint.latest(folder)
+    require(found is not None, f"{folder} holds no whole checkpoint; give a run or one of its checkpoints")
+    return found
+
+
+def load_model(path: Path, weights: str) -> tuple[NextVid, int]:
+    """The training model of a checkpoint of any layout, and its finished steps.
+
+    `weights` are the encoder's. All else was trained with the online encoder and has no average of its
+    own that would fit it, so it is loaded as it is, the projection of the context included.
+    """
+    from nextvid_mcore.targets import target_channels
+    from nextvid_mcore.training import checkpoint
+
+    state = checkpoint.read_state(path)
+    config, groups = export.run_config(state["config"]), one_process()
+    model = build_model(config, target_channels(config), groups)
+    checkpoint.load_weights(path, model.roles(), groups, "online")
+    if weights == "ema":
+        checkpoint.load_weights(path, {"student.encoder": model.student.encoder}, groups, "ema")
+    return model, int(state["step"])
 
 
 def hub_states(model: NextVid, everything: bool) -> dict[str, dict[str, Tensor]]:
@@ -153,7 +189,9 @@ def hub_states(model: NextVid, everything: bool) -> dict[str, dict[str, Tensor]]
     for role, state in states.items():
         bad = [name for name, value in state.items() if not value.isfinite().all()]
         if bad:
-            raise Mismatch(f"{role}: {len(bad)} tensors are missing in the checkpoint or not finite: {bad[:5]}")
+            raise Mismatch(
+                f"{role}: {len(bad)} tensors are missing in the checkpoint or not finite: {bad[:5]}"
+            )
     return states
 
 
@@ -193,7 +231,9 @@ def compare(model: NextVid, folder: Path, video: Tensor, everything: bool) -> li
         )  # [stretches * p * n, rows, E]
         z = z.unflatten(0, (len(masks.segments), -1))
     for i, segment in enumerate(masks.segments):
-        chosen = segment.clips if isinstance(segment.clips, slice) else slice(segment.clips, segment.clips + 1)
+        chosen = (
+            segment.clips if isinstance(segment.clips, slice) else slice(segment.clips, segment.clips + 1)
+        )
         tokens, name = masks.of(segment), f"mask {segment.mask + 1}"
         mine = encoder(video[chosen], tokens)
         trained = context[segment.start : segment.stop].transpose(0, 1)
@@ -228,7 +268,9 @@ def check_out(out: Path, force: bool) -> None:
         return
     require(out.is_dir(), f"--out {out} is a file; name a folder")
     entries = {path.name for path in out.iterdir()}
-    require(not entries or force, f"--out {out} is not empty; name another folder, or replace it with --force")
+    require(
+        not entries or force, f"--out {out} is not empty; name another folder, or replace it with --force"
+    )
     for stray in sorted(entries - {"config.json", *FILES.values()}):
         raise ConfigError(f"--out {out} holds {stray}, which is no part of an export; name another folder")
 
@@ -251,34 +293,64 @@ def finished_or_nothing(out: Path) -> Iterator[Path]:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Do it all; raises ConfigError, HubError or Mismatch and then leaves nothing behind."""
-    from nextvid_mcore.training import checkpoint
-
+    """Do it all. Raises an error that `main` knows, and then leaves nothing behind."""
     out = Path(args.out)
     check_out(out, args.force)
-    source = checkpoint.latest(Path(args.run))
-    require(source is not None, f"{args.run} holds no finished checkpoint; give a run or one of its checkpoints")
-    raise NotImplementedError
+    path = find_checkpoint(Path(args.run))
+    model, step = load_model(path, args.weights)
+    print(f"{path}: step {step} of {model.run.recipe}, {args.weights} weights of the encoder")
+    config = export.flat_config(model.run, model.decoder.output.out_features, step, args.weights)
+    with finished_or_nothing(out) as folder:
+        export.write_folder(folder, config, hub_states(model, args.all))
+        video, source = compared_clips(model.run, args.clips)
+        print(f"compared with the training model on {len(video)} clips of {video.shape[2]} frames; {source}")
+        rows = compare(model, folder, video, args.all)
+        for row in rows:
+            note = "  (all zero: nothing compared)" if row.scale == 0 else ""
+            print(
+                f"  {row.what:26} largest difference {row.largest:.2e}, largest value {row.scale:.4g}{note}"
+            )
+        worst = max(rows, key=lambda row: (row.largest != row.largest, row.largest))
+        if not worst.good(args.tolerance):
+            raise Mismatch(
+                f"{worst.what} differs by {worst.largest:.3g}, above the tolerance {args.tolerance:g}"
+            )
+    sizes = (
+        f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in sorted(out.glob("*.safetensors"))
+    )
+    print(f"largest difference {worst.largest:.2e}, tolerance {args.tolerance:g}")
+    print(f"wrote {out}: config.json, {', '.join(sizes)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Export a run to plain PyTorch, and compare the export with the training model."
     )
-    parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest checkpoint) or one checkpoint")
+    parser.add_argument(
+        "run", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest checkpoint) or one checkpoint"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="of the encoder (default: ema)")
+    parser.add_argument(
+        "--weights", choices=("ema", "online"), default="ema", help="of the encoder (default: ema)"
+    )
     parser.add_argument("--all", action="store_true", help="predictor and decoder too")
     parser.add_argument("--force", action="store_true", help="replace an earlier export in DIR")
     parser.add_argument("--clips", metavar="PATH", help="compare on this video or image, or a folder of them")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute difference (default: 1e-4)")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest absolute difference (default: 1e-4)"
+    )
     args = parser.parse_args(argv)
+    from nextvid_mcore.pretrain import quiet
+
+    quiet()
+    from nextvid_mcore.training.manifest import CheckpointError
+
     try:
         convert(args)
     except Mismatch as error:
-        print(f"{error}\nnothing was written", file=sys.stderr)
+        print(f"convert_to_torch: {error}; nothing was written", file=sys.stderr)
         return 1
-    except (ConfigError, HubError) as error:
+    except (ConfigError, HubError, CheckpointError) as error:
         print(f"convert_to_torch: {error}", file=sys.stderr)
         return 2
     return 0

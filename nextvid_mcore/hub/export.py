@@ -8,11 +8,14 @@ error: nothing is dropped silently.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +75,33 @@ def to_hub(parameters: Iterable[tuple[str, Tensor]], heads: int) -> dict[str, Te
         prefix = f"blocks.{match['layer']}." if table is LAYER else ""
         state[f"{prefix}{table[module]}.{match['kind']}"] = value
     return state
+
+
+def run_config(plain: Mapping[str, Any]) -> RunConfig:
+    """The RunConfig that a checkpoint's state.json holds as plain JSON values.
+
+    Settings that it lacks (they came later) take their defaults; one that this code doesn't know is an
+    error.
+    """
+    return _rebuild(RunConfig, plain, "the checkpoint's configuration")
+
+
+def _rebuild(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        unknown = sorted(value.keys() - hints.keys())
+        if unknown:
+            raise HubError(
+                f"{where} has {unknown[0]!r}, which this version of the code doesn't know; update it"
+            )
+        try:
+            return kind(**{name: _rebuild(hints[name], x, f"{where}: {name}") for name, x in value.items()})
+        except TypeError as error:  # a setting without a default is missing
+            raise HubError(f"{where}: {error}") from None
+    if isinstance(value, list):  # tuple[X, ...] or tuple[X, Y]; JSON has no tuples
+        items = typing.get_args(kind)
+        return tuple(_rebuild(items[0], x, where) for x in value)
+    return value
 
 
 def frames_at(config: RunConfig, step: int) -> int:

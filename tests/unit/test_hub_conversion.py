@@ -35,7 +35,7 @@ def small(mode: str) -> RunConfig:
 
 def trained(config: RunConfig):
     """A training model with every tensor away from zero and one."""
-    model = convert_to_torch.build_model(config, CHANNELS)
+    model = convert_to_torch.build_model(config, CHANNELS, convert_to_torch.one_process())
     for role, module in model.roles().items():
         init_weights(module, role, model.groups, seed=3, std=0.1, noise=0.1)
     return model
@@ -72,7 +72,7 @@ def test_a_wrong_weight_is_seen_in_every_network(tmp_path: Path, monkeypatch: py
 
 
 def test_weights_that_were_not_loaded_are_refused() -> None:
-    model = convert_to_torch.build_model(small("fixed"), CHANNELS)
+    model = convert_to_torch.build_model(small("fixed"), CHANNELS, convert_to_torch.one_process())
     init_weights(model.student, "student", model.groups, seed=0, std=0.1)
     convert_to_torch.hub_states(model, False)
     with pytest.raises(convert_to_torch.Mismatch, match="predictor: .* missing in the checkpoint"):
@@ -80,7 +80,11 @@ def test_weights_that_were_not_loaded_are_refused() -> None:
 
 
 def test_unknown_parameters_are_refused() -> None:
-    for name in ("block.layers.0.self_attention.q_layernorm.weight", "pos_embed", "block.layers.0.input.bias"):
+    for name in (
+        "block.layers.0.self_attention.q_layernorm.weight",
+        "pos_embed",
+        "block.layers.0.input.bias",
+    ):
         with pytest.raises(HubError, match=name):
             export.to_hub([(name, torch.zeros(4))], heads=2)
 
