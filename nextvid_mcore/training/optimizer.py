@@ -164,14 +164,20 @@ class RoleOptimizers:
         for optimizer in self.optimizers.values():
             optimizer.set_updates(updates)
 
-    def reload(self) -> None:
-        """Start anew from the modules' present weights: master weights, zero moments, EMA, reference."""
+    def forget_moments(self) -> None:
+        """Zero Adam's moments and its count of updates."""
         for optimizer in self.optimizers.values():
-            optimizer._copy_model_params_to_main_params()
             for state in optimizer.optimizer.state.values():
                 state["exp_avg"].zero_()
                 state["exp_avg_sq"].zero_()
         self.set_updates(0)
+
+    @torch.no_grad()
+    def reload(self) -> None:
+        """Start anew from the modules' present weights: master weights, zero moments, EMA, reference."""
+        for optimizer in self.optimizers.values():
+            optimizer.reload_model_params()
+        self.forget_moments()
         if self.ema is not None:
             self.ema.reset()
         self.refresh()
