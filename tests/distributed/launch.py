@@ -1,23 +1,25 @@
-"""Run a function on several gloo processes of this machine and collect what every rank returns.
+"""Run functions on several gloo processes of this machine and collect what every rank returns.
 
-    from launch import run
-    results = run(function, 2, *args)      # function(*args) on 2 ranks -> [result of rank 0, of rank 1]
+    from launch import run, shared
+    results = run(function, 2, *args)      # function(*args) on 2 new ranks -> [result of rank 0, of rank 1]
+    results = shared(2).run(function, *args)   # the same on 2 ranks that later calls use again: far faster
 
 The function must stand at a module's top level (the processes are spawned). The first rank that fails, or
-the time limit, ends the whole group, grandchildren included.
+the time limit, ends the whole group, grandchildren included; a shared one is then started anew.
 """
 
 from __future__ import annotations
 
+import atexit
+import io
 import multiprocessing
 import os
 import signal
 import socket
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
+from multiprocessing.connection import Connection
 from typing import Any
 
 
@@ -25,7 +27,8 @@ class RankFailure(RuntimeError):
     """A rank raised, died or ran out of time."""
 
 
-def _entry(function: Callable, args: tuple, rank: int, nproc: int, port: int, folder: str) -> None:
+def _work(tasks: Connection, rank: int, nproc: int, port: int) -> None:
+    """A rank: take (function, args) from the pipe, send ("ok", saved result) or ("error", traceback)."""
     os.setsid()  # a process group of its own, so that its children can be ended with it
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc),
@@ -34,15 +37,17 @@ def _entry(function: Callable, args: tuple, rank: int, nproc: int, port: int, fo
     import torch
 
     torch.set_num_threads(1)
-    try:
-        result = function(*args)
-        torch.save(result, f"{folder}/result.{rank}.tmp")
-        os.rename(f"{folder}/result.{rank}.tmp", f"{folder}/result.{rank}")
-    except BaseException:
-        Path(f"{folder}/error.{rank}").write_text(traceback.format_exc())
-        os._exit(1)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    while True:
+        try:
+            function, args = tasks.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            saved = io.BytesIO()
+            torch.save(function(*args), saved)
+            tasks.send(("ok", saved.getvalue()))
+        except BaseException:
+            tasks.send(("error", traceback.format_exc()))
 
 
 def _free_port() -> int:
@@ -51,53 +56,91 @@ def _free_port() -> int:
         return sock.getsockname()[1]
 
 
-def _kill(processes: list) -> None:
-    for process in processes:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            process.kill()
-    for process in processes:
-        process.join()
+class World:
+    """`nproc` ranks with torchrun's environment, alive until `close` or a failure."""
+
+    def __init__(self, nproc: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        self.pipes, self.processes = [], []
+        for rank in range(nproc):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there, rank, nproc, port))
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def close(self) -> None:
+        for process in self.processes:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                process.kill()  # not yet the leader of its group
+        for process in self.processes:
+            process.join()
+        self.pipes = []
+
+    def run(self, function: Callable, *args: Any, timeout: float = 120.0, check: bool = True) -> list[Any]:
+        """Call `function(*args)` on every rank; return every rank's result.
+
+        Args:
+            timeout: seconds after which the group is ended and RankFailure raised.
+            check: False: a rank may fail or die; the others are ended and its result is None.
+        """
+        import torch
+
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        results: list[Any] = [None] * len(self.pipes)
+        waiting, problems = dict(enumerate(self.pipes)), []
+        deadline = time.monotonic() + timeout
+        while waiting:
+            for rank, pipe in list(waiting.items()):
+                if not pipe.poll(0.01):
+                    continue
+                del waiting[rank]
+                try:
+                    kind, value = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    kind, value = "error", "the process died"
+                if kind == "ok":
+                    results[rank] = torch.load(io.BytesIO(value), weights_only=False)
+                else:
+                    problems.append(f"--- rank {rank}\n{value}")
+            if problems:  # give the others a moment to say what they saw
+                deadline = min(deadline, time.monotonic() + 1.0)
+            if time.monotonic() > deadline:
+                break
+        if waiting and not problems:
+            problems.append(f"rank(s) {sorted(waiting)} took over {timeout} s")
+        if problems:
+            self.close()
+            if check:
+                raise RankFailure(f"{function.__name__} failed:\n" + "\n".join(problems))
+        return results
 
 
 def run(function: Callable, nproc: int, *args: Any, timeout: float = 120.0, check: bool = True) -> list[Any]:
-    """Call `function(*args)` on `nproc` ranks with torchrun's environment; return every rank's result.
+    """Call `function(*args)` on `nproc` new ranks; see `World.run`."""
+    world = World(nproc)
+    try:
+        return world.run(function, *args, timeout=timeout, check=check)
+    finally:
+        world.close()
 
-    Args:
-        timeout: seconds after which the group is ended and RankFailure raised.
-        check: False: a rank may fail or die; the others are ended and its result is None.
-    """
-    import torch
 
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
-        processes = [
-            context.Process(target=_entry, args=(function, args, rank, nproc, port, folder))
-            for rank in range(nproc)
-        ]
-        try:
-            for process in processes:
-                process.start()
-            deadline = time.monotonic() + timeout
-            while any(p.exitcode is None for p in processes):
-                if any(p.exitcode not in (None, 0) for p in processes):
-                    time.sleep(0.2 if check else 1.0)  # let the others write their own error
-                    break
-                if time.monotonic() > deadline:
-                    raise RankFailure(f"{function.__name__} on {nproc} ranks took over {timeout} s")
-                time.sleep(0.02)
-        finally:
-            _kill([p for p in processes if p.pid is not None])
-        errors = sorted(Path(folder).glob("error.*"))
-        if check and errors:
-            text = "\n".join(f"--- rank {e.suffix[1:]}\n{e.read_text()}" for e in errors)
-            raise RankFailure(f"{function.__name__} failed:\n{text}")
-        results = []
-        for rank in range(nproc):
-            path = Path(folder) / f"result.{rank}"
-            if check and not path.exists():
-                raise RankFailure(f"rank {rank} of {function.__name__} died: {processes[rank].exitcode}")
-            results.append(torch.load(path, weights_only=False) if path.exists() else None)
-        return results
+_shared: dict[int, World] = {}
+
+
+def shared(nproc: int) -> World:
+    """The world of `nproc` ranks that all tests of this process use in turn."""
+    if nproc not in _shared or not _shared[nproc].pipes:
+        _shared[nproc] = World(nproc)
+    return _shared[nproc]
+
+
+@atexit.register
+def _close_shared() -> None:
+    for world in _shared.values():
+        world.close()

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from launch import RankFailure, run
+from launch import RankFailure, run, shared
 
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, RoleParallel
@@ -27,7 +27,7 @@ def members(layout):
 
 
 def test_rank_order_is_tensor_data_pipeline():
-    out = run(members, 4, groups.Layout(tensor=2, data=2))
+    out = shared(4).run(members, groups.Layout(tensor=2, data=2))
     assert [o["tp"] for o in out] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [o["dp"] for o in out] == [[0, 2], [1, 3], [0, 2], [1, 3]]
     assert [o["dp_sum"] for o in out] == [2, 4, 2, 4]
@@ -36,14 +36,14 @@ def test_rank_order_is_tensor_data_pipeline():
 
 
 def test_pipeline_groups():
-    out = run(members, 2, groups.Layout(pipeline=2))
+    out = shared(2).run(members, groups.Layout(pipeline=2))
     assert [o["pp"] for o in out] == [[0, 1], [0, 1]] and [o["mp"] for o in out] == [[0, 1], [0, 1]]
     assert [o["place"][2:] for o in out] == [(0, False), (1, True)]
 
 
 def test_a_layout_larger_than_the_world_names_the_numbers():
-    with pytest.raises(RankFailure, match="needs 4 ranks, but 1 were started"):
-        run(members, 1, groups.Layout(tensor=2, data=2))
+    with pytest.raises(ConfigError, match="needs 4 ranks, but 1 were started"):
+        members(groups.Layout(tensor=2, data=2))
 
 
 def test_a_dead_rank_ends_the_group():
