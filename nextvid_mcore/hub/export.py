@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -66,7 +67,7 @@ def to_hub(parameters: Iterable[tuple[str, Tensor]], heads: int) -> dict[str, Te
         table = LAYER if match and match["layer"] is not None else OUTSIDE
         if name != "query" and module not in table:
             raise HubError(f"the training model's parameter {name} has no place in an export")
-        value = parameter.detach().to("cpu", torch.float32, copy=True)
+        value = parameter.detach().to("cpu", torch.float32)
         if name == "query":
             state[name] = value
             continue
@@ -155,5 +156,6 @@ def write_folder(folder: Path, config: dict, states: Mapping[str, dict[str, Tens
         save_file(state, folder / FILES[role], metadata=metadata)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path in folder.iterdir():
+        shutil.copymode(folder / "config.json", path)  # safetensors writes for the owner alone
         with open(path, "rb") as file:
             os.fsync(file.fileno())

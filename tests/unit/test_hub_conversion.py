@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -126,3 +127,42 @@ def test_a_folder_is_replaced_only_when_asked_and_only_an_export(tmp_path: Path)
         check(tmp_path, True)
     with pytest.raises(ConfigError, match="is a file"):
         check(tmp_path / "thesis.tex", True)
+
+
+def test_clips_come_from_the_manifest_or_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    from nextvid_mcore.data.manifest import Item, SetWriter
+
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    ramp = torch.arange(80, dtype=torch.uint8).repeat(50, 1)[..., None].repeat(1, 1, 3)
+    Image.fromarray(ramp.numpy()).save(tmp_path / "ramp.png")
+    with SetWriter(tmp_path / "manifest", "mixed") as writer:
+        writer.add([Item(str(tmp_path / "ramp.png"), "image"), Item(str(tmp_path / "broken.mp4"), "video")])
+    config = small("fixed")
+    data = dataclasses.replace(config.data, manifest=str(tmp_path / "manifest"))
+    for run, path in ((dataclasses.replace(config, data=data), None), (config, str(tmp_path))):
+        video, source = convert_to_torch.compared_clips(run, path)
+        assert video.shape == (1, 3, 8, 64, 64) and "real clips" in source
+        assert torch.equal(video[:, :, 0], video[:, :, 7]) and (video.diff(dim=-1) > 0).float().mean() > 0.7
+        assert video.min() == pytest.approx(15 / 127.5 - 1, abs=0.02)  # the middle of the picture
+        assert "skipped: " in capsys.readouterr().out
+    (tmp_path / "ramp.png").unlink()
+    with pytest.raises(ConfigError, match="no clip that can be decoded"):
+        convert_to_torch.compared_clips(config, str(tmp_path))
+
+
+def test_the_runs_configuration_survives_json() -> None:
+    for name in recipes.names():
+        config = recipes.get(name)
+        assert export.run_config(json.loads(config.to_json())) == config
+    plain = json.loads(recipes.get("vit_l").to_json())
+    assert (
+        export.run_config({k: v for k, v in plain.items() if k != "eval"}).eval == recipes.get("vit_l").eval
+    )
+    plain["model"]["encoder"]["experts"] = 8
+    with pytest.raises(HubError, match="model: .*encoder has 'experts', which this version"):
+        export.run_config(plain)
+    del plain["model"]["encoder"]["experts"], plain["stages"][0]["batch"]
+    with pytest.raises(HubError, match="'batch'"):
+        export.run_config(plain)
