@@ -10,7 +10,7 @@ export OMP_NUM_THREADS=1
 export CUDA_VISIBLE_DEVICES=""
 RUN=runs/quickstart
 
-title() { printf '\n== %s\n' "$*"; }
+title() { printf '\n[%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
 title "1 of 5: dependencies, in .venv"
 bash scripts/install.sh train,demo
@@ -46,21 +46,20 @@ with torch.no_grad():
     features = encoder(video)
 assert "megatron" not in sys.modules
 millions = sum(p.numel() for p in encoder.parameters()) / 1e6
-print(f"video {list(video.shape)} -> features {list(features.shape)}; {millions:.2f}M parameters, no megatron")
+print(f"video {list(video.shape)} -> features {list(features.shape)}; {millions:.2f}M parameters; no megatron")
 PY
 
+title "done; what lies where:"
 cat <<END
-
-Done. What lies where:
-  data/demo             clips, images and their manifests
-  $RUN       metrics.jsonl (a line a step), config.json, checkpoints/
-  $RUN/plots loss.png and pictures of predicted frames
-  $RUN/encoder          config.json and the weights, for nextvid_mcore.hub.load_encoder("$RUN/encoder")
+  data/demo                  clips, images and their manifests
+  $RUN/            metrics.jsonl (a line a step), config.json, checkpoints
+  $RUN/plots/      pictures
+  $RUN/encoder/    the encoder for nextvid_mcore.hub.load_encoder("$RUN/encoder")
 
 What to try next:
   . .venv/bin/activate
-  python -m nextvid_mcore.pretrain tiny --help                         every setting
-  python -m nextvid_mcore.pretrain vit_g --dry-run --world-size 96     the plan of the paper's run
-  python tools/build_manifest.py --help                                your own clips
-  examples/pretrain_vit_l_8gpu.sh                                      ViT-L on 8 GPUs
+  python -m nextvid_mcore.pretrain tiny --help                       every setting
+  python -m nextvid_mcore.pretrain vit_g --dry-run --world-size 96   the plan of the paper's run
+  python tools/build_manifest.py --help                              your own clips
+  examples/pretrain_vit_l_8gpu.sh                                    ViT-L on 8 GPUs
 END
