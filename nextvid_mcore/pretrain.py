@@ -31,7 +31,8 @@ EXIT_DATA = 4
 def quiet() -> None:
     """megatron-core and torch tell, at every import, what isn't installed; the plan says what is used."""
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

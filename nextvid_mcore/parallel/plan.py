@@ -213,7 +213,7 @@ def _schedule(config: RunConfig, layout: Layout) -> Iterator[str]:
         numbers = (clip.student, clip.reference, clip.predictor, clip.decoder, clip.total, done.total)
         columns = "".join(f"{_tera(x):>{w}}" for x, w in zip(numbers, (9, 11, 11, 10, 10, 11), strict=True))
         yield f"  {stage.name:<11}{columns}{_tera(flops.target_flops(config, stage)):>15}"
-    yield "  (model: the paper's step; executed: without the last frame's context, with the exact mask counts)"
+    yield "  (model: the paper's step; executed: no context of the last frame, exact mask counts)"
 
 
 def _count(number: float) -> str:

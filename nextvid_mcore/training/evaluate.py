@@ -9,7 +9,8 @@ neither the layout nor a resume changes the sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,11 @@ from torch import Tensor
 
 from nextvid_mcore.config import LossConfig, RunConfig
 from nextvid_mcore.data.loader import ClipBatch, build_dataset, iterate
-from nextvid_mcore.models.nextvid import LossTerms
+from nextvid_mcore.models.encoder import Encoder
+from nextvid_mcore.models.nextvid import LossTerms, MicroBatch
 from nextvid_mcore.parallel.groups import RoleGroups
 from nextvid_mcore.rng import key
+from nextvid_mcore.training.engine import Engine, _StageModel
 from nextvid_mcore.training.feed import share
 from nextvid_mcore.training.step import TrainStep
 
@@ -77,6 +80,26 @@ class Table:
         }
 
 
+def held_out_terms(engine: Engine, clip: ClipBatch, tau_samples: int, encoder: Encoder) -> list[LossTerms]:
+    """Loss terms of one micro-batch with `encoder` in the student's place; [] before the last stage."""
+    batch = engine.micro_batch(clip, tau_samples, SEED)
+    features = engine.reference_features([clip])
+    if engine.model.last:
+        batch = dataclasses.replace(batch, features=features[0])
+    found: list[LossTerms] = []
+
+    def step(iterator: Iterator[MicroBatch], stage: object) -> tuple[Tensor, Callable]:
+        out = engine.model(next(iterator), encoder)
+        if engine.model.last:
+            found.append(out)
+            out = out.flow
+        return out, lambda x, non_loss_data=False: x
+
+    length = batch.masks.tokens.shape[1]
+    engine._run(step, _StageModel(encoder), [batch], length, forward_only=True)
+    return found
+
+
 class Evaluator:
     """Runs the held-out loss on all ranks. Clips are decoded once and kept, 8 bits a value."""
 
@@ -121,7 +144,7 @@ class Evaluator:
         bins = self.config.eval.tau_bins
         for clip in self._clips:
             for name, encoder in encoders.items():
-                for terms in engine.losses([clip], bins, SEED, encoder):
+                for terms in held_out_terms(engine, clip, bins, encoder):
                     tables[name].append(Table.of(clip.index.tolist(), terms, bins))
         row: dict[str, Any] = {"samples": self.config.eval.samples, "frames": self.frames}
         for name in WEIGHTS:

@@ -284,7 +284,7 @@ def memory_gib() -> float:
 
 
 def changes(old: dict[str, Any], config: RunConfig) -> list[str]:
-    """What this start sets otherwise than the checkpoint's run, a line each, but not how it is split or logged."""
+    """What this start sets otherwise than the checkpoint's run, a line each; how it is logged aside."""
     quiet = ("checkpoint.", "eval.", "wandb.", "train.steps", "train.log_every", "train.progress")
 
     def flat(value: Any, name: str = "") -> dict[str, Any]:

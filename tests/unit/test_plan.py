@@ -81,9 +81,8 @@ def test_the_text_has_the_papers_numbers(name: str, said: tuple[str, ...]):
 
 
 def test_who_holds_what_covers_every_rank_once():
-    config, _ = cli.parse(
-        "tiny --dry-run --parallel.encoder.tensor 2 --parallel.encoder.pipeline 2 --train.micro-batch 2".split()
-    )
+    line = "tiny --dry-run --parallel.encoder.tensor 2 --parallel.encoder.pipeline 2 --train.micro-batch 2"
+    config, _ = cli.parse(line.split())
     lines = [line.strip() for line in describe(config, 8).splitlines() if line.strip().startswith("data ")]
     assert [line.split(": ")[1] for line in lines] == ["ranks 0-1", "ranks 4-5", "ranks 2-3", "ranks 6-7"]
     assert ["decoder" in line for line in lines] == [False, True, False, True]
