@@ -41,7 +41,7 @@ SCHEMA = pa.schema(
 )
 ROWS_PER_GROUP = 4096
 ROWS_PER_FILE = 2**20
-OPEN_FILES = 32  # footers a process keeps: about a megabyte each for a full file
+OPEN_FILES = 16  # footers a process keeps: a megabyte each for a full file
 OPEN_GROUPS = 16
 FOOTER = b"nextvid"
 
