@@ -32,6 +32,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint import CheckpointException
 
 from nextvid_mcore.config import RunConfig
 from nextvid_mcore.parallel.groups import RoleGroups
@@ -41,6 +42,8 @@ from nextvid_mcore.training.optimizer import STUDENT, RoleOptimizers
 from nextvid_mcore.training.shards import STATE_PREFIX
 
 log = logging.getLogger(__name__)
+# It warns of asynchronous saving, now deprecated, on every synchronous save.
+logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
 
 STATE = "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -61,16 +64,23 @@ def _together(what: str, action: Callable[[], Any]) -> Any:
     result, error = None, None
     try:
         result = action()
-    except Exception as caught:
+    except (Exception, CheckpointException) as caught:  # torch's is not an Exception
         error = caught
     reasons: list[str | None] = [None] * dist.get_world_size()
-    mine = None if error is None else f"{error}" if isinstance(error, CheckpointError) else repr(error)
-    dist.all_gather_object(reasons, mine)
+    dist.all_gather_object(reasons, None if error is None else _reason(error))
     failed = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
     if failed:
         rank, reason = failed[0]
         raise CheckpointError(f"{what} failed on rank {rank}: {reason}") from error
     return result
+
+
+def _reason(error: BaseException) -> str:
+    """One line; of a failed write, what the ranks that failed said."""
+    if isinstance(error, CheckpointException):
+        told = [str(exception) for exception, _ in error.failures.values()]
+        return "; ".join(told) or "the tensors could not be written"
+    return str(error) if isinstance(error, CheckpointError) else repr(error).splitlines()[0]
 
 
 def _tensors(module: MegatronModule, prefix: str, groups: RoleGroups) -> dict[str, ShardedTensor]:
@@ -159,7 +169,11 @@ def save(
         _require_space(root, state)
         # A plain queue: the writer runs in this process, and megatron-core's own spawns a manager process.
         filesystem_async._results_queue = queue.Queue()
-        dist_checkpointing.save(state, str(partial))
+        try:
+            dist_checkpointing.save(state, str(partial))
+        except CheckpointException as error:
+            free = shutil.disk_usage(root).free / 1e9
+            raise CheckpointError(f"{_reason(error)} ({free:.3f} GB are free in {root})") from error
 
     def describe() -> dict[str, Any]:
         mine = [path for path in partial.iterdir() if path.name.startswith(f"__{rank}_")]

@@ -68,6 +68,11 @@ def wrap_roles(
         bucket_size: parameters of a bucket when reduction overlaps; None: megatron-core's choice.
     """
     wrapped = {}
+    data = groups.layout.data
+    if not overlap_grad_reduce or not groups.first_stage:
+        bucket_size = None  # one bucket, as megatron-core does
+    elif bucket_size is None:
+        bucket_size = max(40_000_000, 1_000_000 * data)
     for name, module in model.roles().items():
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -77,8 +82,13 @@ def wrap_roles(
             bucket_size=bucket_size,
             check_for_nan_in_grad=False,  # a non-finite step is skipped, by everyone together
         )
+        params = [p for p in module.parameters() if p.requires_grad]
         wrapped[name] = DistributedDataParallel(
-            module.config, settings, module, pg_collection=groups.collection
+            module.config,
+            settings,
+            module,
+            pg_collection=groups.collection,
+            full_param_layout=ShardedAdamW.compute_full_param_layout(params, bucket_size, data, settings),
         )
     return wrapped
 
