@@ -184,14 +184,15 @@ class Build:
 
 
 Job = tuple[str, list[tuple[str, str | None]]]  # the chunk's result file; (path, kind) of its files
+Work = Callable[[str, list[tuple[str, str | None]]], list[Probed]]
 Handle = tuple[Job, ProcessPoolExecutor, Future]
 
 
 class Pool:
     """A process pool that outlives a crash of the native decoder in one of its processes."""
 
-    def __init__(self, jobs: int) -> None:
-        self.jobs = jobs
+    def __init__(self, jobs: int, work: Work | None = None) -> None:
+        self.jobs, self.work = jobs, work or probe_chunk
         self._pool = self._start(jobs)
 
     @staticmethod
@@ -201,10 +202,10 @@ class Pool:
 
     def submit(self, job: Job) -> Handle:
         try:
-            return job, self._pool, self._pool.submit(probe_chunk, *job)
+            return job, self._pool, self._pool.submit(self.work, *job)
         except BrokenProcessPool:
             self._restart()
-            return job, self._pool, self._pool.submit(probe_chunk, *job)
+            return job, self._pool, self._pool.submit(self.work, *job)
 
     def _restart(self) -> None:
         self._pool.shutdown()
@@ -225,6 +226,14 @@ class Pool:
                 found += self._alone("", [file]) or [Probed(reason="the decoder crashed")]
             _write_part(Path(part), files, found)
         return found
+
+    def _alone(self, part: str, files: list[tuple[str, str | None]]) -> list[Probed] | None:
+        """In a process of its own; None where that crashes too."""
+        with self._start(1) as pool:
+            try:
+                return pool.submit(self.work, part, files).result()
+            except BrokenProcessPool:
+                return None
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
