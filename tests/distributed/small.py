@@ -49,6 +49,8 @@ def build(
     last = settings.model.encoder.depth // layout.pipeline
     split = Split(layout.tensor, layout.pipeline, layout.sequence, last_stage_layers=last, dtype=dtype)
     model = NextVid(settings, split, groups.collection, CHANNELS)
+    if torch.cuda.is_available():
+        model.cuda()
     model.reset_parameters()
     wrapped = wrap_roles(model, groups, **ddp)
     optimizers = RoleOptimizers(wrapped, settings.optim, groups, model.reference)
@@ -61,9 +63,10 @@ def forward(model: NextVid, data_rank: int, data: int, step: int) -> torch.Tenso
     settings = model.run
     generator = torch.Generator().manual_seed(100 + step)
     size = settings.model.image_size
-    video = torch.rand(CLIPS, 3, T * 2, size, size, generator=generator) * 2 - 1
+    device = next(model.parameters()).device
+    video = (torch.rand(CLIPS, 3, T * 2, size, size, generator=generator) * 2 - 1).to(device)
     n = settings.model.tokens_per_frame
-    latents = torch.randn(CLIPS, T, n, CHANNELS, generator=generator)
+    latents = torch.randn(CLIPS, T, n, CHANNELS, generator=generator).to(device)
     mine = range(CLIPS)[data_rank * CLIPS // data : (data_rank + 1) * CLIPS // data]
     index = [1000 * step + i for i in mine]
     patches = patchify(video[list(mine)], settings.model)
@@ -119,7 +122,7 @@ def snapshot(optimizers: RoleOptimizers) -> list[tuple]:
         for e in entries:
             axes = e.prepend_axis_num
             place = (e.global_offset[0] if axes else None, e.global_offset[axes:])
-            out.append((e.key, e.global_shape[axes:], place, e.data.detach().clone()))
+            out.append((e.key, e.global_shape[axes:], place, e.data.detach().cpu().clone()))
     return out
 
 

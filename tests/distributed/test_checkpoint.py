@@ -44,7 +44,7 @@ def load_and_go_on(path: str, layout: Layout, weights_only: bool = False):
     model, optimizers = build(layout, settings)
     drawn_step(optimizers, 77)
     progress = checkpoint.load(path, config(), optimizers, weights_only)
-    reference = {n: p.detach().clone() for n, p in model.reference.named_parameters()}
+    reference = {n: p.detach().cpu().clone() for n, p in model.reference.named_parameters()}
     loaded = snapshot(optimizers)
     drawn_step(optimizers, progress.step)
     return progress, loaded, snapshot(optimizers), reference, optimizers.updates
@@ -99,7 +99,7 @@ def weights(path: str, which: str, prefixes: tuple[str, ...]):
     model, optimizers = build(Layout())
     modules = {p: model.get_submodule(p) for p in prefixes}
     state = checkpoint.load_weights(path, modules, optimizers.groups, which)
-    return state["step"], {n: p.detach().clone() for n, p in model.named_parameters()}
+    return state["step"], {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("which", ["online", "ema"])
