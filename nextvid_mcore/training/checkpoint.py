@@ -165,6 +165,7 @@ def save(
         return final
 
     def write() -> None:
+        optimizers.gather_weights()
         state = _state(optimizers, loading=False)
         _require_space(root, state)
         # A plain queue: the writer runs in this process, and megatron-core's own spawns a manager process.

@@ -163,6 +163,13 @@ class RoleOptimizers:
         self.refresh()
         return StepOutcome(True, norm)
 
+    def gather_weights(self) -> None:
+        """Complete this rank's weights now, where they are otherwise gathered during the next forward."""
+        for role in self.roles.values():
+            if role.ddp_config.overlap_param_gather:
+                role.disable_forward_pre_hook(param_sync=True)
+                role.enable_forward_pre_hook()
+
     def refresh(self) -> None:
         """Write the EMA into the reference encoder."""
         if self.ema is not None and self.reference is not None:

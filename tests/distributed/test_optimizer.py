@@ -20,6 +20,7 @@ def real_steps(layout: Layout, **ddp) -> tuple:
     model, optimizers = build(layout, **ddp)
     start = snapshot(optimizers)
     norms = [train_step(model, optimizers, step).grad_norm for step in range(STEPS)]
+    optimizers.gather_weights()
     shapes = {n: tuple(p.shape) for n, p in model.student.named_parameters()}
     return norms, snapshot(optimizers), start, shapes
 
@@ -30,12 +31,22 @@ def real_on_one_rank() -> tuple:
     return norms, assemble([end]), assemble([start]), shapes
 
 
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 500}
+
+
 @pytest.mark.parametrize(
-    "layout", [Layout(tensor=2), Layout(data=2), Layout(tensor=2, sequence=True)], ids=["tp2", "dp2", "sp2"]
+    ("layout", "ddp"),
+    [
+        (Layout(tensor=2), {}),
+        (Layout(data=2), {}),
+        (Layout(tensor=2, sequence=True), {}),
+        (Layout(data=2), OVERLAP),
+    ],
+    ids=["tp2", "dp2", "sp2", "dp2-overlap"],
 )
-def test_layouts_take_the_same_steps(layout):
+def test_layouts_take_the_same_steps(layout, ddp):
     one_norms, one, start, one_shapes = real_on_one_rank()
-    ranks = shared(2).run(real_steps, layout)
+    ranks = shared(2).run(functools.partial(real_steps, **ddp), layout)
     whole = assemble([r[1] for r in ranks])
     for norms, *_ in ranks:
         assert norms == pytest.approx(one_norms, rel=1e-5)
