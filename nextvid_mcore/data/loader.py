@@ -22,7 +22,7 @@ from nextvid_mcore.data.decode import BadFile
 from nextvid_mcore.data.guard import BadFileLog, DataError
 from nextvid_mcore.data.manifest import Item, Manifest
 from nextvid_mcore.data.sampler import Mixture, Request, build_mixture
-from nextvid_mcore.data.workers import start_worker
+from nextvid_mcore.data.workers import shield, start_worker
 from nextvid_mcore.rng import numpy_rng
 
 TRIES = 16  # bad files in a row that a sample may meet
@@ -199,7 +199,8 @@ def iterate(
         generator=torch.Generator(),  # the loader draws a number nobody uses: not from the global state
         **parallel,
     )
-    batches = iter(loader)
+    with shield():
+        batches = iter(loader)
     try:
         while True:
             try:

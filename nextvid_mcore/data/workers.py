@@ -1,4 +1,9 @@
-"""What a helper process does first: leave Ctrl-C to its parent, and never outlive it."""
+"""How helper processes meet signals: their parent decides when they end, and they never outlive it.
+
+A scheduler that stops a job signals all its processes (Slurm's SIGUSR1 and SIGTERM), a terminal the
+whole group (Ctrl-C). The training process then finishes its step and saves, and its loader must live
+until it is closed. So helpers block these signals, and end on a SIGTERM from their parent alone.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +12,43 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 PR_SET_PDEATHSIG = 1
+HELD = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+
+
+@contextmanager
+def shield() -> Iterator[None]:
+    """Processes started inside are born with these signals blocked, before they run a line of ours."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_worker(*_: object) -> None:
-    """Also a DataLoader's `worker_init_fn`.
+    """The first thing a helper does; also a DataLoader's `worker_init_fn`.
 
-    The kernel ends this process when its parent dies, even if it hangs in a decoder. Outside Linux there
-    is torch's own watchdog, which looks between two batches.
+    On Linux the kernel ends this process when its parent dies, even if it hangs in a decoder. Elsewhere
+    there is torch's own watchdog, which looks between two batches, and signals act as they always do.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if sys.platform != "linux" or parent is None:
         return
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent.pid:  # it died before the call above
         os._exit(1)
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

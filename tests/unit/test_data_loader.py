@@ -229,6 +229,22 @@ def test_a_worker_that_hangs_is_an_error(tmp_path: Path, media_items: dict[str, 
     batches = iterate(slow(configure(tmp_path, media_items)), [(4, (1,))], workers=1, timeout=2)
     with pytest.raises(DataError, match="within 2 s.*data.timeout"):
         next(batches)
+    assert not workers(), "closing the loader ends a worker that hangs"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere signals act as they always do")
+def test_signals_to_the_whole_job_are_the_parents_to_answer(
+    tmp_path: Path, media_items: dict[str, list[Item]]
+) -> None:
+    """Slurm and Ctrl-C signal every process: workers go on until they are closed."""
+    requests = [(4, (index,)) for index in range(9)]
+    batches = iterate(build_dataset(configure(tmp_path, media_items)), requests, workers=1)
+    next(batches)
+    [pid] = workers()
+    for name in ("INT", "TERM", "USR1"):
+        subprocess.run(["/bin/sh", "-c", f"kill -s {name} {pid}"], check=True)  # not from its parent
+    assert [batch.index.item() for batch in batches] == list(range(1, 9))
+    assert not workers()
 
 
 def test_a_worker_that_dies_is_an_error(tmp_path: Path, media_items: dict[str, list[Item]]) -> None:
