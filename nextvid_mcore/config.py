@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 class ConfigError(ValueError):
@@ -64,6 +64,11 @@ class ModelConfig:
     norm_eps: float = 1e-6
     init_std: float = 0.02
     align_target: Literal["layernorm", "none"] = "layernorm"  # of the reference features (Eq. 5)
+    # The ablations' switches (Section 4.4); recipes/ablations.py has a row of each table.
+    generate: bool = True  # Table 2, "Gen.": the decoder and the flow loss
+    align: bool = True  # Table 2, "Align.": the alignment loss and the reference's forward pass
+    context: Literal["isolated", "joint"] = "isolated"  # Table 2, "C-Iso.": models/predictor.py
+    condition: Literal["concat", "cross", "cross_self"] = "concat"  # Table 5: models/decoder.py
     backend: Literal["local", "te"] = "local"  # torch, or Transformer Engine (needs CUDA)
 
     def __post_init__(self) -> None:
@@ -76,6 +81,15 @@ class ModelConfig:
             self.predictor.width == self.decoder.width,
             f"the decoder reads the prediction at its own width: predictor {self.predictor.width} "
             f"and decoder {self.decoder.width} must be equal",
+        )
+        require(
+            self.generate or self.align,
+            "generate and align are both off, so there is no loss to train with; switch one of them on",
+        )
+        require(
+            self.generate or self.condition == "concat",
+            f"condition {self.condition} is a kind of decoder, but generate is off and there is none; "
+            "leave condition at concat",
         )
 
     @property
@@ -107,7 +121,7 @@ class ModelConfig:
 class MaskConfig:
     """Block masks that hide the same positions in every frame (Section 3.4, Table 8)."""
 
-    mode: Literal["fixed", "packed", "truncate"] = "fixed"
+    mode: Literal["fixed", "packed", "truncate", "none"] = "fixed"  # none: one mask that hides nothing
     blocks: tuple[int, ...] = (8, 2)  # blocks per mask; one entry is one mask (M entries)
     scale: tuple[float, ...] = (0.15, 0.7)  # share of the frame that one block covers, per mask
     keep: tuple[float, ...] = (0.375, 0.1875)  # share kept by each mask; `fixed` only
@@ -126,8 +140,20 @@ class MaskConfig:
         low, high = self.aspect
         require(0 < low <= high, f"mask aspect must be a rising positive range, got {self.aspect}")
 
+    @property
+    def masks(self) -> int:
+        """M."""
+        return 1 if self.mode == "none" else len(self.blocks)
+
+    @property
+    def static(self) -> bool:
+        """Every frame of every clip keeps the same number of tokens: `counts`."""
+        return self.mode in ("fixed", "none")
+
     def counts(self, tokens_per_frame: int) -> tuple[int, ...]:
-        """Visible tokens v of a frame under each mask, mode `fixed`."""
+        """Visible tokens v of a frame under each mask, in the static modes."""
+        if self.mode == "none":
+            return (tokens_per_frame,)
         out = []
         for share in self.keep:
             count = share * tokens_per_frame
@@ -217,6 +243,10 @@ class LossConfig:
     align: float = 1.0
     tau: Literal["frame", "clip"] = "frame"  # tau is drawn per predicted frame, or once per clip
 
+    def total(self, flow: Any, align: Any) -> Any:
+        """The weighted sum of the losses that there are; None stands for one that is switched off."""
+        return sum(w * x for w, x in ((self.flow, flow), (self.align, align)) if x is not None)
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -227,8 +257,11 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.04  # none on biases, norms and other one-dimensional parameters
     clip: float = 1.0  # global norm over all roles
-    ema: float = 0.99925
+    ema: float = 0.99925  # decay; 0: the reference is the student as it is (Table 12, "w/o EMA")
     max_skipped: int = 10  # non-finite steps in a row before the run stops
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ema <= 1, f"optim ema is a decay in [0, 1], got {self.ema}")
 
 
 @dataclass(frozen=True)
@@ -334,7 +367,7 @@ class RunConfig:
         require(len(set(names)) == len(names), f"stage names must differ, got {names}")
         for stage in self.stages:
             self.model.token_frames(stage.frames)
-        if self.mask.mode == "fixed":
+        if self.mask.static:
             self.mask.counts(self.model.tokens_per_frame)
 
     def batch(self, stage: StageConfig) -> int:

@@ -9,6 +9,7 @@ visible on average. How clips with different counts share a micro-batch is the m
     packed    whatever the blocks leave; all masks of all clips in one ragged row.
     truncate  V-JEPA 2's: whatever the blocks leave, every clip cut at the smallest count of the
               micro-batch. It empties the last frames and depends on the micro-batch: parity only.
+    none      no masking (Table 4): one mask, M = 1, that leaves everything visible.
 
 A mask is a pure function of (seed, index), whatever the micro-batch.
 """
@@ -55,7 +56,7 @@ class ClipMasks:
 
     tokens: int64 [rows, s], flat (t, h, w) ids in the clip's grid; inside a segment they rise, so
     they are ordered (frame, position). rows = B for fixed and truncate, 1 for packed.
-    counts: visible tokens v of a frame under each mask where that is fixed, else empty.
+    counts: visible tokens v of a frame under each mask where that is static, else empty.
     """
 
     tokens: Tensor
@@ -107,7 +108,7 @@ def draw_masks(
     else:
         pieces = []
         for plane in planes:
-            if mask.mode == "fixed":
+            if mask.static:
                 pieces.append(_tubes(np.nonzero(plane)[1].reshape(len(indices), -1), token_frames, n))
             else:
                 rows = [_tubes(np.flatnonzero(row)[None], token_frames, n) for row in plane]
@@ -121,7 +122,7 @@ def draw_masks(
     return ClipMasks(
         tokens=torch.from_numpy(np.concatenate(pieces, axis=1)),
         segments=tuple(segments),
-        counts=counts if mask.mode == "fixed" else (),
+        counts=counts,
         clips=len(indices),
         tokens_per_frame=n,
     )
@@ -131,6 +132,8 @@ def draw_masks(
 def mean_shares(mask: MaskConfig, grid: int) -> tuple[float, ...]:
     """Share of a frame that each mask's blocks leave visible on average, before any fixed count: the
     mean of 4096 draws of seed 0 (standard error below 0.002)."""
+    if mask.mode == "none":
+        return (1.0,)
     visible, _, _ = _draw(replace(mask, mode="packed"), grid, 0, range(4096))
     return tuple(visible.mean((1, 2)).tolist())
 
@@ -160,10 +163,12 @@ def _draw(
     """Blocks of every clip, drawn until enough is visible.
 
     Returns what the blocks leave visible, bool [M, B, n]; priorities in [0, 1) by which the surplus is
-    dropped, [M, B, n]; and the counts v of mode `fixed` (else empty).
+    dropped, [M, B, n]; and the counts v of the static modes (else empty).
     """
     n, clips = grid * grid, len(indices)
-    counts = mask.counts(n) if mask.mode == "fixed" else ()
+    counts = mask.counts(n) if mask.static else ()
+    if mask.mode == "none":
+        return np.ones((1, clips, n), dtype=bool), np.zeros((1, clips, n)), counts
     visible = np.empty((len(mask.blocks), clips, n), dtype=bool)
     priority = np.empty((len(mask.blocks), clips, n))
     for m, blocks in enumerate(mask.blocks):

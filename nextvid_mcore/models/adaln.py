@@ -1,4 +1,8 @@
-"""AdaLN-zero: DiT's way of telling a layer the timestep tau (Table 7, "Timestep Condition")."""
+"""AdaLN-zero: DiT's way of telling a layer the timestep tau (Table 7, "Timestep Condition").
+
+The layers differ in what their attention reads. tau and the prediction z come to them as one tensor,
+which takes megatron-core's `context` argument: `join` puts tau's vector before the tokens of z.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
+def join(condition: Tensor, z: Tensor) -> Tensor:
+    """tau's vector [1, rows, E] and z [n (/ tp), rows, E] as one tensor: recomputation follows no tuples."""
+    return torch.cat([condition, z])
+
+
 class Modulation(torch.nn.Linear):
     """SiLU, then a linear map of the condition to `parts` vectors of width E; zero at the start."""
 
@@ -32,10 +41,9 @@ class Modulation(torch.nn.Linear):
 
 
 class AdaLNLayer(TransformerLayer):
-    """A DiT layer: shift, scale and gate round self-attention and MLP come from the condition.
+    """A DiT layer: shift, scale and gate round self-attention and MLP come from tau's vector.
 
-    The condition takes megatron-core's `context` argument; it is one vector a row, since a row is
-    one frame at one tau.
+    There is one such vector a row, since a row is one frame at one tau.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -46,14 +54,40 @@ class AdaLNLayer(TransformerLayer):
         self,
         hidden_states: Tensor,
         context: Tensor | None = None,
-        rotary_pos_emb: Tensor | None = None,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
         **unused: Any,
     ) -> tuple[Tensor, Tensor]:
-        """hidden_states [s, rows, E] and the condition [1, rows, E] -> the same two."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(context)
+        """hidden_states [s, rows, E] and context, tau's vector [1, rows, E] or `join`ed -> the same two."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(context[:1])
         eps = self.config.layernorm_epsilon
         x = modulate(hidden_states, shift1, scale1, eps)
-        y, bias = self.self_attention(x, attention_mask=None, rotary_pos_emb=rotary_pos_emb)
+        y, bias = self.attend(x, context[1:], rotary_pos_emb)
         hidden_states = hidden_states + gate1 * (y + bias)
         y, bias = self.mlp(modulate(hidden_states, shift2, scale2, eps))
         return hidden_states + gate2 * (y + bias), context
+
+    def attend(
+        self, x: Tensor, z: Tensor, rotary_pos_emb: Tensor | tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The frame's tokens among themselves; z came in with them."""
+        return self.self_attention(x, attention_mask=None, rotary_pos_emb=rotary_pos_emb)
+
+
+class CrossAdaLNLayer(AdaLNLayer):
+    """Noisy tokens attend to z of their frame, and not to each other (Table 5, "Cross Attention")."""
+
+    def attend(self, x: Tensor, z: Tensor, rotary_pos_emb: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.cross_attention(
+            x, attention_mask=None, key_value_states=self.keys(x, z), rotary_pos_emb=rotary_pos_emb
+        )
+
+    def keys(self, x: Tensor, z: Tensor) -> Tensor:
+        """What is attended to, [keys (/ tp), rows, E]."""
+        return z
+
+
+class CrossSelfAdaLNLayer(CrossAdaLNLayer):
+    """They attend to z and to each other, in one attention with the same weights (Table 5)."""
+
+    def keys(self, x: Tensor, z: Tensor) -> Tensor:
+        return torch.cat([z, x])

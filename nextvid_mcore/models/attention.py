@@ -2,8 +2,9 @@
 
 A pattern is a list of stretches. Tokens attend only inside their stretch (one mask of a clip), and
 there by the rule on their frames: `causal`, a token sees its own frame and earlier ones (encoder);
-`autoregressive`, a query sees strictly earlier frames (predictor). The frame-isolated mask needs no
-pattern: the decoder puts each frame in a row of its own.
+`autoregressive`, a query sees strictly earlier frames (predictor); `isolated`, a token sees its own
+frame (the joint predictor's queries among themselves). The decoder needs no pattern: it puts each
+frame in a row of its own.
 
 megatron-core hands its `attention_bias` argument down to the core attention untouched, also through
 both kinds of recomputation, so the pattern travels there.
@@ -22,7 +23,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-Rule = Literal["causal", "autoregressive"]
+Rule = Literal["causal", "autoregressive", "isolated"]
+_RULES = {"causal": torch.le, "autoregressive": torch.lt, "isolated": torch.eq}  # key frame to query frame
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def allowed_pairs(query_frames: Tensor, key_frames: Tensor, rule: Rule) -> Tenso
     Returns bool [rows, 1, queries, keys].
     """
     q, k = query_frames[:, None, :, None], key_frames[:, None, None, :]
-    return k <= q if rule == "causal" else k < q
+    return _RULES[rule](k, q)
 
 
 def make_pattern(
@@ -66,6 +68,29 @@ def make_pattern(
     for q, k, k_start in zip(query_frames, key_frames, key_starts, strict=True):
         stop = start + q.shape[1]
         stretches.append(Stretch(start, stop, k_start, k_start + k.shape[1], allowed_pairs(q, k, rule)))
+        start = stop
+    return AttentionPattern(tuple(stretches))
+
+
+def make_joint_pattern(context_frames: list[Tensor], query_frames: Tensor) -> AttentionPattern:
+    """Pattern of a sequence [context 1 | queries | context 2 | queries | ...] that attends to itself.
+
+    Context is frame-causal among its own; a query of frame t sees its context's frames before t and the
+    queries of frame t.
+
+    Args:
+        context_frames: per stretch, frame numbers [rows or 1, tokens].
+        query_frames: frame numbers [1, queries], the same in every stretch.
+    """
+    stretches, start = [], 0
+    among_queries = allowed_pairs(query_frames, query_frames, "isolated")
+    for context in context_frames:
+        middle = start + context.shape[1]
+        stop = middle + query_frames.shape[1]
+        before = allowed_pairs(query_frames, context, "autoregressive")
+        allowed = torch.cat([before, among_queries.expand(before.shape[0], -1, -1, -1)], dim=-1)
+        stretches.append(Stretch(start, middle, start, middle, allowed_pairs(context, context, "causal")))
+        stretches.append(Stretch(middle, stop, start, stop, allowed))
         start = stop
     return AttentionPattern(tuple(stretches))
 

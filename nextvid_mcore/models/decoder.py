@@ -1,6 +1,14 @@
 """The flow-matching decoder (Section 3.4, Eq. 6-8): a DiT that turns z_t and noise into frame t.
 
-Frame-isolated attention needs no mask: every (clip, mask, frame, tau sample) is a row of n tokens.
+Frame-isolated attention needs no mask: every (clip, mask, frame, tau sample) is a row of n tokens. How
+z_t conditions a row is a switch; tau enters by AdaLN-zero always:
+
+    concat      z and the noisy latent of a position are one token; self-attention. The paper's.
+    cross       noisy tokens attend to z of their frame, not to each other (Table 5).
+    cross_self  noisy tokens attend to z of their frame and to each other (Table 5).
+
+The last two are the same network, parameter for parameter: keys and values of `cross_self`'s one
+attention are those of z and of the noisy tokens together. In all three a layer has as many parameters.
 """
 
 from __future__ import annotations
@@ -13,7 +21,7 @@ from torch import Tensor
 from nextvid_mcore.config import ModelConfig
 from nextvid_mcore.flow import timestep_embedding
 from nextvid_mcore.models import specs
-from nextvid_mcore.models.adaln import Modulation, modulate
+from nextvid_mcore.models.adaln import CrossSelfAdaLNLayer, Modulation, join, modulate
 from nextvid_mcore.models.norm import mark_sequence_parallel
 from nextvid_mcore.rope import angles, grid_positions
 
@@ -23,6 +31,8 @@ TAU_WIDTH = 256  # of the sinusoidal embedding, as in DiT
 class Decoder(MegatronModule):
     """concat(z, noisy latent) -> linear -> DiT layers -> velocity."""
 
+    layer = staticmethod(specs.decoder_layer)
+
     def __init__(
         self, model: ModelConfig, channels: int, split: specs.Split, groups: ProcessGroupCollection
     ) -> None:
@@ -30,7 +40,7 @@ class Decoder(MegatronModule):
         super().__init__(config=config)
         self.tp_group = groups.tp
         width, dtype = model.decoder.width, split.dtype
-        self.input = torch.nn.Linear(width + channels, width, dtype=dtype)
+        self.input = torch.nn.Linear(self.input_width(width, channels), width, dtype=dtype)
         self.tau_embed = torch.nn.Sequential(
             torch.nn.Linear(TAU_WIDTH, width, dtype=dtype),
             torch.nn.SiLU(),
@@ -38,7 +48,7 @@ class Decoder(MegatronModule):
         )
         self.block = specs.build_block(
             config,
-            specs.decoder_layer(specs.get_backend(model.backend)),
+            self.layer(specs.get_backend(model.backend)),
             model.decoder.depth,
             None,
             groups,
@@ -62,13 +72,64 @@ class Decoder(MegatronModule):
             [n (/ tp), rows, C].
         """
         dtype = self.input.weight.dtype
-        hidden = self.input(torch.cat([z, noisy.to(dtype)], dim=-1))
         condition = self.tau_embed(timestep_embedding(tau, TAU_WIDTH).to(dtype))[None]
-        hidden = self.block(
-            hidden_states=hidden,
+        hidden = self.layers(z, noisy.to(dtype), condition)
+        shift, scale = self.final_adaln(condition)
+        return self.output(modulate(hidden, shift, scale, self.config.layernorm_epsilon))
+
+    @staticmethod
+    def input_width(width: int, channels: int) -> int:
+        """Values that enter at a position."""
+        return width + channels
+
+    def layers(self, z: Tensor, noisy: Tensor, condition: Tensor) -> Tensor:
+        """Input map and DiT layers; condition: tau's vector [1, rows, E]."""
+        return self.block(
+            hidden_states=self.input(torch.cat([z, noisy], dim=-1)),
             attention_mask=None,
             context=condition,
             rotary_pos_emb=self.frame_angles,
         )
-        shift, scale = self.final_adaln(condition)
-        return self.output(modulate(hidden, shift, scale, self.config.layernorm_epsilon))
+
+
+class CrossDecoder(Decoder):
+    """noisy latent -> linear -> DiT layers that read z by cross-attention -> velocity."""
+
+    layer = staticmethod(specs.cross_decoder_layer)
+
+    @staticmethod
+    def input_width(width: int, channels: int) -> int:
+        return channels
+
+    def layers(self, z: Tensor, noisy: Tensor, condition: Tensor) -> Tensor:
+        return self.block(
+            hidden_states=self.input(noisy),
+            attention_mask=None,
+            context=join(condition, z),
+            rotary_pos_emb=(self.frame_angles, self.key_angles()),
+        )
+
+    def key_angles(self) -> Tensor:
+        """Angles of the keys: z has the positions of the noisy tokens."""
+        return self.frame_angles
+
+
+class CrossSelfDecoder(CrossDecoder):
+    """The same with the noisy tokens among the keys."""
+
+    @staticmethod
+    def layer(backend: specs.Backend) -> specs.ModuleSpec:
+        return specs.cross_decoder_layer(backend, CrossSelfAdaLNLayer)
+
+    def key_angles(self) -> Tensor:
+        """Keys are [z | noisy] on every tensor rank, so a gathered sequence repeats share by share."""
+        shares = self.tp_group.size() if self.config.sequence_parallel else 1
+        return torch.cat([x for share in self.frame_angles.chunk(shares) for x in (share, share)])
+
+
+def build_decoder(
+    model: ModelConfig, channels: int, split: specs.Split, groups: ProcessGroupCollection
+) -> Decoder:
+    """The decoder of `model.condition`."""
+    kind = {"concat": Decoder, "cross": CrossDecoder, "cross_self": CrossSelfDecoder}[model.condition]
+    return kind(model, channels, split, groups)

@@ -1,7 +1,8 @@
 """NExT-Vid in one module (Figure 2): what a rank holds of the four networks, and the losses (Eq. 9).
 
 The roles stay apart: `student` (encoder and context projection), `reference`, `predictor`,
-`decoder`. Under pipeline parallelism the last stage alone has a predictor and a decoder.
+`decoder`. Under pipeline parallelism the last stage alone has a predictor and a decoder. Without
+generation there is no decoder; without alignment the reference is only the EMA, and is not run.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from torch import Tensor
 from nextvid_mcore import flow
 from nextvid_mcore.config import RunConfig
 from nextvid_mcore.masking import ClipMasks
-from nextvid_mcore.models.decoder import Decoder
+from nextvid_mcore.models.decoder import build_decoder
 from nextvid_mcore.models.encoder import Encoder, Student, sequence_shard
 from nextvid_mcore.models.init import init_weights
-from nextvid_mcore.models.predictor import Predictor
+from nextvid_mcore.models.predictor import build_predictor
 from nextvid_mcore.models.sequences import by_mask, full_sequence, predictor_sequence, student_sequence
 from nextvid_mcore.models.specs import Split
 
@@ -36,8 +37,8 @@ from nextvid_mcore.models.specs import Split
 class MicroBatch:
     """What the networks need of a micro-batch, on their device.
 
-    A rank has only the parts its role reads: `patches` on the first pipeline stage, `features` and
-    `latents` where the losses are.
+    A rank has only the parts its role reads: `patches` on the first pipeline stage, where the losses are
+    `features` (with alignment) and `latents` (with generation).
     """
 
     index: list[int]  # global sample indices, B of them
@@ -54,16 +55,17 @@ class MicroBatch:
 class LossTerms:
     """Losses before the mean, and the features that the collapse monitors look at."""
 
-    flow: Tensor  # [B, M, p, K]
-    align: Tensor  # [B, M, p]
-    tau: Tensor  # [B, M, p, K]
     z: Tensor  # this rank's tokens, detached: [n (/ tp), M, p, B, E]
-    target: Tensor  # [n (/ tp), 1, p, B, D]
-    aligned: Tensor  # [n (/ tp), M, p, B, D]
+    flow: Tensor | None = None  # [B, M, p, K]; None without generation, and so is tau
+    tau: Tensor | None = None  # [B, M, p, K]
+    align: Tensor | None = None  # [B, M, p]; None without alignment, and so are the two below
+    target: Tensor | None = None  # [n (/ tp), 1, p, B, D]
+    aligned: Tensor | None = None  # [n (/ tp), M, p, B, D]
 
     def total(self, config: RunConfig) -> Tensor:
         """Eq. 9 with Table 8's weights: means over clips, masks, frames and tau samples."""
-        return config.loss.flow * self.flow.mean() + config.loss.align * self.align.mean()
+        flow, align = (None if x is None else x.mean() for x in (self.flow, self.align))
+        return config.loss.total(flow, align)
 
 
 class NextVid(MegatronModule):
@@ -78,7 +80,7 @@ class NextVid(MegatronModule):
             config: the run.
             split: the layout's sizes.
             groups: the layout's groups.
-            channels: C of the target.
+            channels: C of the target; without generation it says nothing.
         """
         student = Student(config.model, split, groups)
         super().__init__(config=student.config)
@@ -89,14 +91,17 @@ class NextVid(MegatronModule):
         if self.last:
             inner = Split(split.tensor, 1, split.sequence, split.recompute, None, split.dtype)
             alone = _without_pipeline(groups)
-            self.predictor = Predictor(config.model, inner, alone)
-            self.decoder = Decoder(config.model, channels, inner, alone)
+            self.predictor = build_predictor(config.model, inner, alone)
+            if config.model.generate:
+                self.decoder = build_decoder(config.model, channels, inner, alone)
 
     def roles(self) -> dict[str, MegatronModule]:
         """The trained modules of this rank by role."""
         roles: dict[str, MegatronModule] = {"student": self.student}
         if self.last:
-            roles |= {"predictor": self.predictor, "decoder": self.decoder}
+            roles["predictor"] = self.predictor
+            if self.run.model.generate:
+                roles["decoder"] = self.decoder
         return roles
 
     def reset_parameters(self) -> None:
@@ -141,26 +146,26 @@ class NextVid(MegatronModule):
         model, device = self.run.model, _device(self)
         sequence = predictor_sequence(model, batch.masks, batch.token_frames, device)
         z = self.predictor(context, sequence)
-        if self.config.sequence_parallel:
-            z = gather_from_sequence_parallel_region(
-                z, tensor_parallel_output_grad=False, group=self.tp_group
-            )
         z = by_mask(z, batch.masks, batch.token_frames - 1, len(batch.index))  # [n, M, p, B, E]
         if self.config.sequence_parallel:  # from here on the share is one of each frame's tokens
             z = scatter_to_sequence_parallel_region(z.contiguous(), group=self.tp_group)
+        terms: dict[str, Tensor] = {"z": z.detach()}
+        if model.align:
+            terms |= self._align(z, batch)
+        if model.generate:
+            terms |= self._flow(z, batch)
+        return LossTerms(**terms)
 
+    def _align(self, z: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+        """Eq. 5: `align` and what it compares; z: [n (/ tp), M, p, B, E]."""
         aligned = self.predictor.align_head(z).float()
         target = self._align_target(batch)
         align = self._mean_over_tokens((aligned - target).square().mean(-1))
-        tau, flow_terms = self._flow(z, batch)
-        return LossTerms(
-            flow=flow_terms,
-            align=rearrange(align, "m p b -> b m p"),
-            tau=tau,
-            z=z.detach(),
-            target=target,
-            aligned=aligned.detach(),
-        )
+        return {
+            "align": rearrange(align, "m p b -> b m p"),
+            "target": target,
+            "aligned": aligned.detach(),
+        }
 
     def _align_target(self, batch: MicroBatch) -> Tensor:
         """Reference features of frames 1 .. t-1, this rank's tokens: [n (/ tp), 1, p, B, D]."""
@@ -170,8 +175,8 @@ class NextVid(MegatronModule):
             features = F.layer_norm(features, features.shape[-1:], eps=self.run.model.norm_eps)
         return features
 
-    def _flow(self, z: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """tau and flow terms, both [B, M, p, K]; z: [n (/ tp), M, p, B, E]."""
+    def _flow(self, z: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+        """Eq. 8: `flow` and its `tau`; z: [n (/ tp), M, p, B, E]."""
         latents = batch.latents[:, 1:]  # [B, p, n, C]
         tau, noise = flow.draw(
             batch.seed,
@@ -197,7 +202,7 @@ class NextVid(MegatronModule):
         predicted = self.decoder(rows, noisy, rearrange(tau, "b m p k -> (m p k b)"))
         terms = self._mean_over_tokens((predicted.float() - velocity).square().mean(-1))
         b, m, p, k = tau.shape
-        return tau, rearrange(terms, "(m p k b) -> b m p k", b=b, m=m, p=p, k=k)
+        return {"tau": tau, "flow": rearrange(terms, "(m p k b) -> b m p k", b=b, m=m, p=p, k=k)}
 
     def _mean_over_tokens(self, x: Tensor) -> Tensor:
         """Mean over the leading token dimension, of which each tensor rank may hold a share."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nextvid_mcore.config import ModelConfig
 from nextvid_mcore.masking import ClipMasks
-from nextvid_mcore.models.attention import AttentionPattern, make_pattern
+from nextvid_mcore.models.attention import AttentionPattern, make_joint_pattern, make_pattern
 from nextvid_mcore.rope import angles, token_positions
 
 
@@ -34,6 +34,16 @@ class CrossSequence:
     key_angles: Tensor
     pattern: AttentionPattern
     queries: int  # length of the query sequence
+
+
+@dataclass(frozen=True)
+class JointSequence:
+    """The joint predictor's: each stretch's context with its queries behind it, end to end."""
+
+    angles: Tensor  # of the whole sequence, [length, rows or 1, 1, R]
+    pattern: AttentionPattern
+    contexts: tuple[slice, ...]  # where each stretch's context lies in the context sequence
+    queries: int  # of one stretch, p * n
 
 
 def patchify(video: Tensor, model: ModelConfig) -> Tensor:
@@ -90,15 +100,18 @@ def student_sequence(model: ModelConfig, masks: ClipMasks, device: torch.device)
 
 def predictor_sequence(
     model: ModelConfig, masks: ClipMasks, token_frames: int, device: torch.device
-) -> CrossSequence:
+) -> CrossSequence | JointSequence:
     """A query at every position of frames 1 .. t-1 for every stretch of context.
 
-    The query sequence is the stretches' p * n queries end to end, in the order of `masks.segments`.
+    The query sequence is the stretches' p * n queries end to end, in the order of `masks.segments`; in a
+    joint sequence each stretch's context stands before its queries.
     """
     n = model.tokens_per_frame
     tokens = masks.tokens.to(device)
     targets = torch.arange(n, token_frames * n, device=device)[None]
     stretches = len(masks.segments)
+    if model.context == "joint":
+        return _joint_sequence(model, masks, tokens, targets)
     return CrossSequence(
         query_angles=_rope(targets.repeat(1, stretches), model, model.predictor.head_width),
         key_angles=_rope(tokens, model, model.predictor.head_width),
@@ -112,11 +125,25 @@ def predictor_sequence(
     )
 
 
+def _joint_sequence(model: ModelConfig, masks: ClipMasks, tokens: Tensor, targets: Tensor) -> JointSequence:
+    """tokens: visible ids [rows, s]; targets: ids [1, p * n] of the queries of one stretch."""
+    contexts = tuple(slice(x.start, x.stop) for x in masks.segments)
+    queries = targets.expand(tokens.shape[0], -1)
+    joined = torch.cat([part for place in contexts for part in (tokens[:, place], queries)], dim=1)
+    frames = [_frames(model, tokens, masks, i) for i in range(len(contexts))]
+    return JointSequence(
+        angles=_rope(joined, model, model.predictor.head_width),
+        pattern=make_joint_pattern(frames, targets // model.tokens_per_frame),
+        contexts=contexts,
+        queries=targets.shape[1],
+    )
+
+
 def _frames(model: ModelConfig, tokens: Tensor, masks: ClipMasks, stretch: int) -> Tensor:
     """Frame numbers of a stretch's tokens, [rows or 1, length]; 1 where every row has the same."""
     segment = masks.segments[stretch]
     frames = tokens[:, segment.start : segment.start + segment.length] // model.tokens_per_frame
-    # `fixed` masks keep the same number in every frame of every clip
+    # static masks keep the same number in every frame of every clip
     return frames[:1] if masks.counts else frames
 
 

@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from nextvid_mcore.config import ConfigError, ModelConfig, TransformerShape
-from nextvid_mcore.models.adaln import AdaLNLayer
+from nextvid_mcore.models.adaln import AdaLNLayer, CrossAdaLNLayer
 from nextvid_mcore.models.attention import AttentionPattern, PatternAttention
 from nextvid_mcore.models.norm import LocalLayerNorm
 
@@ -134,6 +134,19 @@ def _self_attention(backend: Backend) -> ModuleSpec:
     )
 
 
+def _cross_attention(backend: Backend) -> ModuleSpec:
+    return ModuleSpec(
+        module=CrossAttentionWithGroups,
+        params={"attn_mask_type": AttnMaskType.arbitrary},
+        submodules=CrossAttentionSubmodules(
+            linear_q=backend.column,
+            linear_kv=backend.column,
+            core_attention=PatternAttention,
+            linear_proj=backend.row,
+        ),
+    )
+
+
 def encoder_layer(backend: Backend) -> ModuleSpec:
     """Pre-norm ViT layer."""
     return ModuleSpec(
@@ -155,16 +168,7 @@ def predictor_layer(backend: Backend) -> ModuleSpec:
         module=ContextLayer,
         submodules=TransformerLayerSubmodules(
             pre_cross_attn_layernorm=backend.norm,
-            cross_attention=ModuleSpec(
-                module=CrossAttentionWithGroups,
-                params={"attn_mask_type": AttnMaskType.arbitrary},
-                submodules=CrossAttentionSubmodules(
-                    linear_q=backend.column,
-                    linear_kv=backend.column,
-                    core_attention=PatternAttention,
-                    linear_proj=backend.row,
-                ),
-            ),
+            cross_attention=_cross_attention(backend),
             cross_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=backend.norm,
             mlp=_mlp(backend),
@@ -180,6 +184,19 @@ def decoder_layer(backend: Backend) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             self_attention=_self_attention(backend),
             self_attn_bda=get_bias_dropout_add,
+            mlp=_mlp(backend),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def cross_decoder_layer(backend: Backend, layer: type[CrossAdaLNLayer] = CrossAdaLNLayer) -> ModuleSpec:
+    """DiT layer that reads the prediction by cross-attention (Table 5)."""
+    return ModuleSpec(
+        module=layer,
+        submodules=TransformerLayerSubmodules(
+            cross_attention=_cross_attention(backend),
+            cross_attn_bda=get_bias_dropout_add,
             mlp=_mlp(backend),
             mlp_bda=get_bias_dropout_add,
         ),
