@@ -1,8 +1,8 @@
-"""How helper processes meet signals: their parent decides when they end, and they never outlive it.
+"""How worker processes meet signals: their parent decides when they end, and they never outlive it.
 
 A scheduler that stops a job signals all its processes (Slurm's SIGUSR1 and SIGTERM), a terminal the
 whole group (Ctrl-C). The training process then finishes its step and saves, and its loader must live
-until it is closed. So helpers block these signals, and end on a SIGTERM from their parent alone.
+until it is closed. So workers block these signals, and end on a SIGTERM from their parent alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def shield() -> Iterator[None]:
 
 
 def start_worker(*_: object) -> None:
-    """The first thing a helper does; also a DataLoader's `worker_init_fn`.
+    """The first thing a worker does; also a DataLoader's `worker_init_fn`.
 
     On Linux the kernel ends this process when its parent dies, even if it hangs in a decoder. Elsewhere
     there is torch's own watchdog, which looks between two batches, and signals act as they always do.
