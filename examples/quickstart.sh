@@ -29,8 +29,9 @@ title "3 of 5: pretraining recipe tiny on 2 processes (tensor parallel), in $RUN
 $python -m torch.distributed.run --standalone --nproc-per-node 2 -m nextvid_mcore.pretrain tiny \
     --out $RUN --parallel.encoder.tensor 2
 
-title "4 of 5: the EMA encoder to plain PyTorch, in $RUN/encoder"
+title "4 of 5: to plain PyTorch, in $RUN/encoder, and a picture of what it generates"
 $python tools/convert_to_torch.py $RUN --out $RUN/encoder --all --force
+$python tools/generate.py $RUN
 
 title "5 of 5: the encoder in a fresh process"
 $python - $RUN/encoder <<'PY'
@@ -53,7 +54,7 @@ title "done; what lies where:"
 cat <<END
   data/demo                  clips, images and their manifests
   $RUN/            metrics.jsonl (a line a step), config.json, checkpoints
-  $RUN/plots/      pictures
+  $RUN/plots/      loss.png, and generated.png: next frames generated from masked clips
   $RUN/encoder/    the encoder for nextvid_mcore.hub.load_encoder("$RUN/encoder")
 
 What to try next:
