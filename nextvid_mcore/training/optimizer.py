@@ -150,7 +150,8 @@ class RoleOptimizers:
             optimizer.prepare_grads()
             grads += optimizer.get_grads_for_grad_norm()  # without the tensor ranks' duplicates
         if loss is not None:  # 0, or NaN if the loss isn't finite, which makes the norm NaN everywhere
-            grads.append(loss.detach().float().reshape(1) * 0)
+            device = next(iter(self.roles.values())).buffers[0].grad_data.device
+            grads.append(loss.detach().to(device, torch.float32).reshape(1) * 0)
         norm = float(clip_grads.get_grad_norm_fp32(grads))  # over the whole world
         if not math.isfinite(norm):
             return StepOutcome(False, norm)
