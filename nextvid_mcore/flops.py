@@ -64,22 +64,31 @@ def target_channels(config: RunConfig) -> int:
 
 
 def parameters(model: ModelConfig, channels: int) -> Parameters:
-    """Parameters by role, for target tokens of `channels` values."""
+    """Parameters by role, for target tokens of `channels` values; 0 for a role that is switched off.
+
+    Cross- and self-attention have the same number, so neither a joint predictor nor what the decoder
+    attends to changes a layer's.
+    """
     D, E = model.encoder.width, model.predictor.width
     e, p, d = model.encoder, model.predictor, model.decoder
+    entry = channels + (E if model.condition == "concat" else 0)  # values at a position of the decoder
     encoder_layer = _linear(D, 3 * D) + _linear(D, D) + _mlp(e) + 2 * _norm(D)
     predictor_layer = _linear(E, E) + _linear(E, 2 * E) + _linear(E, E) + _mlp(p) + 2 * _norm(E)
     decoder_layer = _linear(E, 3 * E) + _linear(E, E) + _mlp(d) + _linear(E, 6 * E)
-    return Parameters(
-        encoder=_linear(model.patch_dim, D) + e.depth * encoder_layer + _norm(D),
-        context_projection=_linear(D, E),
-        predictor=E + p.depth * predictor_layer + _norm(E) + _linear(E, D),  # E: the query
-        decoder=_linear(E + channels, E)
+    decoder = (
+        _linear(entry, E)
         + _linear(TAU_FEATURES, E)
         + _linear(E, E)
         + d.depth * decoder_layer
         + _linear(E, 2 * E)
-        + _linear(E, channels),
+        + _linear(E, channels)
+    )
+    align_head = _linear(E, D) if model.align else 0
+    return Parameters(
+        encoder=_linear(model.patch_dim, D) + e.depth * encoder_layer + _norm(D),
+        context_projection=_linear(D, E),
+        predictor=E + p.depth * predictor_layer + _norm(E) + align_head,  # E: the query
+        decoder=decoder if model.generate else 0,
     )
 
 
@@ -91,22 +100,24 @@ def clip_flops(config: RunConfig, stage: StageConfig, executed: bool = False) ->
     model, n = config.model, config.model.tokens_per_frame
     t = model.token_frames(stage.frames)
     p, frames = t - 1, t - 1 if executed else t
-    if executed and config.mask.mode == "fixed":
+    if executed and config.mask.static:
         visible = [float(count) for count in config.mask.counts(n)]
     else:
         visible = [share * n for share in mean_shares(config.mask, model.grid)]
     D, E = model.encoder.width, model.predictor.width
     student = sum(_encoder(model, v, frames) + 2 * D * E * v * frames for v in visible)
     predictor = sum(_predictor(model, v, frames, p) for v in visible)
-    decoder = len(visible) * _decoder(model, target_channels(config), p * stage.tau_samples)
-    return RoleFlops(
-        student=3 * student, reference=_encoder(model, n, t), predictor=3 * predictor, decoder=3 * decoder
-    )
+    decoder = reference = 0.0
+    if model.generate:
+        decoder = len(visible) * _decoder(model, target_channels(config), p * stage.tau_samples)
+    if model.align:
+        reference = _encoder(model, n, t)
+    return RoleFlops(student=3 * student, reference=reference, predictor=3 * predictor, decoder=3 * decoder)
 
 
 def target_flops(config: RunConfig, stage: StageConfig) -> float:
     """FLOPs of the frozen target's encoder for one clip: VA-VAE's convolutions, nothing for pixels."""
-    if config.target.kind == "pixels":
+    if config.target.kind == "pixels" or not config.model.generate:
         return 0.0
     side, total, width = config.model.image_size, 0.0, VAE_WIDTHS[0]
     total += _convolution(3, width, side)
@@ -154,17 +165,29 @@ def _encoder(model: ModelConfig, v: float, frames: int) -> float:
 
 
 def _predictor(model: ModelConfig, v: float, frames: int, p: int) -> float:
-    """Forward of the predictor: queries of p frames on v visible tokens of each earlier frame."""
-    E, queries, keys = model.predictor.width, p * model.tokens_per_frame, v * frames
-    pairs = model.tokens_per_frame * v * p * (p + 1) / 2
-    layer = 2 * (2 * E * E + 2 * E * model.predictor.mlp) * queries + 2 * 2 * E * E * keys + 4 * E * pairs
-    return model.predictor.depth * layer + 2 * E * model.encoder.width * queries
+    """Forward of the predictor: queries of p frames on v visible tokens of each earlier frame.
+
+    Joint: the context tokens go through every layer too, and queries also see their own frame's.
+    """
+    E, n, mlp = model.predictor.width, model.tokens_per_frame, model.predictor.mlp
+    queries, context = p * n, v * frames
+    pairs = n * v * p * (p + 1) / 2
+    if model.context == "joint":
+        pairs += v * v * frames * (frames + 1) / 2 + p * n * n
+        layer = 2 * (4 * E * E + 2 * E * mlp) * (queries + context) + 4 * E * pairs
+    else:
+        layer = 2 * (2 * E * E + 2 * E * mlp) * queries + 2 * 2 * E * E * context + 4 * E * pairs
+    align_head = 2 * E * model.encoder.width * queries if model.align else 0
+    return model.predictor.depth * layer + align_head
 
 
 def _decoder(model: ModelConfig, channels: int, frames: int) -> float:
     """Forward of the decoder on `frames` noisy frames (predicted frames x tau samples), each by itself."""
     E, n = model.decoder.width, model.tokens_per_frame
-    layer = 2 * (4 * E * E + 2 * E * model.decoder.mlp) * n + 4 * E * n * n + 2 * 6 * E * E
-    edges = 2 * (E + channels) * E * n + 2 * E * channels * n
+    keys = 2 * n if model.condition == "cross_self" else n
+    layer = 2 * (2 * E * E + 2 * E * model.decoder.mlp) * n + 2 * 2 * E * E * keys  # q, out, MLP; k, v
+    layer += 4 * E * n * keys + 2 * 6 * E * E
+    entry = channels + (E if model.condition == "concat" else 0)
+    edges = 2 * entry * E * n + 2 * E * channels * n
     condition = 2 * (TAU_FEATURES * E + E * E) + 2 * 2 * E * E
     return frames * (model.decoder.depth * layer + edges + condition)

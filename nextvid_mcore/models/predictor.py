@@ -46,7 +46,7 @@ class Predictor(MegatronModule):
             mark_sequence_parallel(self.align_head, config)
 
     def forward(self, context: Tensor, sequence: CrossSequence) -> Tensor:
-        """z [queries, rows, E], whole on every tensor rank, from the projected context [s (/ tp), rows, E]."""
+        """z [queries, rows, E], whole on every tensor rank, from the context [s (/ tp), rows, E]."""
         share = self.tp_group.size() if self.config.sequence_parallel else 1
         queries = self.query.expand(sequence.queries // share, context.shape[1], -1).contiguous()
         z = self.block(
@@ -77,7 +77,7 @@ class JointPredictor(Predictor):
     layer = staticmethod(specs.encoder_layer)
 
     def forward(self, context: Tensor, sequence: JointSequence) -> Tensor:
-        """z [queries, rows, E], whole on every tensor rank, from the projected context [s (/ tp), rows, E]."""
+        """z [queries, rows, E], whole on every tensor rank, from the context [s (/ tp), rows, E]."""
         context = self._gathered(context, shares_differ=True)  # each rank goes on with its share of it
         queries = self.query.expand(sequence.queries, context.shape[1], -1)
         parts = [part for place in sequence.contexts for part in (context[place], queries)]

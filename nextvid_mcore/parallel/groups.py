@@ -70,18 +70,20 @@ def _check_tensor(role: str, shape: TransformerShape, tensor: int) -> None:
 
 
 def sequences(config: RunConfig, frames: int) -> dict[str, int]:
-    """Tokens of every sequence a clip of `frames` video frames makes, in mask mode `fixed`.
+    """Tokens of every sequence a clip of `frames` video frames makes, in the static mask modes.
 
-    The student sees both masks as one sequence, without the last token frame; the decoder works frame
-    by frame.
+    Student and predictor have all masks as one sequence, without the last token frame's context; a joint
+    predictor's holds the context too. What follows the predictor goes frame by frame.
     """
     t, n = config.model.token_frames(frames), config.model.tokens_per_frame
-    return {
-        "student": (t - 1) * sum(config.mask.counts(n)),
-        "reference": t * n,
-        "predictor": (t - 1) * n,
-        "decoder": n,
+    student = (t - 1) * sum(config.mask.counts(n))
+    queries = config.mask.masks * (t - 1) * n
+    lengths = {
+        "student": student,
+        "predictor": queries + (student if config.model.context == "joint" else 0),
+        "decoder" if config.model.generate else "alignment": n,
     }
+    return lengths | ({"reference": t * n} if config.model.align else {})
 
 
 def resolve_layout(config: RunConfig, world_size: int) -> Layout:
@@ -89,7 +91,8 @@ def resolve_layout(config: RunConfig, world_size: int) -> Layout:
     wanted = config.parallel.encoder
     tensor, pipeline = wanted.tensor or 1, wanted.pipeline or 1
     for role in ("encoder", "predictor", "decoder"):
-        _check_tensor(role, getattr(config.model, role), tensor)
+        if role != "decoder" or config.model.generate:
+            _check_tensor(role, getattr(config.model, role), tensor)
     require(
         pipeline <= config.model.encoder.depth,
         f"{config.model.encoder.depth} encoder layers can't be split over {pipeline} pipeline stages",
@@ -107,7 +110,7 @@ def resolve_layout(config: RunConfig, world_size: int) -> Layout:
         f"{model * (wanted.data or 1)} ranks, but {world_size} were started; leave data out to derive it",
     )
     layout = Layout(tensor, pipeline, data, sequence=config.parallel.sequence and tensor > 1)
-    if config.mask.mode != "fixed":
+    if not config.mask.static:
         require(
             pipeline == 1 and not layout.sequence,
             f"mask mode {config.mask.mode} makes sequences of changing length, which need pipeline 1 and no "

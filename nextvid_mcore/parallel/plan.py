@@ -33,7 +33,8 @@ def check(config: RunConfig, world_size: int, dry_run: bool = False) -> Layout:
     layout = resolve_layout(config, world_size)
     last_stage_layers(config, layout.pipeline)
     Schedule(config)  # the start stage exists, the steps fit
-    target_channels(config)
+    if config.model.generate:
+        target_channels(config)
     if not dry_run:
         _check_machine(config)
     return layout
@@ -51,7 +52,9 @@ def _check_machine(config: RunConfig) -> None:
         "this GPU has no bf16; use --train.precision fp32",
     )
     require(
-        config.target.kind != "va_vae" or (config.target.checkpoint and config.target.statistics),
+        not config.model.generate
+        or config.target.kind != "va_vae"
+        or (config.target.checkpoint and config.target.statistics),
         "target va_vae needs its weights: --target.checkpoint FILE --target.statistics latents_stats.pt "
         "(or generate pixels: --target.kind pixels)",
     )
@@ -91,7 +94,8 @@ def rank_memory(config: RunConfig, layout: Layout, stage: int, point: StageConfi
     trained = encoder + others
     master = 4 if size == 2 else 0  # fp32 weights are their own master copy
     model, micro = config.model, config.train.micro_batch
-    features = micro_batches(config, layout, point) * micro * sequences(config, point.frames)["reference"]
+    tokens = sequences(config, point.frames).get("reference", 0)
+    features = micro_batches(config, layout, point) * micro * tokens
     return RankMemory(
         weights=trained * size,
         gradients=trained * 4,
@@ -109,10 +113,12 @@ def _activations(config: RunConfig, layout: Layout, stage: int, point: StageConf
     in_flight = min(layout.pipeline - stage, micro_batches(config, layout, point))
     kept = length["student"] * stage_layers(config, layout)[stage] * _layer(config, layout, model.encoder)
     if stage == layout.pipeline - 1:
-        rows = len(config.mask.blocks) * length["predictor"]
-        kept += rows * model.predictor.depth * _layer(config, layout, model.predictor)
-        kept += rows * 3 * model.encoder.width  # the alignment's prediction, target and difference
-        kept += rows * point.tau_samples * model.decoder.depth * _layer(config, layout, model.decoder)
+        rows = config.mask.masks * (model.token_frames(point.frames) - 1) * model.tokens_per_frame
+        kept += length["predictor"] * model.predictor.depth * _layer(config, layout, model.predictor)
+        if model.align:
+            kept += rows * 3 * model.encoder.width  # the alignment's prediction, target and difference
+        if model.generate:
+            kept += rows * point.tau_samples * model.decoder.depth * _layer(config, layout, model.decoder)
     return kept * clips * in_flight
 
 
@@ -155,23 +161,31 @@ def _model(config: RunConfig) -> Iterator[str]:
     def shape(x: TransformerShape) -> str:
         return f"width {x.width}, depth {x.depth}, {x.heads} heads, MLP {x.mlp}"
 
+    idle = "" if model.align else ", nor run: there is no alignment"
+    reads = "" if model.condition == "concat" else f", condition {model.condition}"
     rows = [
         ("encoder", count.encoder, shape(model.encoder)),
-        ("reference", count.encoder, "EMA of the encoder, not trained"),
+        ("reference", count.encoder, f"EMA of the encoder, not trained{idle}"),
         ("predictor", count.predictor_of_paper, f"{shape(model.predictor)}, with the context's projection"),
-        ("decoder", count.decoder, shape(model.decoder)),
     ]
+    if model.generate:
+        rows.append(("decoder", count.decoder, f"{shape(model.decoder)}{reads}"))
     for name, number, text in rows:
         named = f"{name} {_millions(number)}"
         yield f"  {named:<22}{text}"
+    if model.context == "joint":
+        yield "  the predictor's context and queries are one sequence: no context isolation"
     yield f"  {'trained ' + _millions(count.student + count.predictor + count.decoder)}"
     yield (
         f"  clips of {model.image_size} x {model.image_size} pixels in patches of {model.patch_size} x "
         f"{model.patch_size} x {model.tubelet_size}; {model.tokens_per_frame} tokens a frame"
     )
     target = "pixels" if config.target.kind == "pixels" else "VA-VAE latents"
-    yield f"  target: {target}, {flops.target_channels(config)} values a token"
-    if config.mask.mode == "fixed":
+    if model.generate:
+        yield f"  target: {target}, {flops.target_channels(config)} values a token"
+    else:
+        yield "  target: none, there is no generation"
+    if config.mask.static:
         counts = " and ".join(str(v) for v in config.mask.counts(model.tokens_per_frame))
         yield f"  masks: {counts} of {model.tokens_per_frame} tokens of a frame stay visible"
     else:
@@ -248,7 +262,7 @@ def _layout(config: RunConfig, layout: Layout) -> Iterator[str]:
     for number, count in enumerate(layers):
         held = f"encoder and reference layers {first}-{first + count - 1}"
         if number == layout.pipeline - 1:
-            held += ", predictor, decoder, target"
+            held += ", predictor" + (", decoder, target" if config.model.generate else "")
         yield f"  pipeline stage {number}: {held}"
         first += count
     yield "  who holds what (rank = tensor + data x TP + pipeline x TP x DP):"
@@ -257,7 +271,7 @@ def _layout(config: RunConfig, layout: Layout) -> Iterator[str]:
         start = data * layout.tensor + stage * layout.tensor * layout.data
         roles = "all roles" if layout.pipeline == 1 else "encoder, reference"
         if layout.pipeline > 1 and stage == layout.pipeline - 1:
-            roles += ", predictor, decoder"
+            roles += ", predictor" + (", decoder" if config.model.generate else "")
         split = f", split {layout.tensor} ways" if layout.tensor > 1 else ""
         ranks = _ranks(list(range(start, start + layout.tensor)))
         yield f"    data {data}, pipeline {stage}: rank{'s' * (layout.tensor > 1)} {ranks}: {roles}{split}"

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nextvid_mcore.config import ConfigError, RunConfig
-from nextvid_mcore.recipes import paper, tiny
+from nextvid_mcore.recipes import ablations, paper, tiny
+from nextvid_mcore.recipes.ablations import ablate
+
+__all__ = ["RECIPES", "ablate", "get", "names"]
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "tiny": tiny.tiny,
     "vit_l": paper.vit_l,
     "vit_h": paper.vit_h,
     "vit_g": paper.vit_g,
+    **ablations.RECIPES,
 }
 
 

@@ -44,14 +44,19 @@ class Engine:
     """Runs micro-batches through a rank's networks."""
 
     def __init__(self, model: NextVid, groups: RoleGroups, target: Target | None) -> None:
-        """`target` where the losses are (last pipeline stage), else None."""
+        """`target` where the flow loss is (last pipeline stage), else None."""
         self.model, self.groups, self.target = model, groups, target
         self.config = model.run
         self.device = next(model.parameters()).device
         self.schedule = get_forward_backward_func(groups.layout.pipeline, None)
 
-    def reference_features(self, clips: Sequence[ClipBatch]) -> list[Tensor]:
-        """Features [t * n, B, D] of every micro-batch on the last pipeline stage, else an empty list."""
+    def reference_features(self, clips: Sequence[ClipBatch]) -> list[Tensor | None]:
+        """Features [t * n, B, D] of every micro-batch on the last pipeline stage, else an empty list.
+
+        Without alignment nothing is run, and there are Nones.
+        """
+        if not self.config.model.align:
+            return [None] * len(clips)
         t = self.config.model.token_frames(clips[0].video.shape[2])
 
         def step(iterator: Iterator[ClipBatch], stage: _StageModel) -> tuple[Tensor, Callable]:
@@ -96,7 +101,7 @@ class Engine:
 
         n = self.config.model.tokens_per_frame
         length = self.config.model.token_frames(clips[0].video.shape[2]) - 1
-        length *= sum(self.config.mask.counts(n)) if self.config.mask.mode == "fixed" else 0
+        length *= sum(self.config.mask.counts(n)) if self.config.mask.static else 0
         self._run(
             step,
             _StageModel(self.model.student.encoder),
@@ -112,7 +117,7 @@ class Engine:
         if self.model.first:
             patches = microbatch.full_patches(self.config, clip, self.device)
             batch = microbatch.with_patches(batch, patches)
-        if self.model.last:
+        if self.model.last and self.config.model.generate:
             batch = microbatch.with_latents(batch, clip, self.target, self.device)
         return batch
 

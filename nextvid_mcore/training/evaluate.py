@@ -35,48 +35,50 @@ WEIGHTS = ("ema", "online")
 
 @dataclass(frozen=True)
 class Table:
-    """Values of single clips: index int64 [S], the rest float64."""
+    """Values of single clips: index int64 [S], the rest float64; None for a loss that is switched off."""
 
     index: Tensor
-    flow: Tensor  # [S, p], means over masks and tau samples
-    align: Tensor  # [S, p], means over masks
-    bin_sum: Tensor  # [S, bins], flow terms summed over the tau of a bin
-    bin_count: Tensor  # [S, bins]
+    flow: Tensor | None = None  # [S, p], means over masks and tau samples
+    align: Tensor | None = None  # [S, p], means over masks
+    bin_sum: Tensor | None = None  # [S, bins], flow terms summed over the tau of a bin
+    bin_count: Tensor | None = None  # [S, bins]
 
     @classmethod
     def of(cls, index: Sequence[int], terms: LossTerms, bins: int) -> Table:
         """From one micro-batch's loss terms."""
-        flow, align, tau = (x.detach().double().cpu() for x in (terms.flow, terms.align, terms.tau))
-        which = (tau * bins).long().clamp(0, bins - 1)
-        inside = torch.nn.functional.one_hot(which, bins).double()  # [B, M, p, K, bins]
-        return cls(
-            index=torch.tensor(list(index)),
-            flow=flow.mean((1, 3)),
-            align=align.mean(1),
-            bin_sum=(flow[..., None] * inside).sum((1, 2, 3)),
-            bin_count=inside.sum((1, 2, 3)),
-        )
+        values: dict[str, Tensor] = {"index": torch.tensor(list(index))}
+        if terms.align is not None:
+            values["align"] = terms.align.detach().double().cpu().mean(1)
+        if terms.flow is not None:
+            flow, tau = (x.detach().double().cpu() for x in (terms.flow, terms.tau))
+            which = (tau * bins).long().clamp(0, bins - 1)
+            inside = torch.nn.functional.one_hot(which, bins).double()  # [B, M, p, K, bins]
+            values["flow"] = flow.mean((1, 3))
+            values["bin_sum"] = (flow[..., None] * inside).sum((1, 2, 3))
+            values["bin_count"] = inside.sum((1, 2, 3))
+        return cls(**values)
 
     @classmethod
     def merged(cls, tables: Sequence[Table]) -> Table:
         """All rows in the order of their index."""
-        joined = {name: torch.cat([getattr(each, name) for each in tables]) for name in cls.__annotations__}
+        there = [name for name, value in vars(tables[0]).items() if value is not None]
+        joined = {name: torch.cat([getattr(each, name) for each in tables]) for name in there}
         order = joined["index"].argsort()
         if not torch.equal(joined["index"][order], torch.arange(len(order))):
             raise RuntimeError(f"held-out samples are not 0 to {len(order) - 1}: {joined['index'].tolist()}")
         return cls(**{name: values[order] for name, values in joined.items()})
 
     def summary(self, loss: LossConfig) -> dict[str, Any]:
-        """The numbers of eval.jsonl. A tau bin that no draw fell into is null."""
-        flow, align = self.flow.mean().item(), self.align.mean().item()
-        count, total = self.bin_count.sum(0), self.bin_sum.sum(0)
+        """The numbers of eval.jsonl. Null: a loss that is switched off, a tau bin that no draw fell into."""
+        flow, align = (None if x is None else x.mean().item() for x in (self.flow, self.align))
+        by_tau = None if flow is None else (self.bin_sum.sum(0) / self.bin_count.sum(0)).tolist()
         return {
-            "loss": loss.flow * flow + loss.align * align,
+            "loss": loss.total(flow, align),
             "loss_flow": flow,
             "loss_align": align,
-            "flow_by_tau": (total / count).tolist(),
-            "flow_by_frame": self.flow.mean(0).tolist(),
-            "align_by_frame": self.align.mean(0).tolist(),
+            "flow_by_tau": by_tau,
+            "flow_by_frame": None if flow is None else self.flow.mean(0).tolist(),
+            "align_by_frame": None if align is None else self.align.mean(0).tolist(),
         }
 
 
@@ -92,7 +94,7 @@ def held_out_terms(engine: Engine, clip: ClipBatch, tau_samples: int, encoder: E
         out = engine.model(next(iterator), encoder)
         if engine.model.last:
             found.append(out)
-            out = out.flow
+            out = out.z
         return out, lambda x, non_loss_data=False: x
 
     length = batch.masks.tokens.shape[1]

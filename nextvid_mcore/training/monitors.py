@@ -59,18 +59,27 @@ class Collapse:
 
     NAMES = ("z_var", "reference_var", "align_cos")
 
-    def __init__(self) -> None:
-        self._parts: dict[str, list[Moments]] = {name: [] for name in self.NAMES}
+    def __init__(self, align: bool = True) -> None:
+        """align: False where there are no features to compare with; `z_var` alone is left then."""
+        self.align = align
+        self.names = self.NAMES if align else self.NAMES[:1]
+        self._parts: dict[str, list[Moments]] = {name: [] for name in self.names}
 
-    def add(self, z: Tensor, reference: Tensor, aligned: Tensor) -> None:
-        """z [..., E] predictions, reference [..., D] features, aligned [..., D] their predictions."""
-        cosine = F.cosine_similarity(aligned.detach().float(), reference.detach().float(), dim=-1)
-        for name, x in zip(self.NAMES, (z, reference, cosine.unsqueeze(-1)), strict=True):
-            self._parts[name].append(Moments.of(x))
+    def add(self, z: Tensor, reference: Tensor | None = None, aligned: Tensor | None = None) -> None:
+        """z [..., E] predictions, reference [..., D] features, aligned [..., D] their predictions.
+
+        `reference` may be 1 where `aligned` is more: it is then the same for several predictions.
+        """
+        self._parts["z_var"].append(Moments.of(z))
+        if self.align:
+            reference = reference.expand_as(aligned)
+            cosine = F.cosine_similarity(aligned.detach().float(), reference.detach().float(), dim=-1)
+            self._parts["reference_var"].append(Moments.of(reference))
+            self._parts["align_cos"].append(Moments.of(cosine.unsqueeze(-1)))
 
     def result(self, groups: Sequence[dist.ProcessGroup] = ()) -> dict[str, float]:
         """The monitors over everything added on all ranks of `groups`; empties the collection."""
-        merged = [Moments.merged(self._parts[name]) for name in self.NAMES]
+        merged = [Moments.merged(self._parts[name]) for name in self.names]
         sizes = [part.packed.numel() for part in merged]
         for group in groups:
             mine = torch.cat([part.packed for part in merged])
@@ -78,6 +87,8 @@ class Collapse:
             dist.all_gather(gathered, mine, group=group)
             columns = zip(*(each.split(sizes) for each in gathered), strict=True)
             merged = [Moments.merged([Moments(part) for part in column]) for column in columns]
-        self.__init__()
-        z, reference, cosine = merged
-        return {"z_var": z.variance(), "reference_var": reference.variance(), "align_cos": cosine.mean()}
+        self.__init__(self.align)
+        return {
+            name: part.mean() if name == "align_cos" else part.variance()
+            for name, part in zip(self.names, merged, strict=True)
+        }

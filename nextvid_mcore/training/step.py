@@ -27,13 +27,14 @@ from nextvid_mcore.training.optimizer import RoleOptimizers, finalize_grads, wra
 class StepResult:
     """What a step did, the same on every rank.
 
+    loss_flow, loss_align: None where that loss is switched off.
     applied: False when the loss or a gradient was not finite anywhere: then no weight moved.
     grad_norm: over all roles, before clipping. monitors: see training/monitors.py.
     """
 
     loss: float
-    loss_flow: float
-    loss_align: float
+    loss_flow: float | None
+    loss_align: float | None
     grad_norm: float
     applied: bool
     monitors: dict[str, float]
@@ -50,15 +51,20 @@ class TrainStep:
         """
         self.config, self.groups = config, groups
         cuda = torch.cuda.is_available()
-        self.device = device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        self.device = device = (
+            torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        )
         split = make_split(config, groups.layout)
-        self.target = build_target(config, device, split.dtype) if groups.last_stage else None
-        self.model = NextVid(config, split, groups.collection, target_channels(config)).to(device)
+        generate = config.model.generate
+        self.target = build_target(config, device, split.dtype) if groups.last_stage and generate else None
+        channels = target_channels(config) if generate else 0
+        self.model = NextVid(config, split, groups.collection, channels).to(device)
         self.model.reset_parameters()
         self.model.train()
         self.roles = wrap_roles(self.model, groups)
         self.optimizers = RoleOptimizers(self.roles, config.optim, groups, self.model.reference)
         self.engine = Engine(self.model, groups, self.target)
+        self.losses = [name for name, on in (("flow", generate), ("align", config.model.align)) if on]
 
     def run(self, point: StagePoint, clips: Sequence[ClipBatch]) -> StepResult:
         """Take the step at `point` on this replica's micro-batches."""
@@ -74,38 +80,37 @@ class TrainStep:
         """Leave the step's mean gradient in the roles' buffers.
 
         Returns:
-            [flow, align], the mean over this replica's micro-batches (last pipeline stage, else None), and
-            the monitors.
+            The losses that there are, in the order of `self.losses`, the mean over this replica's
+            micro-batches (last pipeline stage, else None), and the monitors.
         """
-        collapse = Collapse()
+        collapse = Collapse(self.config.model.align)
         losses: list[torch.Tensor] = []
 
         def watch(terms: LossTerms, batch: MicroBatch) -> None:
-            losses.append(torch.stack([terms.flow.mean(), terms.align.mean()]).detach().double())
-            collapse.add(terms.z, terms.target.expand_as(terms.aligned), terms.aligned)
+            losses.append(torch.stack([getattr(terms, x).mean() for x in self.losses]).detach().double())
+            collapse.add(terms.z, terms.target, terms.aligned)
 
         self.optimizers.zero_grad()
         self.engine.gradients(point, clips, watch)
         finalize_grads(self.roles.values(), self.groups)
         if not losses:
-            return None, self._from_last_stage(None, Collapse.NAMES)
+            return None, self._from_last_stage(None, collapse.names)
         groups = [self.groups.collection.dp]
         if self.groups.layout.sequence:
             groups.insert(0, self.groups.collection.tp)
         found = collapse.result(groups)
-        return torch.stack(losses).mean(0), self._from_last_stage(found, Collapse.NAMES)
+        return torch.stack(losses).mean(0), self._from_last_stage(found, collapse.names)
 
-    def _mean_losses(self, mine: torch.Tensor | None) -> tuple[float, float, float]:
-        """Loss, flow and align over all data ranks, on every rank."""
+    def _mean_losses(self, mine: torch.Tensor | None) -> tuple[float, float | None, float | None]:
+        """Loss, flow and align over all data ranks, on every rank; None for what is switched off."""
         found = None
         if mine is not None:
             mine = mine.clone()
             dist.all_reduce(mine, group=self.groups.collection.dp)
-            flow, align = (mine / self.groups.layout.data).tolist()
-            found = {"flow": flow, "align": align}
-        shared = self._from_last_stage(found, ("flow", "align"))
-        flow, align = shared["flow"], shared["align"]
-        return self.config.loss.flow * flow + self.config.loss.align * align, flow, align
+            found = dict(zip(self.losses, (mine / self.groups.layout.data).tolist(), strict=True))
+        shared = self._from_last_stage(found, self.losses)
+        flow, align = shared.get("flow"), shared.get("align")
+        return self.config.loss.total(flow, align), flow, align
 
     def _from_last_stage(self, values: dict[str, float] | None, names: Sequence[str]) -> dict[str, float]:
         """The last pipeline stage's numbers on every stage."""
