@@ -9,6 +9,7 @@ A process ends with one of these codes (torchrun itself answers 1 when one of it
     2    the settings can't work; nothing was started or changed
     3    too many non-finite steps in a row (optim.max_skipped)
     4    the data can't be read: too many bad files, or a loader failed
+    5    a checkpoint can't be read or written
     138  saved and ended because of SIGUSR1        143  because of SIGTERM
 
 Heavy imports stand inside `main`: loader processes import this module again.
@@ -26,6 +27,7 @@ from nextvid_mcore.config import ConfigError, RunConfig
 
 EXIT_NON_FINITE = 3
 EXIT_DATA = 4
+EXIT_CHECKPOINT = 5
 
 
 def quiet() -> None:
@@ -61,17 +63,21 @@ def train(config: RunConfig, options: cli.Options) -> int:
     from nextvid_mcore.data.guard import DataError
     from nextvid_mcore.training.feed import LoaderError
     from nextvid_mcore.training.loop import NonFiniteError, Trainer
+    from nextvid_mcore.training.manifest import CheckpointError
 
+    joined = dist.is_initialized()
     try:
         return Trainer(config, options.out).run()
     except (DataError, LoaderError) as error:
         cli.fail(error, EXIT_DATA, everywhere=True)
     except NonFiniteError as error:
         cli.fail(error, EXIT_NON_FINITE)
+    except CheckpointError as error:
+        cli.fail(error, EXIT_CHECKPOINT)
     except ConfigError as error:
         cli.fail(error, everywhere=True)
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not joined:
             dist.destroy_process_group()
 
 

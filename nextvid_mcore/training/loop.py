@@ -156,7 +156,8 @@ class Trainer:
 
     def _run(self, loader: Iterator[ClipBatch] | None) -> int:
         layout, config = self.groups.layout, self.config
-        feed = Feed(loader, self.groups, self.guard, config.model.image_size)
+        if self.step < self.schedule.total_steps:
+            feed = Feed(loader, self.groups, self.guard, config.model.image_size)
         while self.step < self.schedule.total_steps:
             begin = time.perf_counter()
             point = self.schedule.at(self.step)
@@ -170,10 +171,11 @@ class Trainer:
             self._log(self._row(point, data, result, time.perf_counter() - begin))
             if self.skipped >= config.optim.max_skipped:
                 self._give_up(point)
-            last = self.step == self.schedule.total_steps
-            if self.evaluator is not None and (last or self.step % config.eval.every == 0):
+            # at the schedule's end, not at `train.steps`: a run in pieces has the lines of a whole one
+            complete = self.step == self.schedule.schedule_steps
+            if self.evaluator is not None and (complete or self.step % config.eval.every == 0):
                 self._evaluate()
-            if last or self.step % config.checkpoint.every == 0:
+            if self.step == self.schedule.total_steps or self.step % config.checkpoint.every == 0:
                 self._save()
         self._finish()
         return 0
@@ -246,7 +248,7 @@ class Trainer:
         raise NonFiniteError(
             f"{self.skipped} steps in a row up to step {self.step} were not finite and were skipped "
             f"(optim.max_skipped {self.config.optim.max_skipped}), samples {first} to "
-            f"{point.samples_before + point.batch - 1}; the last good checkpoint is in {self.checkpoints}. "
+            f"{point.samples_before + point.batch - 1}; the newest checkpoint is in {self.checkpoints}. "
             "Lower the learning rate, or look at these samples"
         )
 

@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# What differs between two equal runs.
+TIMINGS = ("clips_per_s", "step_time", "data_time", "memory_gib")
+
 
 def strict(value: Any) -> Any:
     """`value` with every non-finite number replaced by None and tensors of one element by numbers."""
