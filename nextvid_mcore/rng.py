@@ -32,6 +32,8 @@ STREAMS: dict[str, int] = {
     "init_noise": 9,  # --train.init-noise
     "eval": 10,  # derives the seed of the held-out loss
     "test": 11,
+    "digits": 12,  # moving digits: which digit, where it starts, where it goes
+    "probe": 13,  # the probe's splits and the order of its training items
 }
 
 
