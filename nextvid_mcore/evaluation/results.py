@@ -1,0 +1,41 @@
+"""What a probe reports: counts, accuracy with its interval, and a JSON file written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+Z95 = 1.959963984540054  # of the normal distribution, two-sided 95%
+
+
+def wilson(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval of a share: it stays in [0, 1] and holds for shares near the ends."""
+    if total == 0:
+        return 0.0, 1.0
+    share, square = correct / total, z * z
+    centre = (share + square / (2 * total)) / (1 + square / total)
+    half = z * math.sqrt(share * (1 - share) / total + square / (4 * total**2)) / (1 + square / total)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def score(correct: int, total: int, unreadable: int, classes: int) -> dict[str, Any]:
+    """A validation result, accuracies in percent. An item that couldn't be read counts as wrong."""
+    low, high = wilson(correct, total)
+    return {
+        "top1": 100 * correct / max(1, total),
+        "ci95": [100 * low, 100 * high],
+        "correct": correct,
+        "items": total,
+        "unreadable": unreadable,
+        "classes": classes,
+        "chance": 100 / classes,
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
