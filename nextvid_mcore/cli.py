@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import json
 import os
 import re
 import sys
@@ -302,4 +303,7 @@ def fail(error: Exception | str, code: int = EXIT_CONFIG, everywhere: bool = Fal
     if rank == "0" or everywhere:
         where = f" [rank {rank}]" if rank != "0" else ""
         print(f"nextvid_mcore{where}: {error}", file=sys.stderr, flush=True)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's own last words will be these
+            said = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(report).write_text(json.dumps({"message": said}))
     raise SystemExit(code)

@@ -8,9 +8,11 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+BAR = "{desc}{n_fmt}/{total_fmt} |{bar:10}| {elapsed}<{remaining}{postfix}"  # leaves room for the numbers
+
 
 def _number(value: float | None) -> str:
-    return "nan" if value is None else f"{value:.4g}"
+    return "off" if value is None else f"{value:.4g}"
 
 
 class Progress:
@@ -30,7 +32,7 @@ class Progress:
         self.enabled = enabled and rank == 0
         self._bar = None
         if self.enabled and self.stream.isatty():
-            self._bar = tqdm(total=total, initial=step, file=self.stream, dynamic_ncols=True, unit="step")
+            self._bar = tqdm(total=total, initial=step, file=self.stream, dynamic_ncols=True, bar_format=BAR)
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One finished step, as the metrics have it."""
@@ -47,7 +49,7 @@ class Progress:
             numbers["skipped"] = str(row["skipped"])
         if self._bar is not None:
             self._bar.set_description(str(row["stage"]), refresh=False)
-            self._bar.set_postfix(numbers, refresh=False)
+            self._bar.set_postfix_str(" ".join(f"{name} {x}" for name, x in numbers.items()), refresh=False)
             self._bar.update(row["step"] - self._bar.n)
         elif row["step"] % self.log_every == 0 or row["step"] == self.total:
             text = "  ".join(f"{name} {value}" for name, value in numbers.items())

@@ -130,3 +130,17 @@ def test_a_mistake_is_said_by_one_rank_without_torch(tmp_path):
         assert done.returncode == cli.EXIT_CONFIG
         assert len(done.stderr.splitlines()) == lines, done.stderr
         assert done.stdout == ""
+
+
+def test_torchruns_last_words_are_the_message(tmp_path, monkeypatch, capsys):
+    """torchrun reads this file and ends its own report with it."""
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    report = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as ended:
+        cli.fail("22 heads can't be split", 2)
+    assert ended.value.code == 2 and "22 heads" in capsys.readouterr().err
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(report))
+    assert failure.message == "22 heads can't be split"

@@ -140,7 +140,14 @@ def test_wandb_is_not_imported_unless_asked_for(tmp_path, monkeypatch):
 
 
 ROW = dict(
-    step=4, stage="warmup", loss=0.25, loss_flow=0.5, loss_align=None, clips_per_s=3.0, lr=1e-4, skipped=0
+    step=4,
+    stage="warmup",
+    loss=0.25,
+    loss_flow=None,
+    loss_align=float("nan"),
+    clips_per_s=3.0,
+    lr=1e-4,
+    skipped=0,
 )
 
 
@@ -152,7 +159,12 @@ def test_progress_without_a_terminal_is_a_line_every_few_steps():
     progress.say("saved")
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines[:-1]] == ["2/5", "4/5", "5/5"]
-    assert "loss 0.25" in lines[0] and "align nan" in lines[0] and "lr 1.00e-04" in lines[0]
+    assert (
+        "loss 0.25" in lines[0]
+        and "flow off" in lines[0]
+        and "align nan" in lines[0]
+        and "lr 1.00e-04" in lines[0]
+    )
     assert lines[-1] == "saved" and "\r" not in stream.getvalue()
 
 
