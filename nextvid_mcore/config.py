@@ -170,9 +170,9 @@ class MaskConfig:
 class TargetConfig:
     """What the flow decoder generates (Section 3.4, Table 3)."""
 
-    kind: Literal["pixels", "va_vae"] = "va_vae"
-    checkpoint: str | None = None  # VA-VAE's checkpoint; required to train with va_vae
-    statistics: str | None = None  # its latents_stats.pt
+    kind: Literal["pixels", "va_vae", "siglip2", "cosmos"] = "va_vae"
+    checkpoint: str | None = None  # va_vae: its checkpoint; siglip2, cosmos: the published folder
+    statistics: str | None = None  # va_vae: its latents_stats.pt; siglip2, cosmos: instead of their own
     sample_posterior: bool = False  # False: the posterior's mode
 
 

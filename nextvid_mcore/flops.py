@@ -11,6 +11,7 @@ never sees the last token frame, and mode `fixed` keeps exact counts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nextvid_mcore.config import ModelConfig, RunConfig, StageConfig, TransformerShape
@@ -60,7 +61,11 @@ def target_channels(config: RunConfig) -> int:
     """C: values of one target token."""
     if config.target.kind == "pixels":
         return config.model.patch_dim
-    return VAE_CHANNELS * config.model.tubelet_size
+    if config.target.checkpoint is None and config.target.kind == "va_vae":
+        return VAE_CHANNELS * config.model.tubelet_size
+    from nextvid_mcore import targets  # it reads the sizes of the target's file
+
+    return targets.target_channels(config)
 
 
 def parameters(model: ModelConfig, channels: int) -> Parameters:
@@ -116,9 +121,14 @@ def clip_flops(config: RunConfig, stage: StageConfig, executed: bool = False) ->
 
 
 def target_flops(config: RunConfig, stage: StageConfig) -> float:
-    """FLOPs of the frozen target's encoder for one clip: VA-VAE's convolutions, nothing for pixels."""
+    """FLOPs of the frozen target's encoder for one clip: VA-VAE's convolutions, nothing for pixels.
+
+    Not a number for a target whose cost isn't known here.
+    """
     if config.target.kind == "pixels" or not config.model.generate:
         return 0.0
+    if config.target.kind != "va_vae":
+        return math.nan
     side, total, width = config.model.image_size, 0.0, VAE_WIDTHS[0]
     total += _convolution(3, width, side)
     for level, wider in enumerate(VAE_WIDTHS):

@@ -180,7 +180,8 @@ def _model(config: RunConfig) -> Iterator[str]:
         f"  clips of {model.image_size} x {model.image_size} pixels in patches of {model.patch_size} x "
         f"{model.patch_size} x {model.tubelet_size}; {model.tokens_per_frame} tokens a frame"
     )
-    target = "pixels" if config.target.kind == "pixels" else "VA-VAE latents"
+    names = {"pixels": "pixels", "siglip2": "SigLIP2 features", "cosmos": "Cosmos latents"}
+    target = names.get(config.target.kind, "VA-VAE latents")
     if model.generate:
         yield f"  target: {target}, {flops.target_channels(config)} values a token"
     else:

@@ -1,4 +1,4 @@
-"""Generation targets behind one protocol: pixels and VA-VAE latents."""
+"""Generation targets behind one protocol (Table 3): pixels, VA-VAE, SigLIP2 features, Cosmos latents."""
 
 from nextvid_mcore.targets.base import Target, build_target, target_channels
 

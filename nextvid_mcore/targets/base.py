@@ -9,6 +9,7 @@ of the model that owns one can pick their weights up.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -42,10 +43,19 @@ class Target(Protocol):
 
 def target_channels(config: RunConfig) -> int:
     """C of the run's target, without building it; raises ConfigError if its grid cannot fit the tokens."""
-    from nextvid_mcore.targets import pixels, va_vae  # they need this module's checks
+    from nextvid_mcore.targets import cosmos, pixels, siglip2, va_vae  # they need this module's checks
 
-    kinds = {"pixels": pixels.Pixels, "va_vae": va_vae.VaVae}
-    return kinds[config.target.kind].channels_for(config.model)
+    target = config.target
+    if target.kind == "siglip2":
+        return siglip2.Siglip2.channels_for(config.model, siglip2.read_config(target.checkpoint))
+    if target.kind == "cosmos":
+        return cosmos.Cosmos.channels_for(config.model, cosmos.read_config(target.checkpoint))
+    if target.kind == "va_vae":  # without its file (a plan, a conversion elsewhere) it is VA-VAE's own
+        there = target.checkpoint is not None and Path(target.checkpoint).is_file()
+        return va_vae.VaVae.channels_for(
+            config.model, va_vae.shape_of(target.checkpoint) if there else va_vae.VA_VAE
+        )
+    return pixels.Pixels.channels_for(config.model)
 
 
 def build_target(config: RunConfig, device: torch.device | str, dtype: torch.dtype) -> Target:
@@ -53,12 +63,13 @@ def build_target(config: RunConfig, device: torch.device | str, dtype: torch.dty
 
     Raises ConfigError, naming the flag, when a file it needs is missing or wrong.
     """
-    from nextvid_mcore.targets import pixels, va_vae
+    from nextvid_mcore.targets import cosmos, pixels, siglip2, va_vae
 
-    target_channels(config)  # the cheap checks come before any file is read
+    target_channels(config)  # the cheap checks come before any weights are read
     if config.target.kind == "pixels":
         return pixels.Pixels(config.model)
-    return va_vae.VaVae.from_files(config, device, dtype)
+    kinds = {"va_vae": va_vae.VaVae, "siglip2": siglip2.Siglip2, "cosmos": cosmos.Cosmos}
+    return kinds[config.target.kind].from_files(config, device, dtype)
 
 
 def check_video(video: Tensor, model: ModelConfig) -> None:

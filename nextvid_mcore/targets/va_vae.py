@@ -86,8 +86,9 @@ class VaVae:
             "target va_vae needs --target.statistics FILE: its latents_stats.pt, a torch file that holds "
             f"`mean` and `std` of shape (1, {VA_VAE.latent}, 1, 1)",
         )
-        mean, std = load_statistics(target.statistics, VA_VAE.latent)
-        autoencoder = load_autoencoder(target.checkpoint).to(device, dtype)
+        shape = shape_of(target.checkpoint)
+        mean, std = load_statistics(target.statistics, shape.latent)
+        autoencoder = load_autoencoder(target.checkpoint, shape).to(device, dtype)
         return cls(
             config.model,
             autoencoder,
@@ -191,8 +192,37 @@ def read_tensors(path: str, flag: str) -> dict[str, Tensor]:
     return loaded
 
 
-def load_autoencoder(path: str, shape: AutoencoderShape = VA_VAE) -> AutoencoderKL:
-    """The autoencoder of a checkpoint, on the CPU: every key and shape must be there, none to spare."""
+def shape_of(path: str) -> AutoencoderShape:
+    """The sizes that a checkpoint's tensors have; VA-VAE's own where they tell nothing, so that loading it
+    then says what is missing. Four entries fix the shape: whether all others fit it, loading checks.
+    """
+    sizes = {
+        k: v.shape for k, v in read_tensors(path, "--target.checkpoint").items() if isinstance(v, Tensor)
+    }
+    levels, blocks = 0, 0
+    while f"encoder.down.{levels}.block.0.conv2.weight" in sizes:
+        levels += 1
+    while f"encoder.down.0.block.{blocks}.conv2.weight" in sizes:
+        blocks += 1
+    first, latent = sizes.get("encoder.conv_in.weight"), sizes.get("post_quant_conv.weight")
+    if not (levels and first and latent):
+        return VA_VAE
+    width = first[0]
+    widths = [sizes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)]
+    require(
+        width > 0 and all(each % width == 0 for each in widths),
+        f"--target.checkpoint {path} is not this autoencoder: its levels are {widths} channels wide, which "
+        f"are no multiples of the first convolution's {width}",
+    )
+    return AutoencoderShape(width, tuple(each // width for each in widths), blocks, latent[0])
+
+
+def load_autoencoder(path: str, shape: AutoencoderShape | None = None) -> AutoencoderKL:
+    """The autoencoder of a checkpoint, on the CPU: every key and shape must be there, none to spare.
+
+    shape: its sizes where they are known already (`shape_of`).
+    """
+    shape = shape or shape_of(path)
     tensors = read_tensors(path, "--target.checkpoint")
     found = {k: v for k, v in tensors.items() if isinstance(v, Tensor) and k.startswith(PREFIXES)}
     with torch.device("meta"):

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from nextvid_mcore import recipes
-from nextvid_mcore.config import ConfigError, ModelConfig, TransformerShape
-from nextvid_mcore.targets import Target, build_target
+from nextvid_mcore.config import ConfigError, ModelConfig, TargetConfig, TransformerShape
+from nextvid_mcore.targets import Target, build_target, target_channels
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
-from nextvid_mcore.targets.va_vae import VaVae, load_autoencoder, load_statistics
+from nextvid_mcore.targets.va_vae import VaVae, load_autoencoder, load_statistics, shape_of
 
 NARROW = AutoencoderShape(width=32, latent=4)
 MEAN, STD = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([2.0, 0.5, 1.0, 4.0])
@@ -154,13 +154,19 @@ def test_missing_surplus_and_reshaped_keys_are_named(tmp_path, narrow):
 
 
 def test_a_file_of_something_else_is_refused(tmp_path, narrow):
-    torch.save(narrow.state_dict(), tmp_path / "narrow.pt")
+    torch.save(
+        narrow.state_dict() | {"post_quant_conv.weight": torch.zeros(5, 5, 1, 1)}, tmp_path / "mixed.pt"
+    )
+    torch.save(
+        narrow.state_dict() | {"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}, tmp_path / "odd.pt"
+    )
     torch.save({"state_dict": {"vit.weight": torch.zeros(1)}}, tmp_path / "vit.pt")
     torch.save(dataclasses.replace(NARROW), tmp_path / "object.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
     (tmp_path / "text.safetensors").write_text("not a checkpoint")
     for name, words in {
-        "narrow.pt": "of another shape",
+        "mixed.pt": "of another shape",
+        "odd.pt": "no multiples of the first convolution's 48",
         "vit.pt": "342 missing",
         "object.pt": "plain tensors",
         "text.pt": "text.pt",
@@ -170,6 +176,31 @@ def test_a_file_of_something_else_is_refused(tmp_path, narrow):
         with pytest.raises(ConfigError, match="--target.checkpoint") as error:
             load_autoencoder(str(tmp_path / name))
         assert words in str(error.value) and "\n" not in str(error.value), str(error.value)
+
+
+def test_a_smaller_autoencoder_brings_its_own_shape(tmp_path, narrow):
+    """What tools/train_vae.py writes: width, levels, blocks and channels are those of the tensors."""
+    other = AutoencoderKL(AutoencoderShape(width=32, multipliers=(1, 2, 2, 4), blocks=1, latent=3))
+    for name, autoencoder in {"narrow": narrow, "other": other}.items():
+        path, statistics = tmp_path / f"{name}.pt", tmp_path / f"{name}-stats.pt"
+        latent, stride = autoencoder.shape.latent, autoencoder.shape.stride
+        torch.save({"state_dict": autoencoder.state_dict()}, path)
+        torch.save({k: torch.ones(1, latent, 1, 1) for k in ("mean", "std")}, statistics)
+        assert shape_of(str(path)) == autoencoder.shape
+        config = recipes.get("tiny")
+        config = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, patch_size=stride),
+            target=TargetConfig("va_vae", str(path), str(statistics)),
+        )
+        target = build_target(config, "cpu", torch.float32)
+        assert target.channels == target_channels(config) == 2 * latent
+        video = clip((1, 3, 2, 64, 64))
+        assert target.latents(video).shape == (1, 1, (64 // stride) ** 2, 2 * latent)
+        rebuilt = autoencoder.encode(video[0].transpose(0, 1))[0]
+        assert torch.allclose(
+            target.decode(target.latents(video))[0], autoencoder.decode(rebuilt).transpose(0, 1), atol=1e-3
+        )
 
 
 @pytest.mark.parametrize(
