@@ -52,7 +52,7 @@ PY
 
 title "done; what lies where:"
 cat <<END
-  data/demo                  clips, images and their manifests
+  data/demo/                  clips, images and their manifests
   $RUN/            metrics.jsonl (a line a step), config.json, checkpoints
   $RUN/plots/      loss.png, and generated.png: next frames generated from masked clips
   $RUN/encoder/    the encoder for nextvid_mcore.hub.load_encoder("$RUN/encoder")
