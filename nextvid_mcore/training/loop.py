@@ -31,13 +31,11 @@ from nextvid_mcore.config import RunConfig, require
 from nextvid_mcore.data.guard import BadShareGuard
 from nextvid_mcore.data.loader import ClipBatch, build_dataset, build_loader
 from nextvid_mcore.data.sampler import rank_batches
-from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
-from nextvid_mcore.parallel.placement import resolve_placement
-from nextvid_mcore.parallel.seats import build_seats
+from nextvid_mcore.parallel.groups import build_groups, init_distributed, resolve_layout, seed_trackers
 from nextvid_mcore.schedule import Schedule, StagePoint
 from nextvid_mcore.training import checkpoint
 from nextvid_mcore.training.evaluate import Evaluator
-from nextvid_mcore.training.feed import Feed, StepData, blank
+from nextvid_mcore.training.feed import Feed, StepData
 from nextvid_mcore.training.manifest import CheckpointError
 from nextvid_mcore.training.metrics import MetricsFile
 from nextvid_mcore.training.progress import Progress
@@ -60,9 +58,8 @@ class Trainer:
         self.schedule = Schedule(config)
         init_distributed(config.parallel.timeout)
         self.rank = dist.get_rank()
-        self.placement = resolve_placement(config, dist.get_world_size())
-        self.seats = build_seats(self.placement, config.parallel.timeout)
-        self.groups = self.seats.home  # of the seat that this rank loads clips for
+        layout = resolve_layout(config, dist.get_world_size())
+        self.groups = build_groups(layout, timeout=config.parallel.timeout)
         seed_trackers(config.train.seed, self.groups)
         self.guard = BadShareGuard(config.data.max_bad_share, config.data.bad_window)
         self.skipped = 0  # steps skipped in a row
@@ -70,7 +67,7 @@ class Trainer:
         self.checkpoints = out / "checkpoints"
         self.newest: Path | None = None
 
-        self.train_step = TrainStep(config, self.seats)
+        self.train_step = TrainStep(config, self.groups)
         self.step, notes = self._stand()
         self.progress = Progress(
             self.schedule.total_steps, self.step, config.train.log_every, config.train.progress, self.rank
@@ -111,7 +108,7 @@ class Trainer:
         if self.config.data.eval_manifest is None:
             self.progress.say("no held-out loss: there is no --data.eval-manifest")
             return None
-        return Evaluator(self.config, self.train_step, self.seats)
+        return Evaluator(self.config, self.train_step, self.groups)
 
     def _sinks(self) -> tuple[MetricsFile | None, MetricsFile | None, WandbSink | None]:
         """Files and wandb, on rank 0."""
@@ -127,18 +124,12 @@ class Trainer:
 
     def _loader(self) -> Iterator[ClipBatch] | None:
         """This replica's micro-batches from here to the end; None where another rank of it loads."""
-        seat = self.seats.mine[0]
-        requests = rank_batches(
-            self.schedule,
-            self.step,
-            self.groups.data_rank,
-            self.groups.layout.data,
-            self.placement.clips(seat),
-        )
-        if not seat.sees_video:
-            return (blank(request) for request in requests)
         if self.groups.collection.mp.rank() != 0:
             return None
+        layout = self.groups.layout
+        requests = rank_batches(
+            self.schedule, self.step, self.groups.data_rank, layout.data, self.config.train.micro_batch
+        )
         return build_loader(self.config, requests)
 
     def run(self) -> int:
@@ -164,14 +155,14 @@ class Trainer:
         self.progress.say(f"data: {note}")
 
     def _run(self, loader: Iterator[ClipBatch] | None) -> int:
-        layout, config = self.placement.encoder.layout, self.config
+        layout, config = self.groups.layout, self.config
         if self.step < self.schedule.total_steps:
-            feed = Feed(loader, self.seats, self.guard, config.model.image_size)
+            feed = Feed(loader, self.groups, self.guard, config.model.image_size)
         while self.step < self.schedule.total_steps:
             begin = time.perf_counter()
             point = self.schedule.at(self.step)
             count = layout.micro_batches(point.batch, config.train.micro_batch)
-            data = feed.next(count, point.stage.frames, self.signal)
+            data = feed.next(count, config.train.micro_batch, point.stage.frames, self.signal)
             if data.signal:
                 return self._interrupted(data.signal)
             result = self.train_step.run(point, data.batches)
