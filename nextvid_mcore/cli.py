@@ -304,6 +304,5 @@ def fail(error: Exception | str, code: int = EXIT_CONFIG, everywhere: bool = Fal
         where = f" [rank {rank}]" if rank != "0" else ""
         print(f"nextvid_mcore{where}: {error}", file=sys.stderr, flush=True)
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's own last words will be these
-            said = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
-            Path(report).write_text(json.dumps({"message": said}))
+            Path(report).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
     raise SystemExit(code)
