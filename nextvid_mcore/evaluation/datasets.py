@@ -52,6 +52,7 @@ class ProbeBatch:
 class ProbeData(Protocol):
     """A data set of one split."""
 
+    config: ProbeConfig
     tasks: dict[str, int]  # label and number of its classes
     identity: str  # the same identity, the same items and clips
 
@@ -182,9 +183,7 @@ class ListData(Dataset):
             if rng is None:
                 crops, flip = view_crops(height, width, config.views if copy == VIEWS else 1), False
             else:
-                crops = [
-                    transforms.random_crop(rng, height, width, config.crop_scale, config.crop_aspect)
-                ]
+                crops = [transforms.random_crop(rng, height, width, config.crop_scale, config.crop_aspect)]
                 flip = bool(rng.random() < config.flip)
             clips = [transforms.resize_clip(pixels[which], crop, config.size, flip) for crop in crops]
             rows.append(torch.stack(clips)[:, :, torch.from_numpy(place.ravel())])  # [V, 3, T, H, W]
@@ -204,14 +203,14 @@ class DigitData(Dataset):
             f"moving digits have one segment and one view, not {config.segments} and {config.views}",
         )
         self.clips = MovingDigits(split, config.size, seed=config.seed, device=device)
-        self.items, self.frames, self.tasks = items, config.frames, dict(TASKS)
+        self.config, self.items, self.tasks = config, items, dict(TASKS)
         self.identity = f"moving-digits {split} {items} {config.seed}"
 
     def __len__(self) -> int:
         return self.items
 
     def __getitem__(self, request: Request) -> ProbeBatch:
-        video, label = self.clips.clips(request.indices, self.frames)
+        video, label = self.clips.clips(request.indices, self.config.frames)
         return ProbeBatch(video[:, None, None], label, torch.ones(len(label), dtype=torch.bool))
 
 
@@ -224,7 +223,9 @@ def build_data(
 ) -> tuple[ProbeData, ProbeData]:
     """The training and the validation set. `per_frame`: a still picture is one frame, not a clip."""
     if config.dataset == "moving_digits":
-        require(train is None and val is None, "moving digits are made, not read: leave --train and --val out")
+        require(
+            train is None and val is None, "moving digits are made, not read: leave --train and --val out"
+        )
         require(
             config.train_items is not None and config.val_items is not None,
             "moving digits need --train-items and --val-items",

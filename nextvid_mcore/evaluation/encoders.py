@@ -62,7 +62,7 @@ class Wrapped:
         for layer in layers:
             require(
                 -self.depth <= layer < self.depth,
-                f"{self.name} has {self.depth} layers, so there is no layer {layer}; give fewer with --layers",
+                f"{self.name} has {self.depth} layers and no layer {layer}; ask for fewer with --layers",
             )
         return [layer % self.depth for layer in layers]
 
@@ -169,7 +169,7 @@ def random_encoder(what: str, seed: int) -> HubEncoder:
 
 
 def build_encoder(spec: str, seed: int = 0) -> Encoder:
-    """The encoder that `spec` names (see the module's docstring), frozen, on the CPU. `seed`: of random ones."""
+    """The encoder that `spec` names (see the module's docstring), on the CPU. `seed`: of random ones."""
     kind, colon, rest = spec.partition(":")
     if kind == "pixels":
         require(not colon or rest.isdecimal(), f"{spec}: write pixels or pixels:SIDE, e.g. pixels:32")

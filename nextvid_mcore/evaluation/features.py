@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,9 +26,8 @@ from nextvid_mcore.data.guard import BadFileLog
 from nextvid_mcore.data.loader import iterate
 from nextvid_mcore.evaluation.datasets import ProbeBatch, ProbeData, Request
 from nextvid_mcore.evaluation.encoders import Encoder, identity
+from nextvid_mcore.evaluation.presets import ProbeConfig
 from nextvid_mcore.evaluation.ranks import Ranks
-
-MAX_BAD = 0.05  # share of unreadable items of a split; above it the probe stops
 
 
 class Rows(NamedTuple):
@@ -110,18 +109,23 @@ class Store:
     """Features of some items in one reading, on disk. `fill` computes what is missing, `stream` reads."""
 
     def __init__(
-        self, folder: Path, extractor: Extractor, copy: int, indices: Sequence[int], encoder_id: str | None = None
+        self,
+        folder: Path,
+        extractor: Extractor,
+        copy: int,
+        indices: Sequence[int],
+        encoder_id: str | None = None,
     ) -> None:
         self.extractor, self.copy, self.indices = extractor, copy, np.array(indices, dtype=np.int64)
         self.chunk = 64
         self.shape = (len(indices), *extractor.shape(copy))
         self.wide = extractor.dtype == torch.float32
-        config = getattr(extractor.data, "config", None)
+        config = extractor.data.config
         facts = {
             "version": 1,
             "encoder": encoder_id or identity(extractor.encoder),
             "data": extractor.data.identity,
-            "reading": [copy, *_reading(config)],
+            "reading": _reading(config, copy),
             "indices": hashlib.blake2b(self.indices.tobytes(), digest_size=16).hexdigest(),
             "layers": list(extractor.layers),
             "reduce": extractor.reduce,
@@ -185,7 +189,9 @@ class Store:
             bar.close()
         ranks.barrier()
         self.maps = self._maps()
-        require(bool(self.maps["done"].all()), f"{self.folder} is still incomplete; delete it and start again")
+        require(
+            bool(self.maps["done"].all()), f"{self.folder} is still incomplete; delete it and start again"
+        )
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Rows]:
         device = self.extractor.ranks.device
@@ -202,16 +208,21 @@ class Store:
             )
 
 
-def _reading(config: object) -> list:
-    names = ("segments", "views", "frames", "rate", "rate_is", "size", "crop_scale", "crop_aspect", "flip", "seed")
-    return [getattr(config, name, None) for name in names]
+def _reading(config: ProbeConfig, copy: int) -> dict[str, Any]:
+    """The settings that a reading depends on: of the drawn ones also the crops and the seed."""
+    names = ["segments", "views", "frames", "rate", "rate_is", "size"]
+    if copy >= 0:
+        names += ["crop_scale", "crop_aspect", "flip", "seed"]
+    return {"copy": copy} | {name: getattr(config, name) for name in names}
 
 
 def _to_numpy(x: Tensor) -> np.ndarray:
     """The bits of a float32 or bfloat16 tensor (numpy has no bfloat16)."""
     x = x.detach().cpu().contiguous()
-    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16).numpy().view(
-        np.uint32 if x.dtype == torch.float32 else np.uint16
+    return (
+        x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+        .numpy()
+        .view(np.uint32 if x.dtype == torch.float32 else np.uint16)
     )
 
 

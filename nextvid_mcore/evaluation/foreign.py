@@ -27,7 +27,7 @@ def optional(package: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise ConfigError(
-            f"{package}:... needs package {package}, which cannot be imported ({error}); pip install {package}"
+            f"{package}:... needs {package}, which cannot be imported ({error}); pip install {package}"
         ) from None
 
 
@@ -159,7 +159,7 @@ class TransformersVideo(Foreign):
         batch, frames = clips.shape[:2]
         require(
             frames % self.frame_multiple == 0,
-            f"{self.name} takes {self.frame_multiple} frames at a time, the clips have {frames}; set --frames",
+            f"{self.name} takes {self.frame_multiple} frames at a time, not {frames}; set --frames",
         )
         if self.clip_frames:  # a longer clip goes through in pieces, their tokens in a row
             clips = clips.reshape(-1, self.clip_frames, *clips.shape[2:])
@@ -170,7 +170,9 @@ class TransformersVideo(Foreign):
             extra = {"pixel_values": clips}
         outputs = self.module(**extra, output_hidden_states=several)
         tokens = (
-            _layers_of(outputs, indices, self.depth, _final_norm(getattr(self.module, "encoder", self.module)))
+            _layers_of(
+                outputs, indices, self.depth, _final_norm(getattr(self.module, "encoder", self.module))
+            )
             if several
             else [outputs.last_hidden_state]
         )
@@ -211,6 +213,4 @@ def transformers_model(model: nn.Module, processor: dict[str, Any], name: str) -
         )
     require(hasattr(config, "image_size"), f"{name} ({config.model_type}): its config has no image_size")
     size = config.image_size
-    return TransformersViT(
-        name, model, int(size if isinstance(size, int) else size[0]), depth, mean, std
-    )
+    return TransformersViT(name, model, int(size if isinstance(size, int) else size[0]), depth, mean, std)

@@ -70,7 +70,10 @@ def online_knn(
     gather: rows of all `ranks` in rank order (`evaluation.ranks.Ranks.gather`, or one over a process group);
         each rank encodes every `ranks`-th clip. All ranks get the same result.
     """
-    require(clips >= 3 and k >= 1, f"online kNN: {clips} clips and {k} neighbours; give 3 and 1 or more")
+    require(
+        clips >= 3 * ranks and k >= 1,
+        f"online kNN: {clips} clips and {k} neighbours; give {3 * ranks} and 1 or more",
+    )
     require(ranks == 1 or gather is not None, f"online kNN over {ranks} ranks needs a gather function")
     counts = {"train": clips * 2 // 3, "test": clips - clips * 2 // 3}
 

@@ -62,7 +62,10 @@ class ProbeConfig:
         )
         require(0 < self.holdout < 1, f"holdout is a share in (0, 1), got {self.holdout}")
         require(self.augment is None or self.augment >= 0, f"augment must be 0 or more, got {self.augment}")
-        require(len(self.lrs) > 0 and len(self.weight_decays) > 0, "the sweep is empty: give --lrs and --weight-decays")
+        require(
+            len(self.lrs) > 0 and len(self.weight_decays) > 0,
+            "the sweep is empty: give --lrs and --weight-decays",
+        )
         for name in ("lrs", "weight_decays"):
             values = getattr(self, name)
             require(all(v >= 0 for v in values), f"{name} must be 0 or more, got {values}")

@@ -28,7 +28,7 @@ class AttentiveProbe(nn.Module):
         super().__init__()
         require(
             width % heads == 0,
-            f"features of width {width} do not divide into {heads} classifier heads; set --heads to a divisor",
+            f"features of width {width} do not divide into {heads} heads; set --heads to a divisor",
         )
         self.width, self.heads = width, heads
         self.norm = nn.LayerNorm(width, eps=EPS)  # of the tokens
@@ -62,7 +62,7 @@ class AttentiveProbe(nn.Module):
         return torch.einsum("ad,adw->aw", query, key) * self.norm.weight * query.shape[1] ** -0.5
 
     def classify(self, pooled: Tensor) -> Tensor:
-        """pooled [B, A, D], the mean of normalised tokens under each head's weights -> logits [B, classes]."""
+        """pooled [B, A, D], the tokens' mean under each head's weights -> logits [B, classes]."""
         pooled = pooled * self.norm.weight + self.norm.bias
         value = self.v.weight.unflatten(0, (self.heads, -1))  # [A, d, D]
         out = torch.einsum("baw,adw->bad", pooled, value).flatten(1) + self.v.bias

@@ -78,7 +78,9 @@ class VJEPA2(VisionTransformer):
         return self._blocks(x, angles, None, layers, norm_layers=True)
 
 
-def convert(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def convert(
+    state: Mapping[str, Tensor], heads: int | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, state under the hub's names) from the encoder's state under its published names."""
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -90,7 +92,9 @@ def convert(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[dict
         patch is not None and patch.dim() == 5 and patch.shape[1] == 3 and patch.shape[3] == patch.shape[4],
         "there is no patch_embed.proj.weight [D, 3, tubelet, patch, patch]: not a V-JEPA 2 video encoder",
     )
-    require("pos_embed" not in renamed, "the encoder has a learned or sine pos_embed: V-JEPA 1, not 2 with RoPE")
+    require(
+        "pos_embed" not in renamed, "the encoder has a learned or sine pos_embed: V-JEPA 1, not 2 with RoPE"
+    )
     width, _, tubelet, patch_size, _ = patch.shape
     depth = 1 + max((int(n.split(".")[1]) for n in renamed if n.startswith("blocks.")), default=-1)
     fc1 = renamed.get("blocks.0.mlp.fc1.weight")
@@ -133,15 +137,17 @@ def read_checkpoint(path: str | Path, role: str | None = None) -> dict[str, Tens
     try:
         whole = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, EOFError) as error:
-        raise ConfigError(f"{path} is not a checkpoint of plain tensors: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"{path} is not a checkpoint of plain tensors: {str(error).splitlines()[0]}"
+        ) from None
     require(isinstance(whole, dict), f"{path} holds no dictionary, so it is no V-JEPA 2 checkpoint")
     if all(isinstance(value, Tensor) for value in whole.values()):
         return whole
     there = [name for name in ([role] if role else ROLES) if isinstance(whole.get(name), dict)]
     require(
         bool(there),
-        f"{path} holds {', '.join(map(str, whole))} and no {role or ' or '.join(ROLES)}; name its encoder with "
-        "--key",
+        f"{path} holds {', '.join(map(str, whole))} and no {role or ' or '.join(ROLES)}; name its encoder "
+        "with --key",
     )
     return whole[there[0]]
 
