@@ -5,7 +5,8 @@
 Reads a checkpoint of any layout in one process on the CPU, in fp32. The folder holds config.json and
 model.safetensors (the encoder), with --all predictor.safetensors and decoder.safetensors; load it with
 `nextvid_mcore.hub.load_encoder(DIR)`. Only the encoder has an EMA: predictor and decoder are always
-the trained ("online") ones.
+the trained ("online") ones. Of an ablation (recipes/ablations.py) with another predictor or decoder than
+the full model's the encoder alone can be exported; --all says so.
 
 The folder is written under another name, loaded into fresh hub networks and compared with the
 training model on real clips: those of --clips, else of the run's manifest, else a seeded synthetic
@@ -36,6 +37,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from nextvid_mcore import flops  # noqa: E402
 from nextvid_mcore.config import ConfigError, RunConfig, require  # noqa: E402
 from nextvid_mcore.hub import FILES, HubError, export, load_decoder, load_encoder, load_predictor  # noqa: E402
 
@@ -158,7 +160,7 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def load_model(path: Path, weights: str) -> tuple[NextVid, int]:
+def load_model(path: Path, weights: str, everything: bool) -> tuple[NextVid, int]:
     """The training model of a checkpoint of any layout, and its finished steps.
 
     `weights` are the encoder's. All else was trained with the online encoder and has no average of its
@@ -169,7 +171,9 @@ def load_model(path: Path, weights: str) -> tuple[NextVid, int]:
 
     state = checkpoint.read_state(path)
     config, groups = export.run_config(state["config"]), one_process()
-    model = build_model(config, target_channels(config), groups)
+    if everything:
+        export.check_generator(config.model)
+    model = build_model(config, target_channels(config) if config.model.generate else 0, groups)
     checkpoint.load_weights(path, model.roles(), groups, "online")
     if weights == "ema":
         checkpoint.load_weights(path, {"student.encoder": model.student.encoder}, groups, "ema")
@@ -297,9 +301,9 @@ def convert(args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_out(out, args.force)
     path = find_checkpoint(Path(args.run))
-    model, step = load_model(path, args.weights)
+    model, step = load_model(path, args.weights, args.all)
     print(f"{path}: step {step} of {model.run.recipe}, {args.weights} weights of the encoder")
-    config = export.flat_config(model.run, model.decoder.output.out_features, step, args.weights)
+    config = export.flat_config(model.run, flops.target_channels(model.run), step, args.weights)
     with finished_or_nothing(out) as folder:
         export.write_folder(folder, config, hub_states(model, args.all))
         video, source = compared_clips(model.run, args.clips)
