@@ -47,7 +47,8 @@ logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(
 
 STATE = "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
-_SHAPES = ("encoder", "predictor", "decoder", "patch_size", "tubelet_size")  # what tensors depend on
+# what tensors depend on
+_SHAPES = ("encoder", "predictor", "decoder", "patch_size", "tubelet_size", "context", "condition")
 
 
 @dataclass(frozen=True)
