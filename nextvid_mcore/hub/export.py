@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nextvid_mcore import __version__
-from nextvid_mcore.config import RunConfig
+from nextvid_mcore.config import ModelConfig, RunConfig
 from nextvid_mcore.hub import FILES, FORMAT_VERSION, HubError, check_config
 
 LAYER = {  # inside block.layers.{i} -> inside blocks.{i}
@@ -103,6 +103,19 @@ def _rebuild(kind: Any, value: Any, where: str) -> Any:
         items = typing.get_args(kind)
         return tuple(_rebuild(items[0], x, where) for x in value)
     return value
+
+
+def check_generator(model: ModelConfig) -> None:
+    """Refuse a predictor or decoder that the hub has no class for: those of the ablations."""
+    full = {"generate": True, "align": True, "context": "isolated", "condition": "concat"}
+    other = [
+        f"model.{key} {getattr(model, key)}" for key, value in full.items() if getattr(model, key) != value
+    ]
+    if other:
+        raise HubError(
+            f"predictor and decoder are exported of the full model only; this run has {', '.join(other)}: "
+            "leave --all out to export its encoder"
+        )
 
 
 def frames_at(config: RunConfig, step: int) -> int:

@@ -1,0 +1,548 @@
+"""Each ablation changes what it says and nothing else; every row of the paper's tables is a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import parity
+import pytest
+import torch
+from test_flops import attend
+from test_models import CHANNELS, T_TOKENS, build, micro_batch, small, video_of, z_of
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from nextvid_mcore import cli, flops, recipes
+from nextvid_mcore.config import ConfigError, MaskConfig, RunConfig
+from nextvid_mcore.hub import HubError, export
+from nextvid_mcore.masking import draw_masks, mean_shares
+from nextvid_mcore.models.nextvid import NextVid
+from nextvid_mcore.models.sequences import predictor_sequence
+from nextvid_mcore.parallel.groups import Layout, build_groups, init_distributed, seed_trackers, sequences
+from nextvid_mcore.parallel.plan import WIDTH, describe
+from nextvid_mcore.recipes.ablations import ROWS, ablate
+from nextvid_mcore.training import checkpoint
+from nextvid_mcore.training.evaluate import Table
+from nextvid_mcore.training.step import StepResult, TrainStep
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def seats():
+    init_distributed()
+    seats = build_seats(resolve_placement(parity.small(), 1))
+    seed_trackers(0, seats.home)
+    return seats
+
+
+@pytest.fixture(scope="module")
+def groups(seats):
+    return seats.home.collection
+
+
+def switched(config: RunConfig, **model: object) -> RunConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+
+
+def lively(config: RunConfig) -> RunConfig:
+    """Large weights everywhere, so that whatever is seen shows."""
+    train = dataclasses.replace(config.train, init_noise=0.2)
+    return dataclasses.replace(switched(config, init_std=0.2), train=train)
+
+
+# C-Iso. off --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["fixed", "packed", "truncate", "none"])
+@pytest.mark.parametrize("frame", [1, 2])
+def test_joint_predictions_see_no_frame_from_their_own_on(groups, mode, frame):
+    config = switched(small(mode), context="joint")
+    model = build(config, groups)
+    video = video_of(config)
+    other = video.clone()
+    start = frame * config.model.tubelet_size
+    other[:, :, start : start + config.model.tubelet_size] *= -1
+    masks = draw_masks(config.mask, config.model.grid, T_TOKENS - 1, 0, [0, 1])
+    difference = (z_of(model, video, masks) - z_of(model, other, masks)).abs().amax((0, 1, 3, 4))  # [p]
+    assert (difference[:frame] == 0).all()
+    if mode != "truncate":  # the cut may leave a mask nothing of a late frame
+        assert (difference[frame:] > 1e-6).all()
+
+
+def test_joint_rows_and_stretches_are_separate(groups):
+    """packed: every (clip, mask) gives what it gives alone."""
+    config = switched(small("packed"), context="joint")
+    model = build(config, groups)
+    video = video_of(config, clips=3)
+    together = z_of(model, video, draw_masks(config.mask, config.model.grid, T_TOKENS - 1, 0, [4, 5, 6]))
+    for i in range(3):
+        masks = draw_masks(config.mask, config.model.grid, T_TOKENS - 1, 0, [4 + i])
+        alone = z_of(model, video[i : i + 1], masks)[:, :, :, 0]
+        torch.testing.assert_close(alone, together[:, :, :, i], atol=1e-5, rtol=1e-5)
+    fixed = switched(small(), context="joint")
+    both = draw_masks(fixed.mask, fixed.model.grid, T_TOKENS - 1, 0, [0, 1])
+    first = both.segments[0]
+    alone = dataclasses.replace(both, tokens=both.of(first), segments=(first,), counts=both.counts[:1])
+    model, video = build(fixed, groups), video_of(fixed)
+    torch.testing.assert_close(
+        z_of(model, video, alone)[:, 0], z_of(model, video, both)[:, 0], atol=1e-6, rtol=1e-5
+    )
+
+
+def changed_by(model: NextVid, masks, place: int) -> Tensor:
+    """Which of the predictor's tokens, [s], a change of what enters its layers at `place` reaches."""
+    config = model.run.model
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(masks.tokens.shape[1], 1, config.predictor.width, generator=generator)
+    sequence = predictor_sequence(config, masks, T_TOKENS, CPU)
+    outputs = []
+
+    def nudge(module, args, kwargs):
+        hidden = kwargs["hidden_states"].clone()
+        hidden[place] += torch.linspace(-1, 2, hidden.shape[-1])  # a constant would vanish in the norms
+        return args, kwargs | {"hidden_states": hidden}
+
+    keep = model.predictor.block.register_forward_hook(lambda module, args, out: outputs.append(out))
+    model.predictor(context, sequence)
+    hook = model.predictor.block.register_forward_pre_hook(nudge, with_kwargs=True)
+    model.predictor(context, sequence)
+    hook.remove()
+    keep.remove()
+    return ((outputs[0] - outputs[1]).abs().amax((1, 2)) > 1e-6).nonzero()[:, 0]
+
+
+def test_who_sees_whom_in_either_predictor(groups):
+    """Isolated: a query is alone with the context. Joint: with its frame, and context tokens change."""
+    n, p = 64, T_TOKENS - 1
+    masks = draw_masks(small().mask, 8, p, 0, [0])
+    second = masks.segments[1]
+
+    isolated = build(lively(small()), groups)
+    query = (p + 1) * n + 5  # mask 2, frame 2, position 5, among the queries alone
+    assert changed_by(isolated, masks, query).tolist() == [query]
+
+    joint = build(lively(switched(small(), context="joint")), groups)
+    first_query = masks.segments[0].length + p * n + second.length  # of mask 2
+    query = first_query + n + 5
+    assert changed_by(joint, masks, query).tolist() == list(range(first_query + n, first_query + 2 * n))
+    v = masks.counts[1]
+    context = masks.segments[0].length + p * n + v + 3  # mask 2, frame 1
+    start = context - 3
+    seen_by = [*range(start, first_query), *range(first_query + n, first_query + p * n)]
+    assert changed_by(joint, masks, context).tolist() == seen_by
+
+
+def test_joint_sequence_is_as_long_as_the_layout_thinks(groups):
+    for mode in ("fixed", "none"):
+        config = switched(small(mode), context="joint")
+        masks = draw_masks(config.mask, 8, T_TOKENS - 1, 0, [0])
+        frames = T_TOKENS * config.model.tubelet_size
+        length = predictor_sequence(config.model, masks, T_TOKENS, CPU).angles.shape[0]
+        assert sequences(config, frames)["predictor"] == length
+        isolated = switched(config, context="isolated")
+        queries = predictor_sequence(isolated.model, masks, T_TOKENS, CPU).queries
+        assert sequences(isolated, frames)["predictor"] == queries == length - masks.tokens.shape[1]
+
+
+# Decoder conditioning ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def decode(model: NextVid, **change: Tensor) -> Tensor:
+    n, rows = model.run.model.tokens_per_frame, 4
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "z": torch.randn(n, rows, model.run.model.predictor.width, generator=generator),
+        "noisy": torch.randn(n, rows, CHANNELS, generator=generator),
+        "tau": torch.rand(rows, generator=generator),
+    }
+    for name, place in change.items():
+        inputs[name][place] += 0.5 if name != "tau" else 0.1
+    return model.decoder(**inputs)
+
+
+@pytest.mark.parametrize("condition", ["concat", "cross", "cross_self"])
+def test_what_a_noisy_token_sees(groups, condition):
+    model = build(lively(switched(small(), condition=condition)), groups)
+    base, n = decode(model), model.run.model.tokens_per_frame
+
+    def changed(**change: tuple) -> Tensor:
+        return (decode(model, **change) - base).abs().amax(-1) > 1e-6  # [n, rows]
+
+    frame_only = torch.zeros(n, 4, dtype=torch.bool)
+    frame_only[:, 2] = True
+    token_only = torch.zeros(n, 4, dtype=torch.bool)
+    token_only[7, 2] = True
+    assert torch.equal(changed(noisy=(7, 2)), token_only if condition == "cross" else frame_only)
+    assert torch.equal(changed(z=(7, 2)), frame_only)
+    assert torch.equal(changed(tau=(2,)), frame_only)
+
+
+@pytest.mark.parametrize("condition", ["cross", "cross_self"])
+def test_positions_reach_the_keys(groups, condition):
+    """z of another position is another condition: exchanging two of its tokens changes the velocity."""
+    model = build(lively(switched(small(), condition=condition)), groups)
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(64, 1, model.run.model.predictor.width, generator=generator)
+    noisy, tau = torch.randn(64, 1, CHANNELS, generator=generator), torch.tensor([0.5])
+    order = torch.arange(64)
+    order[[3, 40]] = order[[40, 3]]
+    assert (model.decoder(z, noisy, tau) - model.decoder(z[order], noisy, tau)).abs().max() > 1e-6
+
+
+def test_cross_and_cross_self_start_the_same(groups):
+    """One attention more or less is all: parameter for parameter the same network."""
+    states = [
+        build(switched(small(), condition=c), groups).decoder.state_dict() for c in ("cross", "cross_self")
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0] if torch.is_tensor(states[0][k]))
+
+
+@pytest.mark.parametrize("condition", ["cross", "cross_self"])
+def test_fresh_cross_decoders_start_at_zero(groups, condition):
+    config = dataclasses.replace(switched(small(), condition=condition), train=recipes.get("tiny").train)
+    model = build(config, groups)
+    assert decode(model).abs().max() == 0
+    layer = model.decoder.block.layers[1]
+    assert layer.adaln.weight.abs().sum() == 0
+    assert layer.cross_attention.linear_kv.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert layer.cross_attention.linear_proj.weight.std().item() == pytest.approx(0.01, rel=0.1)
+
+
+# A loss off --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("switch", ["generate", "align"])
+@pytest.mark.parametrize("context", ["isolated", "joint"])
+def test_a_switch_is_a_loss_of_weight_zero_without_its_networks(groups, switch, context):
+    config = switched(small(), context=context)
+    weightless = {"generate": "flow", "align": "align"}[switch]
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **{weightless: 0.0}))
+    losses, grads = [], []
+    for settings in (config, switched(config, **{switch: False})):
+        model = build(settings, groups)
+        batch = micro_batch(settings, model, video_of(settings), T_TOKENS - 1)
+        if settings is not config:  # what the switch makes needless isn't there
+            batch = dataclasses.replace(
+                batch, **{"generate": {"latents": None}, "align": {"features": None}}[switch]
+            )
+        terms = model(batch)
+        terms.total(settings).backward()
+        losses.append(terms.total(settings).detach())
+        grads.append({k: x.grad for k, x in model.named_parameters() if x.requires_grad})
+    assert torch.equal(*losses)
+    gone = grads[0].keys() - grads[1].keys()
+    assert grads[1].keys() <= grads[0].keys()
+    prefix = {"generate": "decoder.", "align": "predictor.align_head."}[switch]
+    assert gone and gone == {k for k in grads[0] if k.startswith(prefix)}
+    for name, grad in grads[1].items():
+        assert grad.abs().max() > 0, name
+        torch.testing.assert_close(grad, grads[0][name], rtol=1e-6, atol=0, msg=name)
+
+
+def test_absent_losses_are_absent_from_the_terms(groups):
+    for switch, gone in (("generate", {"flow", "tau"}), ("align", {"align", "target", "aligned"})):
+        config = switched(small(), **{switch: False})
+        model = build(config, groups)
+        terms = model(micro_batch(config, model, video_of(config), T_TOKENS - 1))
+        assert {name for name, value in vars(terms).items() if value is None} == gone
+        assert ("decoder" in model.roles()) == hasattr(model, "decoder") == (switch != "generate")
+        summary = Table.merged([Table.of([1], terms_of(terms, 1), 4), Table.of([0], terms_of(terms, 0), 4)])
+        row = summary.summary(config.loss)
+        there = "loss_align" if switch == "generate" else "loss_flow"
+        assert row["loss"] == pytest.approx(terms.total(config).item(), rel=1e-5)
+        nulls = {k for k, v in row.items() if v is None}
+        assert (
+            nulls
+            == {
+                "generate": {"loss_flow", "flow_by_tau", "flow_by_frame"},
+                "align": {"loss_align", "align_by_frame"},
+            }[switch]
+        )
+        assert row[there] is not None
+
+
+def terms_of(terms, clip: int):
+    """The loss terms of one clip of the micro-batch."""
+    losses = ("flow", "tau", "align")
+    picked = {k: getattr(terms, k) for k in losses if getattr(terms, k) is not None}
+    return dataclasses.replace(terms, **{k: v[clip : clip + 1] for k, v in picked.items()})
+
+
+# Whole steps -------------------------------------------------------------------------------------
+
+
+def steps(config: RunConfig, seats, count: int = 2) -> tuple[TrainStep, list[StepResult]]:
+    step = TrainStep(config, seats)
+    schedule, results = parity.schedule(config), []
+    for number in range(count):
+        point = schedule.at(number)
+        results.append(step.run(point, parity.clips(config, point, 0, 1)))
+    return step, results
+
+
+@pytest.mark.parametrize(
+    "row", ["table2_gen", "table2_align", "table2_align_ciso", "table4_no_mask", "table5_cross"]
+)
+def test_a_row_trains_and_shows_its_losses(seats, row, monkeypatch):
+    config = ablate(parity.small(), row)
+    if not config.model.align:  # the reference is never run
+
+        def forbidden(*args, **kwargs):
+            raise AssertionError("the reference was run")
+
+        monkeypatch.setattr(NextVid, "reference_features", forbidden)
+    if not config.model.generate:  # nothing asks for a target: this one's files don't exist
+        config = dataclasses.replace(config, target=dataclasses.replace(config.target, kind="va_vae"))
+    step, results = steps(config, seats)
+    roles = {"student", "predictor"} | ({"decoder"} if config.model.generate else set())
+    assert step.roles.keys() == step.optimizers.optimizers.keys() == roles
+    assert (step.target is None) == (not config.model.generate)
+    for result in results:
+        assert result.applied and result.grad_norm > 0
+        assert (result.loss_flow is None) == (not config.model.generate)
+        assert (result.loss_align is None) == (not config.model.align)
+        assert result.loss == pytest.approx(0.5 * (result.loss_flow or 0) + (result.loss_align or 0))
+        assert result.monitors.keys() == (
+            {"z_var", "reference_var", "align_cos"} if config.model.align else {"z_var"}
+        )
+    # the reference is still the EMA: between the start and the weights
+    start = build(config, seats.home.collection)
+    name = "block.layers.0.mlp.linear_fc1.weight"
+    first, now, ema = (
+        m.state_dict()[name]
+        for m in (start.student.encoder, step.model.student.encoder, step.model.reference)
+    )
+    moved = (now - first).norm()
+    assert moved > 0 and 0 < (ema - first).norm() < 0.1 * moved
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_ema_off_is_the_student_itself(seats, precision):
+    config = ablate(parity.small(), "table12_no_ema")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
+    step, results = steps(config, seats)
+    student, reference = step.model.student.encoder.state_dict(), step.model.reference.state_dict()
+    for name, tensor in reference.items():
+        if torch.is_tensor(tensor):
+            assert torch.equal(tensor, student[name]), name
+    assert all(p.grad is None and not p.requires_grad for p in step.model.reference.parameters())
+    if precision == "fp32":  # the first step is the full model's, later ones compare with another reference
+        _, full = steps(ablate(parity.small(), "table12_ema"), seats)
+        assert results[0].loss_align == full[0].loss_align and results[0].grad_norm == full[0].grad_norm
+        assert results[1].loss_align != full[1].loss_align
+
+
+# No masking --------------------------------------------------------------------------------------
+
+
+def test_mask_none_is_one_mask_that_hides_nothing(groups):
+    mask = MaskConfig(mode="none")
+    masks = draw_masks(mask, 8, 3, 0, [4, 9])
+    assert (mask.masks, mask.counts(64), masks.counts, mean_shares(mask, 8)) == (1, (64,), (64,), (1.0,))
+    assert torch.equal(masks.tokens, torch.arange(192).expand(2, -1))
+    assert [(s.mask, s.clips, s.length) for s in masks.segments] == [(0, slice(0, 2), 192)]
+    config = small("none")
+    model = build(config, groups)
+    terms = model(micro_batch(config, model, video_of(config), T_TOKENS - 1))
+    assert terms.align.shape == (2, 1, T_TOKENS - 1) and terms.flow.shape == (2, 1, T_TOKENS - 1, 2)
+
+
+# Sizes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["tiny", "vit_l"])
+@pytest.mark.parametrize(
+    "row", {ablate(small(), row).model: row for row in ROWS}.values()
+)  # each network once
+def test_parameters_by_formula(groups, base, row):
+    config = ablate(recipes.get(base), row)
+    with torch.device("meta"):
+        model = build(config, groups)
+
+    def count(name: str) -> int:
+        module = getattr(model, name, None)
+        return sum(p.numel() for p in module.parameters()) if module else 0
+
+    formula = flops.parameters(config.model, CHANNELS)
+    assert (formula.student, formula.predictor, formula.decoder) == tuple(
+        map(count, ("student", "predictor", "decoder"))
+    )
+
+
+def counted(work) -> int:
+    """FLOPs of forward and backward of what `work` runs on the meta device."""
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        work(lambda rows, i, o: functional.linear(torch.empty(rows, i), torch.empty(o, i)))
+    return 3 * counter.get_total_flops()
+
+
+@pytest.mark.parametrize("condition", ["cross", "cross_self"])
+def test_decoder_flops(condition):
+    config = switched(recipes.get("tiny"), condition=condition)
+    stage, n, E, C = config.stages[0], 64, 48, flops.target_channels(config)
+
+    def work(linear) -> None:
+        for _ in range(2 * 3 * stage.tau_samples):  # masks x predicted frames x tau samples
+            linear(1, 256, E), linear(1, E, E), linear(1, E, 2 * E)
+            linear(n, C, E), linear(n, E, C)
+            keys = n if condition == "cross" else 2 * n
+            for _ in range(2):
+                linear(1, E, 6 * E), linear(n, E, E), linear(keys, E, 2 * E), linear(n, E, E)
+                linear(n, E, 192), linear(n, 192, E)
+                attend(n, keys, E)
+
+    assert flops.clip_flops(config, stage, executed=True).decoder == counted(work)
+
+
+def test_joint_predictor_flops():
+    config = switched(recipes.get("tiny"), context="joint")
+    stage, n, E, D, p = config.stages[0], 64, 48, 96, 3
+
+    def work(linear) -> None:
+        for v in config.mask.counts(n):
+            linear(p * n, E, D)
+            for _ in range(2):
+                tokens = p * n + p * v
+                linear(tokens, E, 3 * E), linear(tokens, E, E), linear(tokens, E, 192), linear(tokens, 192, E)
+                for frame in range(1, p + 1):
+                    attend(v, frame * v, E)  # context of frame - 1
+                    attend(n, frame * v + n, E)  # queries of frame
+
+    assert flops.clip_flops(config, stage, executed=True).predictor == counted(work)
+
+
+def test_flops_of_what_is_off_are_none():
+    full = recipes.get("vit_l")
+    stage = full.stages[0]
+    want = flops.clip_flops(full, stage)
+    gen, align = (flops.clip_flops(ablate(full, r), stage) for r in ("table2_gen_ciso", "table2_align_ciso"))
+    assert (gen.reference, gen.decoder, gen.student) == (0, want.decoder, want.student)
+    assert (align.reference, align.decoder, align.predictor) == (want.reference, 0, want.predictor)
+    assert want.predictor - gen.predictor == pytest.approx(3 * 2 * 2 * 384 * 1024 * 7 * 256)  # align_head
+    assert flops.target_flops(ablate(full, "table2_align"), stage) == 0
+
+
+# Recipes -----------------------------------------------------------------------------------------
+
+
+def flat(value: object, name: str = "") -> dict[str, object]:
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, tuple):
+        value = {str(i): x for i, x in enumerate(value)}
+    if not isinstance(value, dict):
+        return {name: value}
+    parts = (flat(x, f"{name}.{k}".lstrip(".")) for k, x in value.items())
+    return {k: x for part in parts for k, x in part.items()}
+
+
+NO_ALIGN = {"model.align": False}
+WANTED = {
+    "table2_gen": NO_ALIGN | {"model.context": "joint"},
+    "table2_gen_ciso": NO_ALIGN,
+    "table2_align": {"model.generate": False, "model.context": "joint"},
+    "table2_align_ciso": {"model.generate": False},
+    "table2_full": {},
+    "table3_pixels": {"target.kind": "pixels"},
+    "table3_va_vae": {},
+    "table4_no_mask": NO_ALIGN | {"mask.mode": "none"},
+    "table4_mask": NO_ALIGN,
+    "table5_cross_self": NO_ALIGN | {"model.condition": "cross_self"},
+    "table5_cross": NO_ALIGN | {"model.condition": "cross"},
+    "table11_tau1": {"stages.0.tau_samples": 1, "stages.1.tau_samples": 1},
+    "table11_tau4": {"stages.2.tau_samples": 4, "stages.3.tau_samples": 4},  # never reached
+    "table11_tau1_30k": {"stages.0.tau_samples": 1, "stages.1.tau_samples": 1},
+    "table11_tau4_30k": {"stages.2.tau_samples": 4, "stages.3.tau_samples": 4},
+    "table12_no_ema": {"optim.ema": 0.0},
+    "table12_ema": {},
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_recipe_changes_what_its_row_says(row):
+    config, full = recipes.get(row), flat(recipes.get("vit_l"))
+    changed = {k: v for k, v in flat(config).items() if v != full[k]}
+    steps = 30_000 if row.endswith("30k") else 15_000
+    assert changed == WANTED[row] | {"recipe": row, "train.steps": steps}
+    assert flat(config).keys() == full.keys()
+    tiny = recipes.get("tiny")
+    small = flat(ablate(tiny, row))
+    assert {k for k, v in small.items() if v != flat(tiny)[k]} <= WANTED[row].keys() | {
+        "recipe",
+        "target.kind",
+    }
+    assert small["recipe"] == f"tiny_{row}" and small["train.steps"] is None
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_recipes_dry_run(row):
+    config, options = cli.parse([row, "--dry-run", "--world-size", "96"])
+    text = describe(config, options.world_size)
+    assert f"Model {row}" in text and max(map(len, text.splitlines())) <= WIDTH
+    assert ("\n  decoder " in text) == config.model.generate
+    assert "this run takes steps 1 to " + ("30,000" if row.endswith("30k") else "15,000") in text
+
+
+def test_switches_are_flags():
+    config, _ = cli.parse(["tiny", "--model.generate", "False", "--model.context", "joint", "--dry-run"])
+    assert not config.model.generate and config.model.context == "joint"
+
+
+def test_impossible_switches_say_so():
+    for change, message in (
+        ({"generate": False, "align": False}, "both off"),
+        ({"generate": False, "condition": "cross"}, "condition cross is a kind of decoder"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            switched(small(), **change)
+    with pytest.raises(ConfigError, match="no ablation 'table9'; there are table2_gen,"):
+        ablate(small(), "table9")
+    with pytest.raises(ConfigError, match="decay in"):
+        dataclasses.replace(small().optim, ema=1.5)
+
+
+# Checkpoint and export ---------------------------------------------------------------------------
+
+
+def convert(*args: object) -> int:
+    path = Path(__file__).resolve().parents[2] / "tools" / "convert_to_torch.py"
+    spec = importlib.util.spec_from_file_location("convert_to_torch", path)
+    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    if not hasattr(module, "main"):
+        spec.loader.exec_module(module)
+    return module.main([str(arg) for arg in args])
+
+
+@pytest.mark.parametrize("row", ["table2_gen", "table2_align_ciso", "table5_cross_self", "table4_no_mask"])
+def test_an_ablations_encoder_is_exported_and_the_rest_refused(seats, row, tmp_path, capsys):
+    config = ablate(parity.small(), row)
+    step, _ = steps(config, seats, 1)
+    saved = checkpoint.save(tmp_path / "checkpoints", 1, 4, config, step.optimizers)
+    again = TrainStep(config, seats)
+    before = again.model.student.state_dict()["context_projection.weight"].clone()
+    assert checkpoint.load(saved, config, again.optimizers).step == 1
+    for role, module in step.model.roles().items():
+        loaded = again.model.roles()[role].state_dict()
+        for name, tensor in module.state_dict().items():
+            assert not torch.is_tensor(tensor) or torch.equal(tensor, loaded[name]), name
+    assert not torch.equal(before, again.model.student.state_dict()["context_projection.weight"])
+
+    capsys.readouterr()
+    assert convert(saved, "--out", tmp_path / "all", "--all") == 2
+    assert "exported of the full model only; this run has model." in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()
+    assert convert(saved, "--out", tmp_path / "encoder") == 0
+    assert sorted(p.name for p in (tmp_path / "encoder").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_full_model_may_be_exported():
+    export.check_generator(recipes.get("vit_l").model)
+    with pytest.raises(HubError, match="model.align False, model.context joint"):
+        export.check_generator(recipes.get("table2_gen").model)
