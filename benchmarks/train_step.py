@@ -19,7 +19,9 @@ import torch.distributed as dist
 from nextvid_mcore import flops, recipes
 from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig
 from nextvid_mcore.data import ClipBatch
-from nextvid_mcore.parallel.groups import build_groups, init_distributed, resolve_layout, seed_trackers
+from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
+from nextvid_mcore.parallel.placement import resolve_placement
+from nextvid_mcore.parallel.seats import build_seats
 from nextvid_mcore.schedule import Schedule
 from nextvid_mcore.training.step import TrainStep
 
@@ -42,7 +44,10 @@ class ResidentTarget:
 def configure(args: argparse.Namespace, backend: str, recompute: str, world: int) -> RunConfig:
     config = recipes.get(args.recipe)
     stage = dataclasses.replace(
-        config.stages[0], frames=args.frames, tau_samples=args.tau, batch=args.micro_batch * world // args.tensor
+        config.stages[0],
+        frames=args.frames,
+        tau_samples=args.tau,
+        batch=args.micro_batch * world // args.tensor,
     )
     return dataclasses.replace(
         config,
@@ -61,10 +66,10 @@ def configure(args: argparse.Namespace, backend: str, recompute: str, world: int
 
 def measure(config: RunConfig, steps: int, warmup: int) -> dict[str, float]:
     """Seconds a step (median), memory and the last loss."""
-    layout = resolve_layout(config, dist.get_world_size())
-    groups = build_groups(layout)
+    seats = build_seats(resolve_placement(config, dist.get_world_size()))
+    groups = seats.home
     seed_trackers(0, groups)
-    step = TrainStep(config, groups)
+    step = TrainStep(config, seats)
     stage, device = config.stages[0], step.device
     size, b = config.model.image_size, config.train.micro_batch
     generator = torch.Generator(device).manual_seed(dist.get_rank())
@@ -78,7 +83,7 @@ def measure(config: RunConfig, steps: int, warmup: int) -> dict[str, float]:
         items=[""] * b,
     )
     t, n = config.model.token_frames(stage.frames), config.model.tokens_per_frame
-    if step.model.last:
+    if "decoder" in step.model.holds:
         latents = torch.randn(b, t, n, step.target.channels, device=device, generator=generator)
         step.engine.target = ResidentTarget(latents)
     point = Schedule(config).at(0)
@@ -99,7 +104,9 @@ def measure(config: RunConfig, steps: int, warmup: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", choices=recipes.names())
     parser.add_argument("--backend", nargs="+", default=["local"], choices=["local", "te"])
     parser.add_argument("--recompute", nargs="+", default=["none"], choices=["none", "core_attn", "full"])
@@ -133,9 +140,13 @@ def main() -> None:
 
 def report(args: argparse.Namespace, rows: list[tuple], world: int) -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"\n{args.recipe}, {args.frames} frames, tau {args.tau}, micro-batch {args.micro_batch}, {args.precision}")
+    print(
+        f"\n{args.recipe}, {args.frames} frames, tau {args.tau}, micro-batch {args.micro_batch}, {args.precision}"
+    )
     print(f"{world} x {name}, torch {torch.__version__}, tensor {args.tensor}, sequence {args.sequence}")
-    print(f"{'backend':<8} {'recompute':<10} {'clips/s/GPU':>11} {'ms':>8} {'MFU':>6} {'GiB':>6} {'ratio':>6} {'loss':>9}")
+    print(
+        f"{'backend':<8} {'recompute':<10} {'clips/s/GPU':>11} {'ms':>8} {'MFU':>6} {'GiB':>6} {'ratio':>6} {'loss':>9}"
+    )
     first = None
     for backend, recompute, error, found in rows:
         if found is None:

@@ -280,12 +280,20 @@ class RoleParallel:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The layout of a run."""
+    """The layout of a run (parallel/placement.py)."""
 
+    placement: Literal["colocated", "two-groups", "three-groups"] = "colocated"
     encoder: RoleParallel = RoleParallel()
+    generator: RoleParallel = RoleParallel()  # predictor and decoder in one group
+    predictor: RoleParallel = RoleParallel()  # three-groups
+    decoder: RoleParallel = RoleParallel()  # three-groups
+    reference: Literal["encoder", "generator"] = "encoder"  # where the reference encoder runs
     sequence: bool = False  # sequence parallelism inside the tensor groups
     recompute: Literal["none", "core_attn", "full"] = "none"
-    timeout: float = 600.0  # seconds a collective may hang before the run ends
+    timeout: float = 600.0  # seconds without progress after which the run ends (parallel/watchdog.py)
+
+    def __post_init__(self) -> None:
+        require(self.timeout > 0, f"parallel timeout must be positive, got {self.timeout}")
 
 
 @dataclass(frozen=True)
@@ -317,6 +325,7 @@ class TrainConfig:
 class CheckpointConfig:
     every: int = 1000  # steps; one is always written at the end
     keep: int = 3  # newest checkpoints that stay; 0: all
+    asynchronous: bool = False  # write while training goes on; costs a copy of what is saved in host memory
 
     def __post_init__(self) -> None:
         require(self.every > 0, f"checkpoint every must be positive, got {self.every}")
@@ -333,6 +342,29 @@ class EvalConfig:
     def __post_init__(self) -> None:
         require(self.every >= 0, f"eval every must be 0 (never) or more, got {self.every}")
         require(self.samples > 0 and self.batch > 0 and self.tau_bins > 0, "eval sizes must be positive")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    steps: str | None = None  # "10-12" or "10": record these steps on every rank, into OUT/profile
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            parts = self.steps.split("-")
+            require(
+                len(parts) in (1, 2) and all(part.isascii() and part.isdigit() for part in parts),
+                f"profile steps are given as 10-12 or 10, got {self.steps!r}",
+            )
+            first, last = self.span
+            require(1 <= first <= last, f"profile steps run from 1 up, first to last, got {self.steps!r}")
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """First and last step to record, counted from 1 as in metrics.jsonl."""
+        if self.steps is None:
+            return None
+        first, _, last = self.steps.partition("-")
+        return int(first), int(last or first)
 
 
 @dataclass(frozen=True)
@@ -360,6 +392,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self) -> None:
         require(len(self.stages) > 0, "a run needs at least one stage")
@@ -369,6 +402,13 @@ class RunConfig:
             self.model.token_frames(stage.frames)
         if self.mask.static:
             self.mask.counts(self.model.tokens_per_frame)
+        if self.profile.span is not None:
+            steps = sum(stage.steps for stage in self.stages)
+            steps = min(steps, self.train.steps or steps)
+            require(
+                self.profile.span[1] <= steps,
+                f"profile steps {self.profile.steps} go past the run's last step, {steps}",
+            )
 
     def batch(self, stage: StageConfig) -> int:
         """Clips per step of a stage."""

@@ -136,10 +136,11 @@ def one_process() -> RoleGroups:
 def build_model(config: RunConfig, channels: int, groups: RoleGroups) -> NextVid:
     """The training model in fp32 on this process, all its weights nan until a checkpoint fills them."""
     from nextvid_mcore.models.nextvid import NextVid
+    from nextvid_mcore.models.places import together
     from nextvid_mcore.models.specs import Split
 
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, backend="local"))
-    model = NextVid(config, Split(), groups.collection, channels).eval()
+    model = NextVid(config, together(Split(), groups.collection), channels).eval()
     del model.reference  # a copy of the encoder that nothing here needs
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,19 +1,19 @@
 """NExT-Vid in one module (Figure 2): what a rank holds of the four networks, and the losses (Eq. 9).
 
 The roles stay apart: `student` (encoder and context projection), `reference`, `predictor`,
-`decoder`. Under pipeline parallelism the last stage alone has a predictor and a decoder. Without
-generation there is no decoder; without alignment the reference is only the EMA, and is not run.
+`decoder`. A rank has those that sit there: all, under pipeline parallelism only the last stage's
+predictor and decoder, or a single one in a group of its own. Without generation there is no decoder;
+without alignment the reference is only the EMA, and is not run.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -28,9 +28,12 @@ from nextvid_mcore.masking import ClipMasks
 from nextvid_mcore.models.decoder import build_decoder
 from nextvid_mcore.models.encoder import Encoder, Student, sequence_shard
 from nextvid_mcore.models.init import init_weights
+from nextvid_mcore.models.places import Place
 from nextvid_mcore.models.predictor import build_predictor
 from nextvid_mcore.models.sequences import by_mask, full_sequence, predictor_sequence, student_sequence
-from nextvid_mcore.models.specs import Split
+
+
+TRAINED = ("student", "predictor", "decoder")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class MicroBatch:
 class LossTerms:
     """Losses before the mean, and the features that the collapse monitors look at."""
 
-    z: Tensor  # this rank's tokens, detached: [n (/ tp), M, p, B, E]
+    z: Tensor | None = None  # this rank's tokens, detached: [n (/ tp), M, p, B, E]
     flow: Tensor | None = None  # [B, M, p, K]; None without generation, and so is tau
     tau: Tensor | None = None  # [B, M, p, K]
     align: Tensor | None = None  # [B, M, p]; None without alignment, and so are the two below
@@ -71,49 +74,57 @@ class LossTerms:
 class NextVid(MegatronModule):
     """The networks of one rank."""
 
-    def __init__(
-        self, config: RunConfig, split: Split, groups: ProcessGroupCollection, channels: int
-    ) -> None:
-        """Build and fill.
+    def __init__(self, config: RunConfig, places: Mapping[str, Place], channels: int) -> None:
+        """Build the roles of `places`.
 
         Args:
             config: the run.
-            split: the layout's sizes.
-            groups: the layout's groups.
+            places: of student, reference, predictor and decoder those that sit on this rank.
             channels: C of the target; without generation it says nothing.
         """
-        student = Student(config.model, split, groups)
-        super().__init__(config=student.config)
-        self.run, self.split, self.groups, self.tp_group = config, split, groups, groups.tp
-        self.student = student
-        self.reference = Encoder(config.model, split, groups).requires_grad_(False).eval()
-        self.first, self.last = student.encoder.first, student.encoder.last
-        if self.last:
-            inner = Split(split.tensor, 1, split.sequence, split.recompute, None, split.dtype)
-            alone = _without_pipeline(groups)
-            self.predictor = build_predictor(config.model, inner, alone)
-            if config.model.generate:
-                self.decoder = build_decoder(config.model, channels, inner, alone)
+        model = config.model
+        parts: dict[str, MegatronModule] = {}
+        if "student" in places:
+            parts["student"] = Student(model, places["student"].split, places["student"].groups)
+        if "reference" in places:
+            reference = Encoder(model, places["reference"].split, places["reference"].groups)
+            parts["reference"] = reference.requires_grad_(False).eval()
+        if "predictor" in places:
+            parts["predictor"] = build_predictor(model, places["predictor"].split, places["predictor"].groups)
+        if "decoder" in places and model.generate:
+            decoder = places["decoder"]
+            parts["decoder"] = build_decoder(model, channels, decoder.split, decoder.groups)
+        super().__init__(config=next(iter(parts.values())).config)
+        self.run, self.places = config, dict(places)
+        for name, module in parts.items():
+            self.add_module(name, module)
+        self.holds = frozenset(parts)
+        encoders = [parts[name] for name in ("student", "reference") if name in parts]
+        encoders = [getattr(module, "encoder", module) for module in encoders]
+        self.first = any(encoder.first for encoder in encoders)  # it reads patches
+        self.last = bool(self.holds & {"predictor", "decoder"})  # it has a loss
 
     def roles(self) -> dict[str, MegatronModule]:
         """The trained modules of this rank by role."""
-        roles: dict[str, MegatronModule] = {"student": self.student}
-        if self.last:
-            roles["predictor"] = self.predictor
-            if self.run.model.generate:
-                roles["decoder"] = self.decoder
-        return roles
+        return {role: getattr(self, role) for role in TRAINED if role in self.holds}
 
     def reset_parameters(self) -> None:
         """Fill every role from the seed; the reference starts as the student's copy."""
         train, std = self.run.train, self.run.model.init_std
-        for role, module in self.roles().items():
-            init_weights(module, role, self.groups, train.seed, std, train.init_noise)
-        self.reference.load_state_dict(self.student.encoder.state_dict())
+        for role in self.holds:
+            init_weights(
+                getattr(self, role),
+                "student.encoder" if role == "reference" else role,
+                self.places[role].groups,
+                train.seed,
+                std,
+                train.init_noise,
+            )
 
     def train(self, mode: bool = True) -> NextVid:
         super().train(mode)
-        self.reference.eval()
+        if "reference" in self.holds:
+            self.reference.eval()
         return self
 
     @torch.no_grad()
@@ -128,39 +139,53 @@ class NextVid(MegatronModule):
             [t * n, B, D] on the last stage; hidden states [t * n (/ tp), B, D] before.
         """
         hidden = self.reference(patches, full_sequence(self.run.model, token_frames, _device(self)))
-        if self.last and self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+        place = self.places["reference"]
+        if self.reference.last and place.sequence:
+            hidden = gather_from_sequence_parallel_region(hidden, group=place.groups.tp)
         return hidden
 
-    def forward(self, batch: MicroBatch, encoder: Encoder | None = None) -> Tensor | LossTerms:
-        """Loss terms on the last pipeline stage, hidden states [s (/ tp), rows, D] before.
+    def context(self, batch: MicroBatch, encoder: Encoder | None = None) -> Tensor:
+        """The projected context [s (/ tp), rows, E] on the last pipeline stage, hidden states before.
 
         `encoder` replaces the student's own (held-out loss of the EMA weights).
         """
         sequence = student_sequence(self.run.model, batch.masks, _device(self))
-        context = self.student(batch.patches, sequence, encoder)
+        return self.student(batch.patches, sequence, encoder)
+
+    def forward(self, batch: MicroBatch, encoder: Encoder | None = None) -> Tensor | LossTerms:
+        """Loss terms where all roles sit together, hidden states on pipeline stages before the last."""
+        context = self.context(batch, encoder)
         return self.losses(context, batch) if self.last else context
 
     def losses(self, context: Tensor, batch: MicroBatch) -> LossTerms:
-        """Predict, align and decode (Eq. 3, 5, 8) from the projected context [s (/ tp), rows, E]."""
-        model, device = self.run.model, _device(self)
-        sequence = predictor_sequence(model, batch.masks, batch.token_frames, device)
-        z = self.predictor(context, sequence)
-        z = by_mask(z, batch.masks, batch.token_frames - 1, len(batch.index))  # [n, M, p, B, E]
-        if self.config.sequence_parallel:  # from here on the share is one of each frame's tokens
-            z = scatter_to_sequence_parallel_region(z.contiguous(), group=self.tp_group)
+        """Predict, align and decode from the projected context [s (/ tp), rows, E]."""
+        z = self.shares("predictor", self.predict(context, batch), batch)
         terms: dict[str, Tensor] = {"z": z.detach()}
-        if model.align:
-            terms |= self._align(z, batch)
-        if model.generate:
-            terms |= self._flow(z, batch)
+        if self.run.model.align:
+            terms |= self.alignment(z, batch)
+        if self.run.model.generate:
+            terms |= self.flow_matching(z, batch)
         return LossTerms(**terms)
 
-    def _align(self, z: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+    def predict(self, context: Tensor, batch: MicroBatch) -> Tensor:
+        """Eq. 3: z, whole on every tensor rank, [queries, rows, E]."""
+        sequence = predictor_sequence(self.run.model, batch.masks, batch.token_frames, _device(self))
+        return self.predictor(context, sequence)
+
+    def shares(self, role: str, z: Tensor, batch: MicroBatch) -> Tensor:
+        """The predictor's output by mask and frame, as `role` takes it: [n (/ tp), M, p, B, E].
+
+        Under sequence parallelism the share is one of each frame's tokens.
+        """
+        z = by_mask(z, batch.masks, batch.token_frames - 1, len(batch.index))
+        place = self.places[role]
+        return scatter_to_sequence_parallel_region(z.contiguous(), place.groups.tp) if place.sequence else z
+
+    def alignment(self, z: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
         """Eq. 5: `align` and what it compares; z: [n (/ tp), M, p, B, E]."""
         aligned = self.predictor.align_head(z).float()
         target = self._align_target(batch)
-        align = self._mean_over_tokens((aligned - target).square().mean(-1))
+        align = self._mean_over_tokens("predictor", (aligned - target).square().mean(-1))
         return {
             "align": rearrange(align, "m p b -> b m p"),
             "target": target,
@@ -170,14 +195,15 @@ class NextVid(MegatronModule):
     def _align_target(self, batch: MicroBatch) -> Tensor:
         """Reference features of frames 1 .. t-1, this rank's tokens: [n (/ tp), 1, p, B, D]."""
         features = rearrange(batch.features, "(t n) b d -> n 1 t b d", t=batch.token_frames)[:, :, 1:]
-        features = sequence_shard(features, self.groups, self.config.sequence_parallel).float()
+        place = self.places["predictor"]
+        features = sequence_shard(features, place.groups, place.sequence).float()
         if self.run.model.align_target == "layernorm":
             features = F.layer_norm(features, features.shape[-1:], eps=self.run.model.norm_eps)
         return features
 
-    def _flow(self, z: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+    def flow_matching(self, z: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
         """Eq. 8: `flow` and its `tau`; z: [n (/ tp), M, p, B, E]."""
-        latents = batch.latents[:, 1:]  # [B, p, n, C]
+        latents, place = batch.latents[:, 1:], self.places["decoder"]  # [B, p, n, C]
         tau, noise = flow.draw(
             batch.seed,
             batch.index,
@@ -193,31 +219,23 @@ class NextVid(MegatronModule):
         noisy = flow.interpolate(noise, data, tau[..., None, None])
         velocity = flow.velocity(noise, data).expand_as(noise)
         noisy, velocity = (
-            sequence_shard(
-                rearrange(x, "b m p k n c -> n (m p k b) c"), self.groups, self.config.sequence_parallel
-            )
+            sequence_shard(rearrange(x, "b m p k n c -> n (m p k b) c"), place.groups, place.sequence)
             for x in (noisy, velocity)
         )
         rows = z[:, :, :, None].expand(-1, -1, -1, batch.tau_samples, -1, -1).flatten(1, 4)
         predicted = self.decoder(rows, noisy, rearrange(tau, "b m p k -> (m p k b)"))
-        terms = self._mean_over_tokens((predicted.float() - velocity).square().mean(-1))
+        terms = self._mean_over_tokens("decoder", (predicted.float() - velocity).square().mean(-1))
         b, m, p, k = tau.shape
         return {"tau": tau, "flow": rearrange(terms, "(m p k b) -> b m p k", b=b, m=m, p=p, k=k)}
 
-    def _mean_over_tokens(self, x: Tensor) -> Tensor:
+    def _mean_over_tokens(self, role: str, x: Tensor) -> Tensor:
         """Mean over the leading token dimension, of which each tensor rank may hold a share."""
-        if not self.config.sequence_parallel:
+        place = self.places[role]
+        if not place.sequence:
             return x.mean(0)
-        share = x.sum(0) / (x.shape[0] * self.tp_group.size())
-        return reduce_from_tensor_model_parallel_region(share, group=self.tp_group)
+        share = x.sum(0) / (x.shape[0] * place.groups.tp.size())
+        return reduce_from_tensor_model_parallel_region(share, group=place.groups.tp)
 
 
 def _device(module: torch.nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-def _without_pipeline(groups: ProcessGroupCollection) -> ProcessGroupCollection:
-    """The same groups as a stage of its own sees them: predictor and decoder are not pipelined."""
-    alone = copy.copy(groups)
-    alone.pp = groups.cp  # without context parallelism, this rank alone
-    return alone

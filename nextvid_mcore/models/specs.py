@@ -213,6 +213,7 @@ class Split:
     recompute: str = "none"
     last_stage_layers: int | None = None  # encoder layers on the last of several pipeline stages
     dtype: torch.dtype = torch.float32
+    exchange: bool = False  # its sequences cross to ranks of another layout
 
 
 def local_layers(depth: int, split: Split, stage: int) -> int:
@@ -262,7 +263,8 @@ def transformer_config(shape: TransformerShape, model: ModelConfig, split: Split
         apply_rope_fusion=False,
         persist_layer_norm=False,
         attention_softmax_in_fp32=False,
-        # only for pipelines between modules: lets lengths differ from call to call
+        # between groups lengths differ from call to call; then megatron-core asks for this dispatcher
+        variable_seq_lengths=split.exchange,
         moe_token_dispatcher_type="alltoall",
         **recompute,
     )

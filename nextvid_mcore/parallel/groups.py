@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,17 +87,53 @@ def sequences(config: RunConfig, frames: int) -> dict[str, int]:
     return lengths | ({"reference": t * n} if config.model.align else {})
 
 
-def resolve_layout(config: RunConfig, world_size: int) -> Layout:
-    """The layout of a run on `world_size` ranks, or a ConfigError that names the numbers and the way out."""
+_SEQUENCES = {  # the sequences that a role's layers hold
+    "student": ("student",),
+    "reference": ("reference",),
+    "predictor": ("predictor", "alignment"),
+    "decoder": ("decoder",),
+}
+EVERY_ROLE = tuple(_SEQUENCES)
+
+
+def check_layout(config: RunConfig, layout: Layout, roles: Sequence[str] = EVERY_ROLE) -> None:
+    """Raise ConfigError if `roles` (of student, reference, predictor, decoder) can't be split as `layout`."""
+    shapes = {"student": "encoder", "reference": "encoder", "predictor": "predictor", "decoder": "decoder"}
+    for role in roles:
+        if role != "decoder" or config.model.generate:
+            _check_tensor(shapes[role], getattr(config.model, shapes[role]), layout.tensor)
+    require(
+        layout.pipeline <= config.model.encoder.depth,
+        f"{config.model.encoder.depth} encoder layers can't be split over {layout.pipeline} pipeline stages",
+    )
+    if not config.mask.static:
+        require(
+            layout.pipeline == 1 and not layout.sequence,
+            f"mask mode {config.mask.mode} makes sequences of changing length, which need pipeline 1 and no "
+            f"sequence parallelism; got pipeline {layout.pipeline}, sequence {layout.sequence}: use mode "
+            "fixed",
+        )
+    if not layout.sequence:
+        return
+    held = {name for role in roles for name in _SEQUENCES[role]}
+    for stage in config.stages:
+        for name, length in sequences(config, stage.frames).items():
+            require(
+                name not in held or length % layout.tensor == 0,
+                f"stage {stage.name}: the {name}'s sequence of {length} tokens can't be split over "
+                f"tensor parallel {layout.tensor}; turn sequence parallelism off or choose tensor from "
+                f"{_divisors(length, config.model.encoder.heads)}",
+            )
+
+
+def resolve_layout(config: RunConfig, world_size: int, roles: Sequence[str] = EVERY_ROLE) -> Layout:
+    """The encoder's layout on `world_size` ranks, or a ConfigError with the numbers and the way out.
+
+    roles: what sits there beside it.
+    """
     wanted = config.parallel.encoder
     tensor, pipeline = wanted.tensor or 1, wanted.pipeline or 1
-    for role in ("encoder", "predictor", "decoder"):
-        if role != "decoder" or config.model.generate:
-            _check_tensor(role, getattr(config.model, role), tensor)
-    require(
-        pipeline <= config.model.encoder.depth,
-        f"{config.model.encoder.depth} encoder layers can't be split over {pipeline} pipeline stages",
-    )
+    check_layout(config, Layout(tensor, pipeline), roles)  # before its product with the ranks
     model = tensor * pipeline
     require(
         world_size % model == 0,
@@ -110,32 +147,19 @@ def resolve_layout(config: RunConfig, world_size: int) -> Layout:
         f"{model * (wanted.data or 1)} ranks, but {world_size} were started; leave data out to derive it",
     )
     layout = Layout(tensor, pipeline, data, sequence=config.parallel.sequence and tensor > 1)
-    if not config.mask.static:
-        require(
-            pipeline == 1 and not layout.sequence,
-            f"mask mode {config.mask.mode} makes sequences of changing length, which need pipeline 1 and no "
-            f"sequence parallelism; got pipeline {pipeline}, sequence {layout.sequence}: use mode fixed",
-        )
+    check_layout(config, layout, roles)
     for stage in config.stages:
         layout.micro_batches(config.batch(stage), config.train.micro_batch)
-        if layout.sequence:
-            for role, length in sequences(config, stage.frames).items():
-                require(
-                    length % tensor == 0,
-                    f"stage {stage.name}: the {role}'s sequence of {length} tokens can't be split over "
-                    f"tensor parallel {tensor}; turn sequence parallelism off or choose tensor from "
-                    f"{_divisors(length, config.model.encoder.heads)}",
-                )
     return layout
 
 
 @dataclass(frozen=True)
 class RoleGroups:
-    """The process groups of one role, as seen from this rank."""
+    """The process groups of one seat, as seen from this rank; ranks outside it have no collection."""
 
     layout: Layout
     grid: HyperCommGrid
-    collection: ProcessGroupCollection
+    collection: ProcessGroupCollection | None
 
     @property
     def tensor_rank(self) -> int:
@@ -178,6 +202,8 @@ def build_groups(layout: Layout, rank_offset: int = 0, timeout: float = 600.0) -
 
     tp, cp, dp, pp = (group(dim) for dim in _DIMS)
     mp, tp_dp, everyone = group("tp", "pp"), group("tp", "dp"), group(*_DIMS)
+    if not rank_offset <= dist.get_rank() < rank_offset + layout.size:
+        return RoleGroups(layout, grid, None)
     collection = ProcessGroupCollection(
         tp=tp, pp=pp, mp=mp, dp=dp, embd=None, pos_embd=None,
         # No context parallelism: cp is this rank alone, and groups "with cp" are those without.

@@ -29,6 +29,12 @@ def last_stage_layers(config: RunConfig, pipeline: int) -> int | None:
     return min(choices, key=lambda last: max(last + extra, (depth - last) / (pipeline - 1)))
 
 
+def stage_layers(config: RunConfig, pipeline: int) -> list[int]:
+    """Encoder layers of each of `pipeline` stages."""
+    depth, last = config.model.encoder.depth, last_stage_layers(config, pipeline)
+    return [depth] if last is None else [(depth - last) // (pipeline - 1)] * (pipeline - 1) + [last]
+
+
 def generator_layers(config: RunConfig, stage: StageConfig) -> float:
     """Work of predictor and decoder in units of one encoder layer (student and reference)."""
     work = flops.clip_flops(config, stage, executed=True)

@@ -2,30 +2,49 @@
 
 The reference needs no gradient: it runs first, as a forward-only pass of its own over all the step's
 micro-batches, and its features wait where the losses are. Then one forward-backward pass (1F1B with
-several pipeline stages) carries the student alone, both masks as one sequence.
+several pipeline stages) carries the student alone, all masks as one sequence.
+
+This engine serves colocated roles; training/separate.py those in groups of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
 
 from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.models.encoder import Encoder
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch, NextVid
-from nextvid_mcore.parallel.groups import RoleGroups
+from nextvid_mcore.parallel import edges, watchdog
+from nextvid_mcore.parallel.seats import Seats
 from nextvid_mcore.schedule import StagePoint
 from nextvid_mcore.targets import Target
 from nextvid_mcore.training import microbatch
 
+Watch = Callable[[LossTerms, MicroBatch], None]
 
-class _StageModel:
+
+@dataclass(frozen=True)
+class Work:
+    """A micro-batch as the student and as predictor and decoder of this rank take it."""
+
+    student: MicroBatch
+    generator: MicroBatch
+
+
+class StageModel:
     """A pipeline stage as megatron-core's schedules want a model to look.
 
     They search the model for language-model parts (`decoder.layers`), so they don't get NextVid itself.
@@ -43,12 +62,52 @@ class _StageModel:
 class Engine:
     """Runs micro-batches through a rank's networks."""
 
-    def __init__(self, model: NextVid, groups: RoleGroups, target: Target | None) -> None:
-        """`target` where the flow loss is (last pipeline stage), else None."""
-        self.model, self.groups, self.target = model, groups, target
+    def __init__(self, model: NextVid, seats: Seats, target: Target | None) -> None:
+        """`target` where the flow loss is, else None."""
+        self.model, self.seats, self.target = model, seats, target
         self.config = model.run
         self.device = next(model.parameters()).device
-        self.schedule = get_forward_backward_func(groups.layout.pipeline, None)
+        self.groups = seats.of("student") or seats.of("reference") or seats.home
+        self.schedule = get_forward_backward_func(self.groups.layout.pipeline, None)
+        source, home = seats.placement.encoder.layout, seats.placement.seats[-1].layout
+        self.shares = 1 if seats.placement.separate else home.data // source.data
+        self.crossed = 0  # bytes this rank has sent to other seats
+
+    def gradients(self, point: StagePoint, clips: Sequence[ClipBatch], watch: Watch) -> None:
+        """Accumulate the gradient of the mean loss over the step's micro-batches of this replica.
+
+        `watch` is called with every micro-batch's loss terms where there are losses.
+        """
+        watchdog.enter("reference pass")
+        features = self.reference_features(clips)
+        watchdog.enter("forward and backward")
+
+        def works() -> Iterator[Work]:
+            for i, clip in enumerate(clips):
+                work = self.work(clip, point.stage.tau_samples, features[i] if features else None)
+                if features:
+                    features[i] = None  # free as soon as it is used
+                yield work
+
+        self.students(works(), len(clips), len(clips[0].index), watch)
+
+    def held_out(
+        self, clip: ClipBatch, tau_samples: int, seed: int, ema: bool
+    ) -> list[tuple[list[int], LossTerms]]:
+        """Sample indices and loss terms of one micro-batch without gradient, [] where there are none.
+
+        ema: with the reference encoder in the student's place.
+        """
+        features = self.reference_features([clip])
+        work = self.work(clip, tau_samples, features[0] if features else None, seed)
+        found: list[tuple[list[int], LossTerms]] = []
+        encoder = self.model.reference if ema and "student" in self.model.holds else None
+
+        def watch(terms: LossTerms, batch: MicroBatch) -> None:
+            found.append((batch.index, terms))
+
+        self.students(iter([work]), 1, len(clip.index), watch, encoder, forward_only=True)
+        return found
 
     def reference_features(self, clips: Sequence[ClipBatch]) -> list[Tensor | None]:
         """Features [t * n, B, D] of every micro-batch on the last pipeline stage, else an empty list.
@@ -59,77 +118,88 @@ class Engine:
             return [None] * len(clips)
         t = self.config.model.token_frames(clips[0].video.shape[2])
 
-        def step(iterator: Iterator[ClipBatch], stage: _StageModel) -> tuple[Tensor, Callable]:
+        def step(iterator: Iterator[ClipBatch], stage: StageModel) -> tuple[Tensor, Callable]:
             clip = next(iterator)
             patches = None
-            if self.model.first:
+            if self.model.reference.first:
                 patches = microbatch.full_patches(self.config, clip, self.device).transpose(0, 1)
             hidden = self.model.reference_features(patches, t)
             return hidden, lambda out, non_loss_data=False: out
 
         length = t * self.config.model.tokens_per_frame
-        return self._run(step, _StageModel(self.model.reference), clips, length, forward_only=True)
+        stage = StageModel(self.model.reference)
+        return self.run(step, stage, iter(clips), len(clips), length, len(clips[0].index), True)
 
-    def gradients(
+    def students(
         self,
-        point: StagePoint,
-        clips: Sequence[ClipBatch],
-        watch: Callable[[LossTerms, MicroBatch], None],
+        works: Iterator[Work],
+        count: int,
+        size: int,
+        watch: Watch,
+        encoder: Encoder | None = None,
+        forward_only: bool = False,
     ) -> None:
-        """Accumulate the gradient of the mean loss over the step's micro-batches of this replica.
+        """The pass that carries the student, over `count` micro-batches of `size` clips."""
+        first = next(works)  # its length is every one's in the modes that several stages allow
 
-        `watch` is called with every micro-batch's loss terms on the last pipeline stage.
-        """
-        features = self.reference_features(clips)
-        samples = point.stage.tau_samples
-
-        def batches() -> Iterator[MicroBatch]:
-            for i, clip in enumerate(clips):
-                batch = self.micro_batch(clip, samples)
-                if self.model.last:
-                    batch = dataclasses.replace(batch, features=features[i])
-                    features[i] = None  # free as soon as it is used
-                yield batch
-
-        def step(iterator: Iterator[MicroBatch], stage: _StageModel) -> tuple[Tensor, Callable]:
-            batch = next(iterator)
-            out = self.model(batch)
+        def step(iterator: Iterator[Work], stage: StageModel) -> tuple[Tensor, Callable]:
+            work = next(iterator)
+            out = self.model.context(work.student, encoder)
             if not self.model.last:
-                return out, lambda x: x
-            watch(out, batch)
-            return out.total(self.config), lambda loss: (loss, {})
+                return out, lambda x, non_loss_data=False: x
+            terms = self.model.losses(self.hand_over(out), work.generator)
+            watch(terms, work.generator)
+            return terms.total(self.config), lambda loss, non_loss_data=False: (loss, {})
 
-        n = self.config.model.tokens_per_frame
-        length = self.config.model.token_frames(clips[0].video.shape[2]) - 1
-        length *= sum(self.config.mask.counts(n)) if self.config.mask.static else 0
-        self._run(
-            step,
-            _StageModel(self.model.student.encoder),
-            batches(),
-            length,
-            count=len(clips),
-            size=len(clips[0].index),
-        )
+        stage = StageModel(encoder or self.model.student.encoder)
+        length = first.student.masks.tokens.shape[1]
+        self.run(step, stage, itertools.chain([first], works), count, length, size, forward_only)
 
-    def micro_batch(self, clip: ClipBatch, tau_samples: int, seed: int | None = None) -> MicroBatch:
-        """What this rank's networks read of a clip batch, without the reference's features."""
-        batch = microbatch.make_micro_batch(self.config, clip, tau_samples, self.device, seed)
-        if self.model.first:
+    def hand_over(self, context: Tensor) -> Tensor:
+        """The student's context as this rank's predictor takes it."""
+        if self.shares == 1:
+            return context
+        source, target = self.model.places["student"], self.model.places["predictor"]
+        group = source.groups.tp
+        if source.sequence:
+            context = gather_from_sequence_parallel_region(
+                context, tensor_parallel_output_grad=False, group=group
+            )
+        context = edges.batch_share(context, self.shares, group)
+        context = edges.scale_gradient(context, 1 / self.shares)
+        if target.sequence:
+            context = scatter_to_sequence_parallel_region(context, target.groups.tp)
+        return context
+
+    def work(
+        self, clip: ClipBatch, tau_samples: int, features: Tensor | None, seed: int | None = None
+    ) -> Work:
+        """What this rank's networks read of a clip batch."""
+        student = microbatch.make_micro_batch(self.config, clip, tau_samples, self.device, seed)
+        if "student" in self.model.holds and self.model.student.encoder.first:
             patches = microbatch.full_patches(self.config, clip, self.device)
-            batch = microbatch.with_patches(batch, patches)
-        if self.model.last and self.config.model.generate:
-            batch = microbatch.with_latents(batch, clip, self.target, self.device)
-        return batch
+            student = microbatch.with_patches(student, patches)
+        if not self.model.last:
+            return Work(student, student)
+        generator = student
+        if self.shares > 1:
+            i = self.groups.tensor_rank // (self.groups.layout.tensor // self.shares)
+            clip = microbatch.clip_share(clip, self.shares, i)
+            generator = microbatch.make_micro_batch(self.config, clip, tau_samples, self.device, seed)
+            features = None if features is None else features.chunk(self.shares, dim=1)[i]
+        if "decoder" in self.model.holds:
+            generator = microbatch.with_latents(generator, clip, self.target, self.device)
+        return Work(student, dataclasses.replace(generator, features=features))
 
-    def _run(
+    def run(
         self,
         step: Callable,
-        stage: _StageModel,
-        data: Any,
+        stage: StageModel,
+        data: Iterator[Any],
+        count: int,
         length: int,
-        forward_only: bool = False,
-        count: int | None = None,
-        size: int | None = None,
+        size: int,
+        forward_only: bool,
     ) -> list[Any]:
         """One pass of megatron-core's schedule; `length` tokens of `size` clips cross each stage boundary."""
         collection = self.groups.collection
@@ -138,11 +208,11 @@ class Engine:
             extra["p2p_communicator"] = P2PCommunicator(collection.pp, stage.config)
         return self.schedule(
             forward_step_func=step,
-            data_iterator=iter(data),
+            data_iterator=data,
             model=stage,
-            num_microbatches=len(data) if count is None else count,
+            num_microbatches=count,
             seq_length=length,
-            micro_batch_size=len(data[0].index) if size is None else size,
+            micro_batch_size=size,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
             pg_collection=collection,

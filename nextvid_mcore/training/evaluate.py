@@ -10,7 +10,7 @@ neither the layout nor a resume changes the sum.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,10 @@ from torch import Tensor
 
 from nextvid_mcore.config import LossConfig, RunConfig
 from nextvid_mcore.data.loader import ClipBatch, build_dataset, iterate
-from nextvid_mcore.models.encoder import Encoder
-from nextvid_mcore.models.nextvid import LossTerms, MicroBatch
-from nextvid_mcore.parallel.groups import RoleGroups
+from nextvid_mcore.models.nextvid import LossTerms
+from nextvid_mcore.parallel.seats import Seats
 from nextvid_mcore.rng import key
-from nextvid_mcore.training.engine import Engine, _StageModel
-from nextvid_mcore.training.feed import share
+from nextvid_mcore.training.feed import blank, share
 from nextvid_mcore.training.step import TrainStep
 
 SEED = key(0, "eval")  # of masks, tau and noise: not the run's, so that runs can be compared
@@ -59,14 +57,20 @@ class Table:
         return cls(**values)
 
     @classmethod
-    def merged(cls, tables: Sequence[Table]) -> Table:
-        """All rows in the order of their index."""
-        there = [name for name, value in vars(tables[0]).items() if value is not None]
-        joined = {name: torch.cat([getattr(each, name) for each in tables]) for name in there}
-        order = joined["index"].argsort()
-        if not torch.equal(joined["index"][order], torch.arange(len(order))):
-            raise RuntimeError(f"held-out samples are not 0 to {len(order) - 1}: {joined['index'].tolist()}")
-        return cls(**{name: values[order] for name, values in joined.items()})
+    def merged(cls, tables: Sequence[Table], samples: int) -> Table:
+        """The first `samples` rows in the order of their index. Tables of different seats have
+        different columns."""
+        columns: dict[str, Tensor] = {"index": torch.arange(samples)}
+        for name in ("flow", "align", "bin_sum", "bin_count"):
+            there = [table for table in tables if getattr(table, name) is not None]
+            if not there:
+                continue
+            index = torch.cat([table.index for table in there])
+            order = index.argsort()[:samples]
+            if not torch.equal(index[order], columns["index"]):
+                raise RuntimeError(f"held-out samples are not 0 to {samples - 1}: {index.tolist()}")
+            columns[name] = torch.cat([getattr(table, name) for table in there])[order]
+        return cls(**columns)
 
     def summary(self, loss: LossConfig) -> dict[str, Any]:
         """The numbers of eval.jsonl. Null: a loss that is switched off, a tau bin that no draw fell into."""
@@ -82,44 +86,36 @@ class Table:
         }
 
 
-def held_out_terms(engine: Engine, clip: ClipBatch, tau_samples: int, encoder: Encoder) -> list[LossTerms]:
-    """Loss terms of one micro-batch with `encoder` in the student's place; [] before the last stage."""
-    batch = engine.micro_batch(clip, tau_samples, SEED)
-    features = engine.reference_features([clip])
-    if engine.model.last:
-        batch = dataclasses.replace(batch, features=features[0])
-    found: list[LossTerms] = []
-
-    def step(iterator: Iterator[MicroBatch], stage: object) -> tuple[Tensor, Callable]:
-        out = engine.model(next(iterator), encoder)
-        if engine.model.last:
-            found.append(out)
-            out = out.z
-        return out, lambda x, non_loss_data=False: x
-
-    length = batch.masks.tokens.shape[1]
-    engine._run(step, _StageModel(encoder), [batch], length, forward_only=True)
-    return found
-
-
 class Evaluator:
     """Runs the held-out loss on all ranks. Clips are decoded once and kept, 8 bits a value."""
 
-    def __init__(self, config: RunConfig, train_step: TrainStep, groups: RoleGroups) -> None:
-        self.config, self.train_step, self.groups = config, train_step, groups
+    def __init__(self, config: RunConfig, train_step: TrainStep, seats: Seats) -> None:
+        self.config, self.train_step, self.seats, self.groups = config, train_step, seats, seats.home
         self.frames = config.stages[0].frames
         self.dataset = build_dataset(config, train=False)
         self._clips: list[ClipBatch] | None = None
 
     def _requests(self) -> list[tuple[int, ...]]:
-        """This replica's share of the batches: the same batches in every layout."""
+        """This replica's share of the clips: the same batches in every layout of one seat.
+
+        Seats of their own exchange whole waves, so there the last wave is filled up, and the surplus
+        dropped from the table.
+        """
         size, samples = self.config.eval.batch, self.config.eval.samples
-        batches = [tuple(range(i, min(i + size, samples))) for i in range(0, samples, size)]
-        return batches[self.groups.data_rank :: self.groups.layout.data]
+        if not self.seats.placement.separate and self.train_step.engine.shares == 1:
+            batches = [tuple(range(i, min(i + size, samples))) for i in range(0, samples, size)]
+            return batches[self.groups.data_rank :: self.groups.layout.data]
+        wave = size * self.seats.placement.encoder.layout.data
+        mine = wave // self.groups.layout.data
+        first = range(self.groups.data_rank * mine, -(-samples // wave) * wave, wave)
+        return [tuple(range(start, start + mine)) for start in first]
 
     def _load(self) -> Iterator[ClipBatch]:
         """This replica's clips, decoded by its first rank."""
         data, requests = self.config.data, self._requests()
+        if not self.seats.mine[0].sees_video:
+            yield from (blank((self.frames, indices)) for indices in requests)
+            return
         loader: Iterator[ClipBatch] | None = None
         if self.groups.collection.mp.rank() == 0:
             loader = iterate(
@@ -142,22 +138,21 @@ class Evaluator:
         if self._clips is None:
             self._clips = list(self._load())
         tables: dict[str, list[Table]] = {name: [] for name in WEIGHTS}
-        engine, model = self.train_step.engine, self.train_step.model
-        encoders = {"ema": model.reference, "online": model.student.encoder}
-        bins = self.config.eval.tau_bins
+        engine, bins = self.train_step.engine, self.config.eval.tau_bins
         for clip in self._clips:
-            for name, encoder in encoders.items():
-                for terms in held_out_terms(engine, clip, bins, encoder):
-                    tables[name].append(Table.of(clip.index.tolist(), terms, bins))
+            watchdog.progress()
+            for name in WEIGHTS:
+                for index, terms in engine.held_out(clip, bins, SEED, ema=name == "ema"):
+                    tables[name].append(Table.of(index, terms, bins))
         row: dict[str, Any] = {"samples": self.config.eval.samples, "frames": self.frames}
         for name in WEIGHTS:
             row[name] = self._gather(tables[name]).summary(self.config.loss)
         return row
 
     def _gather(self, mine: list[Table]) -> Table:
-        """All clips' values on every rank. Pipeline stages before the last have none of their own."""
-        every = self.groups.collection.intra_dist_opt
-        found: list[list[Table]] = [[] for _ in range(every.size())]
-        speaks = self.groups.last_stage and self.groups.tensor_rank == 0
-        dist.all_gather_object(found, mine if speaks else [], group=every)
-        return Table.merged([table for tables in found for table in tables])
+        """All clips' values on every rank, from one tensor rank of every replica that has losses."""
+        groups = self.seats.of("predictor") or self.seats.of("decoder")
+        speaks = groups is not None and groups.tensor_rank == 0
+        found: list[list[Table]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, mine if speaks else [])
+        return Table.merged([table for tables in found for table in tables], self.config.eval.samples)

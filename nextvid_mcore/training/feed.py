@@ -1,16 +1,17 @@
 """A step's micro-batches: decoded once per replica, shared inside it, with what all ranks must agree on.
 
 The first rank of a replica (tensor rank 0 of the first pipeline stage) runs the loader and broadcasts the
-uint8 clips and their sample indices over the replica. With them goes one small all-reduce over all ranks:
+uint8 clips and their sample indices over the replica. With them goes one small all-gather over all ranks:
 how many samples met a bad file, whether a loader failed, whether a signal asked for the end. So every
-rank stops at the same step, for the same reason.
+rank stops at the same step, for the same reason. Seats of their own load the same samples; a seat whose
+roles see no video gets their indices alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from nextvid_mcore.data.guard import BadShareGuard
 from nextvid_mcore.data.loader import ClipBatch
 from nextvid_mcore.parallel.groups import RoleGroups
+from nextvid_mcore.parallel.seats import Seats
 
 
 class LoaderError(RuntimeError):
@@ -64,22 +66,39 @@ def share(batch: ClipBatch | None, clips: int, frames: int, size: int, groups: R
     return ClipBatch(video=video, index=index, label=label, static=static.bool(), items=[])
 
 
+def blank(request: tuple[int, Sequence[int]]) -> ClipBatch:
+    """A batch without pixels, [B, 3, T, 0, 0]: indices for a seat that sees no video."""
+    frames, indices = request
+    clips = len(indices)
+    return ClipBatch(
+        video=torch.empty(clips, 3, frames, 0, 0, dtype=torch.uint8),
+        index=torch.tensor(indices, dtype=torch.int64),
+        label=torch.full((clips,), -1),
+        static=torch.zeros(clips, dtype=torch.bool),
+        items=[""] * clips,
+    )
+
+
 class Feed:
     """Hands out steps in order.
 
     Args:
-        loader: this replica's micro-batches; None on ranks that don't load.
+        loader: this replica's micro-batches, in a seat that sees video only on its replicas' first ranks.
         size: height and width of a frame.
     """
 
     def __init__(
-        self, loader: Iterator[ClipBatch] | None, groups: RoleGroups, guard: BadShareGuard, size: int
+        self, loader: Iterator[ClipBatch] | None, seats: Seats, guard: BadShareGuard, size: int
     ) -> None:
-        self._loader, self._groups, self._guard, self._size = loader, groups, guard, size
-        assert (loader is not None) == (groups.collection.mp.rank() == 0)
+        self._loader, self._groups, self._guard, self._size = loader, seats.home, guard, size
+        seat = seats.mine[0]
+        self._clips = seats.placement.clips(seat)
+        self._shared, self._counts = seat.sees_video, "student" in seat.roles
+        first = self._groups.collection.mp.rank() == 0
+        assert (loader is not None) == (first or not self._shared)
 
-    def next(self, count: int, clips: int, frames: int, signal: int) -> StepData:
-        """The next `count` micro-batches of `clips` clips of `frames` frames.
+    def next(self, count: int, frames: int, signal: int) -> StepData:
+        """The next `count` micro-batches of this seat, clips of `frames` frames.
 
         `signal`: what this rank received. Raises LoaderError on all ranks, DataError when too many files
         are bad.
@@ -93,24 +112,27 @@ class Feed:
         except Exception as failure:  # said on this rank below, after the others know
             error = failure
         files = [entry for batch in mine for entry in batch.bad]
-        bad = sum(batch.bad_samples for batch in mine)
+        # every seat meets the same bad files: they count once
+        bad = sum(batch.bad_samples for batch in mine) if self._counts else 0
         bad, failed, signal = self._agree(bad, error is not None, signal)
         if error is not None:
             raise error
         if failed:
             raise LoaderError("the loader of another rank failed; its message names the cause")
-        total = count * clips * self._groups.layout.data
+        total = count * self._clips * self._groups.layout.data
         self._guard.update(total, bad, files)
-        batches = [
-            share(mine[i] if mine else None, clips, frames, self._size, self._groups) for i in range(count)
-        ]
+        batches = mine
+        if self._shared:
+            batches = [
+                share(mine[i] if mine else None, self._clips, frames, self._size, self._groups)
+                for i in range(count)
+            ]
         return StepData(batches, bad, signal, time.perf_counter() - begin)
 
     def _agree(self, bad: int, failed: bool, signal: int) -> tuple[int, bool, int]:
         """(sum of bad, any failed, the highest signal) over all ranks."""
-        every = self._groups.collection.intra_dist_opt
         mine = torch.tensor([bad, int(failed), signal], dtype=torch.int64, device=device())
-        rows = [torch.empty_like(mine) for _ in range(every.size())]
-        dist.all_gather(rows, mine, group=every)
+        rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, mine)
         table = torch.stack(rows).cpu()
         return int(table[:, 0].sum()), bool(table[:, 1].any()), int(table[:, 2].max())

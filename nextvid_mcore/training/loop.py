@@ -6,6 +6,9 @@ A run directory holds
     metrics.jsonl        one line a step (see `Trainer._row`), eval.jsonl one line an evaluation
     checkpoints/         training/checkpoint.py
     plots/               written when the run ends
+    modules/             what every rank's networks run on (training/inventory.py)
+    profile/             with --profile.steps (training/profiling.py)
+    watch/, .lock        while it runs (parallel/watchdog.py, training/lock.py)
 
 The state of a run is a step number: data, masks, tau and noise follow from (seed, step). A checkpoint adds
 weights, optimizer, EMA, and in `extra` the two counters that decide when to give up.
@@ -14,6 +17,7 @@ weights, optimizer, EMA, and in `extra` the two counters that decide when to giv
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -21,24 +25,30 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from nextvid_mcore.config import RunConfig, require
-from nextvid_mcore.data.guard import BadShareGuard
+from nextvid_mcore.data.guard import BadShareGuard, DataError
 from nextvid_mcore.data.loader import ClipBatch, build_dataset, build_loader
 from nextvid_mcore.data.sampler import rank_batches
-from nextvid_mcore.parallel.groups import build_groups, init_distributed, resolve_layout, seed_trackers
+from nextvid_mcore.parallel import watchdog
+from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
+from nextvid_mcore.parallel.placement import resolve_placement
+from nextvid_mcore.parallel.seats import build_seats
 from nextvid_mcore.schedule import Schedule, StagePoint
-from nextvid_mcore.training import checkpoint
+from nextvid_mcore.training import checkpoint, lock
 from nextvid_mcore.training.evaluate import Evaluator
-from nextvid_mcore.training.feed import Feed, StepData
+from nextvid_mcore.training.feed import Feed, LoaderError, StepData, blank
+from nextvid_mcore.training.inventory import Inventory
 from nextvid_mcore.training.manifest import CheckpointError
 from nextvid_mcore.training.metrics import MetricsFile
+from nextvid_mcore.training.profiling import StepProfiler
 from nextvid_mcore.training.progress import Progress
+from nextvid_mcore.training.saving import Saver, together
 from nextvid_mcore.training.step import StepResult, TrainStep
 from nextvid_mcore.training.wandb_sink import WandbSink
 
@@ -49,6 +59,9 @@ class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 
+TOGETHER = (DataError, LoaderError, NonFiniteError, CheckpointError)  # what all ranks raise together
+
+
 class Trainer:
     """One run in one directory. Every rank makes one and calls `run`."""
 
@@ -56,19 +69,32 @@ class Trainer:
         """Join the other processes, build everything, and stand where the run left off."""
         self.config, self.out = config, out
         self.schedule = Schedule(config)
-        init_distributed(config.parallel.timeout)
+        patience = watchdog.collective_timeout(config.parallel.timeout)
+        init_distributed(patience)
         self.rank = dist.get_rank()
-        layout = resolve_layout(config, dist.get_world_size())
-        self.groups = build_groups(layout, timeout=config.parallel.timeout)
+        self.placement = resolve_placement(config, dist.get_world_size())
+        self.seats = build_seats(self.placement, patience)
+        self.groups = self.seats.home  # of the seat that this rank loads clips for
+        label = watchdog.role_label(", ".join(seat.name for seat in self.seats.mine), self.groups)
+        self.watch = watchdog.Watchdog(out, self.rank, dist.get_world_size(), label, config.parallel.timeout)
         seed_trackers(config.train.seed, self.groups)
         self.guard = BadShareGuard(config.data.max_bad_share, config.data.bad_window)
         self.skipped = 0  # steps skipped in a row
         self.signal = 0
         self.checkpoints = out / "checkpoints"
-        self.newest: Path | None = None
+        self.lock = together(f"starting in {out}", self._lock)
+        self.watch.start()
+        try:
+            self._build(config, out)
+        except BaseException as error:
+            self._leave(error)
+            raise
 
-        self.train_step = TrainStep(config, self.groups)
-        self.step, notes = self._stand()
+    def _build(self, config: RunConfig, out: Path) -> None:
+        self.train_step = TrainStep(config, self.seats)
+        watchdog.enter("loading a checkpoint")
+        newest, self.step, notes = self._stand()
+        watchdog.enter("starting", self.step)
         self.progress = Progress(
             self.schedule.total_steps, self.step, config.train.log_every, config.train.progress, self.rank
         )
@@ -76,20 +102,41 @@ class Trainer:
             self.progress.say(note)
         self.evaluator = self._evaluator()
         self.metrics, self.evals, self.wandb = self._sinks()
+        saving = config.checkpoint
+        self.saver = Saver(
+            self.checkpoints, config, self.train_step.optimizers, saving.keep, saving.asynchronous, newest
+        )
+        self.profiler = StepProfiler(config.profile, out, self.rank, self.progress.say)
+        self.inventory: Inventory | None = Inventory(self.train_step.parts())
 
-    def _stand(self) -> tuple[int, list[str]]:
-        """Load the newest checkpoint, or the weights to start from. Finished steps, and what to say."""
-        config, newest = self.config, checkpoint.latest(self.checkpoints)
+    def _leave(self, error: BaseException | None) -> None:
+        """This rank stops: others may use the folder. `error`: why, if it failed."""
+        if isinstance(error, RuntimeError) and not isinstance(error, TOGETHER):
+            self.watch.peer_lost()  # ends this process if another rank's end is why
+        self.watch.stop()
+        if self.lock is not None:
+            self.lock.close()
+
+    def _lock(self) -> TextIO | None:
+        return lock.hold(self.out, functools.partial(print, flush=True)) if self.rank == 0 else None
+
+    def _stand(self) -> tuple[Path | None, int, list[str]]:
+        """Load the newest whole checkpoint, or the weights to start from.
+
+        Returns the checkpoint, the finished steps, and what to say.
+        """
+        config = self.config
+        newest, passed = checkpoint.resumable(self.checkpoints)
         if newest is not None:
-            notes = changes(checkpoint.read_state(newest)["config"], config)
-            progress = checkpoint.load(newest, config, self.train_step.optimizers)
-            self.newest = newest
+            notes = passed + changes(checkpoint.read_state(newest)["config"], config)
+            progress = checkpoint.load(newest, config, self.train_step.optimizers, verified=True)
             self.guard.load_state_dict(progress.extra.get("bad_window", []))
             self.skipped = int(progress.extra.get("skipped", 0))
-            return progress.step, [f"going on after step {progress.step}, from {newest}", *notes]
-        if any(self.checkpoints.glob("step_*")):
+            return newest, progress.step, [*notes, f"going on after step {progress.step}, from {newest}"]
+        if passed:
             raise CheckpointError(
-                f"none of the checkpoints in {self.checkpoints} is whole; move them away to start over"
+                f"none of the checkpoints in {self.checkpoints} is whole; move them away to start over "
+                f"({passed[0]})"
             )
         notes = []
         if config.train.init_from is not None:
@@ -100,7 +147,7 @@ class Trainer:
             notes.append(
                 f"starting at stage {config.train.start_stage}, step {self.schedule.first_step_of_run}"
             )
-        return self.schedule.first_step_of_run, notes
+        return None, self.schedule.first_step_of_run, notes
 
     def _evaluator(self) -> Evaluator | None:
         if not self.config.eval.every:
@@ -108,7 +155,7 @@ class Trainer:
         if self.config.data.eval_manifest is None:
             self.progress.say("no held-out loss: there is no --data.eval-manifest")
             return None
-        return Evaluator(self.config, self.train_step, self.groups)
+        return Evaluator(self.config, self.train_step, self.seats)
 
     def _sinks(self) -> tuple[MetricsFile | None, MetricsFile | None, WandbSink | None]:
         """Files and wandb, on rank 0."""
@@ -124,29 +171,43 @@ class Trainer:
 
     def _loader(self) -> Iterator[ClipBatch] | None:
         """This replica's micro-batches from here to the end; None where another rank of it loads."""
+        seat = self.seats.mine[0]
+        requests = rank_batches(
+            self.schedule,
+            self.step,
+            self.groups.data_rank,
+            self.groups.layout.data,
+            self.placement.clips(seat),
+        )
+        if not seat.sees_video:
+            return (blank(request) for request in requests)
         if self.groups.collection.mp.rank() != 0:
             return None
-        layout = self.groups.layout
-        requests = rank_batches(
-            self.schedule, self.step, self.groups.data_rank, layout.data, self.config.train.micro_batch
-        )
         return build_loader(self.config, requests)
 
     def run(self) -> int:
         """Train to the end of the schedule (or of `train.steps`). Returns the process's exit code."""
-        self._check_data()
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        loader = self._loader() if self.step < self.schedule.total_steps else None
+        loader: Iterator[ClipBatch] | None = None
+        failure: BaseException | None = None
         try:
+            self._check_data()
+            loader = self._loader() if self.step < self.schedule.total_steps else None
             code = self._run(loader)
+        except BaseException as error:
+            failure = error
+            if isinstance(error, (DataError, LoaderError, NonFiniteError)):
+                self.saver.wait()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
             if loader is not None:
                 loader.close()
-            for sink in (self.progress, self.metrics, self.evals, self.wandb):
+            for sink in (self.profiler, self.progress, self.metrics, self.evals, self.wandb):
                 if sink is not None:
                     sink.close()
+            self._leave(failure)
         return code
 
     def _check_data(self) -> None:
@@ -155,20 +216,27 @@ class Trainer:
         self.progress.say(f"data: {note}")
 
     def _run(self, loader: Iterator[ClipBatch] | None) -> int:
-        layout, config = self.groups.layout, self.config
+        layout, config = self.placement.encoder.layout, self.config
         if self.step < self.schedule.total_steps:
-            feed = Feed(loader, self.groups, self.guard, config.model.image_size)
+            feed = Feed(loader, self.seats, self.guard, config.model.image_size)
         while self.step < self.schedule.total_steps:
             begin = time.perf_counter()
+            watchdog.enter("data loading", self.step + 1)
+            self.profiler.begin(self.step + 1)
             point = self.schedule.at(self.step)
             count = layout.micro_batches(point.batch, config.train.micro_batch)
-            data = feed.next(count, config.train.micro_batch, point.stage.frames, self.signal)
+            data = feed.next(count, point.stage.frames, self.signal)
             if data.signal:
                 return self._interrupted(data.signal)
             result = self.train_step.run(point, data.batches)
             self.step += 1
+            self.profiler.end(self.step)
+            if self.inventory is not None:
+                self.inventory.write(self.out, self.rank, self.progress.say)
+                self.inventory = None
             self.skipped = 0 if result.applied else self.skipped + 1
             self._log(self._row(point, data, result, time.perf_counter() - begin))
+            self.saver.poll()
             if self.skipped >= config.optim.max_skipped:
                 self._give_up(point)
             # at the schedule's end, not at `train.steps`: a run in pieces has the lines of a whole one
@@ -177,6 +245,7 @@ class Trainer:
                 self._evaluate()
             if self.step == self.schedule.total_steps or self.step % config.checkpoint.every == 0:
                 self._save()
+        self._wait_for_save()
         self._finish()
         return 0
 
@@ -219,6 +288,7 @@ class Trainer:
                 )
 
     def _evaluate(self) -> None:
+        watchdog.enter("evaluation")
         row = {"step": self.step, **self.evaluator.run()}
         if self.rank == 0:
             self.evals.write(row)
@@ -230,18 +300,20 @@ class Trainer:
 
     def _save(self) -> None:
         """A checkpoint after `self.step` steps; no checkpoint is ahead of its metrics."""
+        watchdog.enter("saving")
         for sink in (self.metrics, self.evals):
             if sink is not None:
                 sink.sync()
-        self.newest = checkpoint.save(
-            self.checkpoints,
+        self.saver.begin(
             self.step,
             self.schedule.samples_before(self.step),
-            self.config,
-            self.train_step.optimizers,
             extra={"bad_window": self.guard.state_dict(), "skipped": self.skipped},
-            keep=self.config.checkpoint.keep,
+            note=None if self.metrics is None else self.metrics.amend,
         )
+
+    def _wait_for_save(self) -> None:
+        watchdog.enter("saving")
+        self.saver.wait()
 
     def _give_up(self, point: StagePoint) -> None:
         first = self.schedule.samples_before(self.step - self.skipped)
@@ -258,6 +330,7 @@ class Trainer:
     def _interrupted(self, number: int) -> int:
         if self.step > self.schedule.first_step_of_run:
             self._save()
+            self._wait_for_save()
         name = signal.Signals(number).name
         self.progress.say(f"{name}: saved after step {self.step}; the same command goes on from here")
         return 128 + number
@@ -272,7 +345,7 @@ class Trainer:
         self.progress.close()
         where = [
             f"finished: {self.step} of {self.schedule.schedule_steps} steps",
-            f"  {self.checkpoints / self.newest.name}   the last checkpoint",
+            f"  {self.checkpoints / self.saver.newest.name}   the last checkpoint",
             f"  {self.out}/metrics.jsonl   a line a step, plots/loss.png   the same as a picture",
         ]
         print("\n".join(where), flush=True)
@@ -287,7 +360,8 @@ def memory_gib() -> float:
 
 def changes(old: dict[str, Any], config: RunConfig) -> list[str]:
     """What this start sets otherwise than the checkpoint's run, a line each; how it is logged aside."""
-    quiet = ("checkpoint.", "eval.", "wandb.", "train.steps", "train.log_every", "train.progress")
+    quiet = ("checkpoint.", "eval.", "wandb.", "profile.", "parallel.timeout")
+    quiet += ("train.steps", "train.log_every", "train.progress")
 
     def flat(value: Any, name: str = "") -> dict[str, Any]:
         if isinstance(value, list):

@@ -23,6 +23,14 @@ def full_patches(config: RunConfig, clip: ClipBatch, device: torch.device) -> Te
     return patchify(normalize(clip.video.to(device, non_blocking=True)), config.model)
 
 
+def clip_share(clip: ClipBatch, shares: int, number: int) -> ClipBatch:
+    """Clips of one of `shares` equal stretches of a batch."""
+    size = len(clip.index) // shares
+    mine = slice(number * size, (number + 1) * size)
+    names = ("video", "index", "label", "static", "items")
+    return dataclasses.replace(clip, **{name: getattr(clip, name)[mine] for name in names})
+
+
 def make_micro_batch(
     config: RunConfig, clip: ClipBatch, tau_samples: int, device: torch.device, seed: int | None = None
 ) -> MicroBatch:

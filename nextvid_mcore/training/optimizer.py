@@ -8,7 +8,7 @@ are a function of the step alone (nextvid_mcore/schedule.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +45,14 @@ class Rates(Protocol):
     def lr_flow(self) -> float: ...
 
 
+Groups = RoleGroups | Mapping[str, RoleGroups]  # of all roles, or by role
+
+
+def groups_of(groups: Groups, role: str) -> RoleGroups:
+    """The groups that a role works in."""
+    return groups if isinstance(groups, RoleGroups) else groups[role]
+
+
 @dataclass(frozen=True)
 class StepOutcome:
     """applied: False when the loss or a gradient was not finite anywhere; grad_norm: before clipping."""
@@ -55,7 +63,7 @@ class StepOutcome:
 
 def wrap_roles(
     model: HasRoles,
-    groups: RoleGroups,
+    groups: Groups,
     overlap_grad_reduce: bool = False,
     overlap_param_gather: bool = False,
     bucket_size: int | None = None,
@@ -68,18 +76,17 @@ def wrap_roles(
         bucket_size: parameters of a bucket when reduction overlaps; None: megatron-core's choice.
     """
     wrapped = {}
-    data = groups.layout.data
-    if not overlap_grad_reduce or not groups.first_stage:
-        bucket_size = None  # one bucket, as megatron-core does
-    elif bucket_size is None:
-        bucket_size = max(40_000_000, 1_000_000 * data)
     for name, module in model.roles().items():
+        mine = groups_of(groups, name)
+        size = bucket_size or max(40_000_000, 1_000_000 * mine.layout.data)
+        if not overlap_grad_reduce or not mine.first_stage:
+            size = None  # one bucket, as megatron-core does
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
             overlap_grad_reduce=overlap_grad_reduce,
             overlap_param_gather=overlap_param_gather,
-            bucket_size=bucket_size,
+            bucket_size=size,
             check_for_nan_in_grad=False,  # a non-finite step is skipped, by everyone together
         )
         params = [p for p in module.parameters() if p.requires_grad]
@@ -87,16 +94,18 @@ def wrap_roles(
             module.config,
             settings,
             module,
-            pg_collection=groups.collection,
-            full_param_layout=ShardedAdamW.compute_full_param_layout(params, bucket_size, data, settings),
+            pg_collection=mine.collection,
+            full_param_layout=ShardedAdamW.compute_full_param_layout(
+                params, size, mine.layout.data, settings
+            ),
         )
     return wrapped
 
 
-def finalize_grads(roles: Iterable[DistributedDataParallel], groups: RoleGroups) -> None:
+def finalize_grads(roles: Mapping[str, DistributedDataParallel], groups: Groups) -> None:
     """Reduce gradients over data ranks, and those of replicated parameters over tensor ranks under SP."""
-    for role in roles:
-        finalize_model_grads([role], None, pg_collection=groups.collection)
+    for name, role in roles.items():
+        finalize_model_grads([role], None, pg_collection=groups_of(groups, name).collection)
 
 
 class RoleOptimizers:
@@ -104,18 +113,24 @@ class RoleOptimizers:
 
     Args:
         roles: from `wrap_roles`.
+        groups: of all roles of this rank, or by role.
         reference: the frozen encoder of this rank, kept equal to the EMA; None: no one reads it here.
+        send_reference: called after every update of it, where it is run on other ranks (reference_edge.py).
     """
 
     def __init__(
         self,
         roles: dict[str, DistributedDataParallel],
         config: OptimConfig,
-        groups: RoleGroups,
+        groups: Groups,
         reference: Module | None = None,
+        send_reference: Callable[[], None] | None = None,
     ) -> None:
+        self.send_reference = send_reference
         self.roles, self.config, self.groups, self.reference = roles, config, groups, reference
-        self.optimizers = {name: ShardedAdamW(role, config, groups) for name, role in roles.items()}
+        self.optimizers = {
+            name: ShardedAdamW(role, config, groups_of(groups, name)) for name, role in roles.items()
+        }
         self.ema = Ema(self.optimizers[STUDENT], config.ema) if STUDENT in self.optimizers else None
         self.updates = 0  # steps that were applied
         self.refresh()
@@ -175,6 +190,8 @@ class RoleOptimizers:
         """Write the EMA into the reference encoder."""
         if self.ema is not None and self.reference is not None:
             self.ema.refresh(self.reference)
+        if self.send_reference is not None:
+            self.send_reference()
 
     def set_updates(self, updates: int) -> None:
         """Continue after `updates` applied steps."""

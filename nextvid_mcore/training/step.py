@@ -14,13 +14,17 @@ import torch.distributed as dist
 from nextvid_mcore.config import RunConfig
 from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch, NextVid
-from nextvid_mcore.parallel.groups import RoleGroups
-from nextvid_mcore.parallel.split import make_split
+from nextvid_mcore.parallel import watchdog
+from nextvid_mcore.parallel.reference_edge import ReferenceEdge
+from nextvid_mcore.parallel.seats import Seats
+from nextvid_mcore.parallel.split import make_places
+from nextvid_mcore.parallel.stages import stage_layers
 from nextvid_mcore.schedule import StagePoint
 from nextvid_mcore.targets import build_target, target_channels
 from nextvid_mcore.training.engine import Engine
 from nextvid_mcore.training.monitors import Collapse
 from nextvid_mcore.training.optimizer import RoleOptimizers, finalize_grads, wrap_roles
+from nextvid_mcore.training.separate import SeparateEngine
 
 
 @dataclass(frozen=True)
@@ -43,81 +47,107 @@ class StepResult:
 class TrainStep:
     """This rank's networks, optimizers and engine."""
 
-    def __init__(self, config: RunConfig, groups: RoleGroups) -> None:
+    def __init__(self, config: RunConfig, seats: Seats) -> None:
         """Build and fill the networks; every rank of the run must call it.
 
         Raises:
             ConfigError: the target's files or the backend are missing.
         """
-        self.config, self.groups = config, groups
+        self.config, self.seats = config, seats
         cuda = torch.cuda.is_available()
         self.device = device = (
             torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         )
-        split = make_split(config, groups.layout)
+        places = make_places(config, seats)
         generate = config.model.generate
-        self.target = build_target(config, device, split.dtype) if groups.last_stage and generate else None
+        decodes = "decoder" in places and generate
+        dtype = next(iter(places.values())).split.dtype
+        self.target = build_target(config, device, dtype) if decodes else None
         channels = target_channels(config) if generate else 0
-        self.model = NextVid(config, split, groups.collection, channels).to(device)
+        self.model = NextVid(config, places, channels).to(device)
         self.model.reset_parameters()
         self.model.train()
+        groups = {role: seats.of(role) for role in self.model.roles()}
         self.roles = wrap_roles(self.model, groups)
-        self.optimizers = RoleOptimizers(self.roles, config.optim, groups, self.model.reference)
-        self.engine = Engine(self.model, groups, self.target)
+        self.optimizers = RoleOptimizers(
+            self.roles,
+            config.optim,
+            groups,
+            self.model.reference if "student" in self.model.holds else None,
+            self._reference_edge(),
+        )
+        engine = SeparateEngine if seats.placement.separate else Engine
+        self.engine = engine(self.model, seats, self.target)
         self.losses = [name for name, on in (("flow", generate), ("align", config.model.align)) if on]
 
+    def _reference_edge(self) -> ReferenceEdge | None:
+        """Brings the reference to the generator's ranks, where it is run there."""
+        placement = self.seats.placement
+        if not self.config.model.align or "student" in placement.seat_of("reference").roles:
+            return None
+        encoder = self.model.reference if "reference" in self.model.holds else None
+        return ReferenceEdge(
+            self.seats, encoder, stage_layers(self.config, placement.encoder.layout.pipeline)
+        )
+
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """This rank's networks by name, the frozen ones too."""
+        parts = dict(self.model.named_children())
+        if isinstance(self.target, torch.nn.Module):
+            parts["target"] = self.target
+        return parts
+
     def run(self, point: StagePoint, clips: Sequence[ClipBatch]) -> StepResult:
-        """Take the step at `point` on this replica's micro-batches."""
+        """Take the step at `point` on the micro-batches of this rank's first seat."""
         self.optimizers.set_lr(point)
-        sums, monitors = self.gradients(point, clips)
-        loss, flow, align = self._mean_losses(sums)
+        losses, monitors = self.gradients(point, clips)
+        flow, align = losses.get("flow"), losses.get("align")
+        loss = self.config.loss.total(flow, align)
+        watchdog.enter("optimizer step")
         outcome = self.optimizers.step(torch.tensor(loss, device=self.device))
         return StepResult(loss, flow, align, outcome.grad_norm, outcome.applied, monitors)
 
     def gradients(
         self, point: StagePoint, clips: Sequence[ClipBatch]
-    ) -> tuple[torch.Tensor | None, dict[str, float]]:
+    ) -> tuple[dict[str, float], dict[str, float]]:
         """Leave the step's mean gradient in the roles' buffers.
 
         Returns:
-            The losses that there are, in the order of `self.losses`, the mean over this replica's
-            micro-batches (last pipeline stage, else None), and the monitors.
+            The losses that there are (flow, align), means over the step, and the monitors; on every rank.
         """
         collapse = Collapse(self.config.model.align)
-        losses: list[torch.Tensor] = []
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in self.losses}
 
         def watch(terms: LossTerms, batch: MicroBatch) -> None:
-            losses.append(torch.stack([getattr(terms, x).mean() for x in self.losses]).detach().double())
-            collapse.add(terms.z, terms.target, terms.aligned)
+            for name in self.losses:
+                if getattr(terms, name) is not None:
+                    found[name].append(getattr(terms, name).detach().double().mean())
+            if terms.z is not None:
+                collapse.add(terms.z, terms.target, terms.aligned)
 
         self.optimizers.zero_grad()
         self.engine.gradients(point, clips, watch)
-        finalize_grads(self.roles.values(), self.groups)
-        if not losses:
-            return None, self._from_last_stage(None, collapse.names)
-        groups = [self.groups.collection.dp]
-        if self.groups.layout.sequence:
-            groups.insert(0, self.groups.collection.tp)
-        found = collapse.result(groups)
-        return torch.stack(losses).mean(0), self._from_last_stage(found, collapse.names)
+        watchdog.enter("gradient reduction")
+        finalize_grads(self.roles, {role: self.seats.of(role) for role in self.roles})
+        return self._mean_losses(found), self._monitors(collapse)
 
-    def _mean_losses(self, mine: torch.Tensor | None) -> tuple[float, float | None, float | None]:
-        """Loss, flow and align over all data ranks, on every rank; None for what is switched off."""
-        found = None
-        if mine is not None:
-            mine = mine.clone()
-            dist.all_reduce(mine, group=self.groups.collection.dp)
-            found = dict(zip(self.losses, (mine / self.groups.layout.data).tolist(), strict=True))
-        shared = self._from_last_stage(found, self.losses)
-        flow, align = shared.get("flow"), shared.get("align")
-        return self.config.loss.total(flow, align), flow, align
+    def _mean_losses(self, found: dict[str, list[torch.Tensor]]) -> dict[str, float]:
+        """Means over all replicas of the seat that has a loss, on every rank."""
+        mine = torch.zeros(len(self.losses), dtype=torch.float64, device=self.device)
+        for i, name in enumerate(self.losses):
+            groups = self.seats.of("decoder" if name == "flow" else "predictor")
+            if found[name] and groups.tensor_rank == 0:
+                mine[i] = torch.stack(found[name]).mean() / groups.layout.data
+        dist.all_reduce(mine)
+        return dict(zip(self.losses, mine.tolist(), strict=True))
 
-    def _from_last_stage(self, values: dict[str, float] | None, names: Sequence[str]) -> dict[str, float]:
-        """The last pipeline stage's numbers on every stage."""
-        pipeline = self.groups.collection.pp
-        if pipeline.size() == 1:
-            return values
-        packed = torch.tensor([values[name] if values else 0.0 for name in names], dtype=torch.float64)
-        packed = packed.to(self.device)
-        dist.broadcast(packed, dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)
-        return dict(zip(names, packed.tolist(), strict=True))
+    def _monitors(self, collapse: Collapse) -> dict[str, float]:
+        """Over all tokens that the predictor's seat saw, on every rank."""
+        seat, groups = self.seats.placement.seat_of("predictor"), self.seats.of("predictor")
+        packed = torch.zeros(len(collapse.names), dtype=torch.float64, device=self.device)
+        if groups is not None:
+            over = [groups.collection.tp] if groups.layout.sequence else []
+            values = collapse.result([*over, groups.collection.dp])
+            packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.broadcast(packed, seat.first_rank)
+        return dict(zip(collapse.names, packed.tolist(), strict=True))

@@ -13,6 +13,7 @@ from nextvid_mcore import recipes
 from nextvid_mcore.config import RunConfig, TransformerShape
 from nextvid_mcore.masking import draw_masks
 from nextvid_mcore.models.nextvid import MicroBatch, NextVid
+from nextvid_mcore.models.places import together
 from nextvid_mcore.models.sequences import patchify, visible_patches
 from nextvid_mcore.models.specs import Split
 from nextvid_mcore.parallel.groups import Layout, build_groups, init_distributed, seed_trackers
@@ -48,7 +49,7 @@ def build(
     seed_trackers(0, groups)
     last = settings.model.encoder.depth // layout.pipeline
     split = Split(layout.tensor, layout.pipeline, layout.sequence, last_stage_layers=last, dtype=dtype)
-    model = NextVid(settings, split, groups.collection, CHANNELS)
+    model = NextVid(settings, together(split, groups.collection), CHANNELS)
     if torch.cuda.is_available():
         model.cuda()
     model.reset_parameters()
@@ -90,7 +91,7 @@ def train_step(model: NextVid, optimizers: RoleOptimizers, step: int) -> Any:
     optimizers.zero_grad()
     loss = forward(model, groups.data_rank, groups.layout.data, step)
     loss.backward()
-    finalize_grads(optimizers.roles.values(), groups)
+    finalize_grads(optimizers.roles, groups)
     return optimizers.step(loss)
 
 

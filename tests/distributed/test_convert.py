@@ -51,6 +51,7 @@ def video() -> torch.Tensor:
 def save_run(folder: str, tensor: int, pipeline: int, precision: str) -> dict[str, torch.Tensor]:
     """Two updates by made-up gradients, then a checkpoint. Features [B, t*n, D] where no stage is split."""
     from nextvid_mcore.models.nextvid import NextVid
+    from nextvid_mcore.models.places import together
     from nextvid_mcore.models.sequences import full_sequence, patchify
     from nextvid_mcore.parallel.groups import build_groups, init_distributed, resolve_layout, seed_trackers
     from nextvid_mcore.parallel.split import make_split
@@ -63,7 +64,9 @@ def save_run(folder: str, tensor: int, pipeline: int, precision: str) -> dict[st
     layout = resolve_layout(config, dist.get_world_size())
     groups = build_groups(layout)
     seed_trackers(0, groups)
-    model = NextVid(config, make_split(config, layout), groups.collection, target_channels(config))
+    model = NextVid(
+        config, together(make_split(config, layout), groups.collection), target_channels(config)
+    )
     model.reset_parameters()
     roles = wrap_roles(model, groups)
     optimizers = RoleOptimizers(roles, config.optim, groups, model.reference)
@@ -75,7 +78,7 @@ def save_run(folder: str, tensor: int, pipeline: int, precision: str) -> dict[st
                 parameter.main_grad.copy_(torch.cos(40 * parameter.detach().float() + step))
                 if getattr(parameter, "sequence_parallel", False):
                     parameter.main_grad.div_(tensor)  # is summed over the tensor ranks
-        finalize_grads(roles.values(), groups)
+        finalize_grads(roles, groups)
         assert optimizers.step().applied
     checkpoint.save(f"{folder}/checkpoints", STEPS, 16, config, optimizers)
 

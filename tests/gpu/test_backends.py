@@ -15,7 +15,9 @@ from launch import run
 
 
 def one_step(backend: str, precision: str) -> dict:
-    from nextvid_mcore.parallel.groups import build_groups, init_distributed, resolve_layout, seed_trackers
+    from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
+    from nextvid_mcore.parallel.placement import resolve_placement
+    from nextvid_mcore.parallel.seats import build_seats
     from nextvid_mcore.training.step import TrainStep
 
     config = parity.small()
@@ -30,9 +32,9 @@ def one_step(backend: str, precision: str) -> dict:
         train=dataclasses.replace(config.train, precision=precision),
     )
     init_distributed()
-    groups = build_groups(resolve_layout(config, 1))
-    seed_trackers(0, groups)
-    step = TrainStep(config, groups)
+    seats = build_seats(resolve_placement(config, 1))
+    seed_trackers(0, seats.home)
+    step = TrainStep(config, seats)
     point = parity.schedule(config).at(0)
     clips = parity.clips(config, point, 0, 1)
     step.gradients(point, clips)

@@ -53,11 +53,11 @@ def test_summary_equals_a_plain_loop():
 
 def test_the_order_of_arrival_changes_no_bit():
     parts = [Table.of([3 * i, 3 * i + 1, 3 * i + 2], terms(i), BINS) for i in range(4)]
-    expected = Table.merged(parts).summary(LossConfig())
+    expected = Table.merged(parts, 12).summary(LossConfig())
     for order in ((3, 1, 0, 2), (1, 0, 3, 2)):
-        assert Table.merged([parts[i] for i in order]).summary(LossConfig()) == expected
+        assert Table.merged([parts[i] for i in order], 12).summary(LossConfig()) == expected
     with pytest.raises(RuntimeError, match="not 0 to 8"):  # a clip counted twice, or one missing
-        Table.merged([parts[0], parts[1], parts[1]])
+        Table.merged([parts[0], parts[1], parts[1]], 9)
 
 
 def test_an_empty_tau_bin_is_null():
@@ -68,8 +68,10 @@ def test_an_empty_tau_bin_is_null():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A small model on real files, in this process: (config, step, groups)."""
-    from nextvid_mcore.parallel.groups import Layout, build_groups, init_distributed, seed_trackers
+    """A small model on real files, in this process: (config, step, seats)."""
+    from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
+    from nextvid_mcore.parallel.placement import resolve_placement
+    from nextvid_mcore.parallel.seats import build_seats
     from nextvid_mcore.training.step import TrainStep
 
     root = tmp_path_factory.mktemp("data")
@@ -81,20 +83,20 @@ def trained(tmp_path_factory):
         f"--stages.0.frames 4 --eval.samples 5 --eval.batch 2 --data.eval-manifest {manifest}".split()
     )
     init_distributed()
-    groups = build_groups(Layout())
-    seed_trackers(0, groups)
-    return config, TrainStep(config, groups), groups
+    seats = build_seats(resolve_placement(config, 1))
+    seed_trackers(0, seats.home)
+    return config, TrainStep(config, seats), seats
 
 
 def test_repeats_exactly_and_leaves_no_trace(trained):
     from nextvid_mcore.training.evaluate import Evaluator
 
-    config, step, groups = trained
+    config, step, seats = trained
     weights = [p.detach().clone() for p in step.model.parameters()]
     states = torch.get_rng_state()
-    evaluator = Evaluator(config, step, groups)
+    evaluator = Evaluator(config, step, seats)
     first = evaluator.run()
-    assert evaluator.run() == first == Evaluator(config, step, groups).run()
+    assert evaluator.run() == first == Evaluator(config, step, seats).run()
     assert all(torch.equal(a, b) for a, b in zip(weights, step.model.parameters(), strict=True))
     assert torch.equal(states, torch.get_rng_state())
     assert first["samples"] == 5 and first["frames"] == 4
@@ -104,8 +106,8 @@ def test_repeats_exactly_and_leaves_no_trace(trained):
 def test_depends_on_the_weights_and_not_on_the_seed_or_the_batch(trained):
     from nextvid_mcore.training.evaluate import Evaluator
 
-    config, step, groups = trained
-    base = Evaluator(config, step, groups).run()
+    config, step, seats = trained
+    base = Evaluator(config, step, seats).run()
     other = dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, seed=7),
@@ -115,7 +117,7 @@ def test_depends_on_the_weights_and_not_on_the_seed_or_the_batch(trained):
     run, step.model.run = step.model.run, other
     step.engine.config = other
     try:
-        again = Evaluator(other, step, groups).run()
+        again = Evaluator(other, step, seats).run()
     finally:
         step.model.run = step.engine.config = run
     assert again["ema"]["loss"] == pytest.approx(base["ema"]["loss"], rel=1e-6)
@@ -123,7 +125,7 @@ def test_depends_on_the_weights_and_not_on_the_seed_or_the_batch(trained):
     weight = step.model.student.encoder.block.layers[0].mlp.linear_fc1.weight
     with torch.no_grad():
         weight.add_(0.5)
-        moved = Evaluator(config, step, groups).run()
+        moved = Evaluator(config, step, seats).run()
         weight.sub_(0.5)
     assert moved["online"]["loss"] != base["online"]["loss"]
     assert moved["ema"] == base["ema"]

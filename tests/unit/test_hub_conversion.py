@@ -38,7 +38,7 @@ def trained(config: RunConfig):
     """A training model with every tensor away from zero and one."""
     model = convert_to_torch.build_model(config, CHANNELS, convert_to_torch.one_process())
     for role, module in model.roles().items():
-        init_weights(module, role, model.groups, seed=3, std=0.1, noise=0.1)
+        init_weights(module, role, model.places["student"].groups, seed=3, std=0.1, noise=0.1)
     return model
 
 
@@ -74,7 +74,7 @@ def test_a_wrong_weight_is_seen_in_every_network(tmp_path: Path, monkeypatch: py
 
 def test_weights_that_were_not_loaded_are_refused() -> None:
     model = convert_to_torch.build_model(small("fixed"), CHANNELS, convert_to_torch.one_process())
-    init_weights(model.student, "student", model.groups, seed=0, std=0.1)
+    init_weights(model.student, "student", model.places["student"].groups, seed=0, std=0.1)
     convert_to_torch.hub_states(model, False)
     with pytest.raises(convert_to_torch.Mismatch, match="predictor: .* missing in the checkpoint"):
         convert_to_torch.hub_states(model, True)

@@ -13,6 +13,7 @@ from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, MaskConfig, RunConfig, TransformerShape
 from nextvid_mcore.masking import ClipMasks, draw_masks
 from nextvid_mcore.models.nextvid import MicroBatch, NextVid
+from nextvid_mcore.models.places import together
 from nextvid_mcore.models.sequences import (
     by_mask,
     patchify,
@@ -47,7 +48,7 @@ def small(mode: str = "fixed", **train: object) -> RunConfig:
 
 
 def build(config: RunConfig, groups) -> NextVid:
-    model = NextVid(config, Split(), groups, CHANNELS)
+    model = NextVid(config, together(Split(), groups), CHANNELS)
     model.reset_parameters()
     return model
 
@@ -292,7 +293,7 @@ def test_parameters_of_the_papers_models(groups, recipe, encoder, predictor):
     """Counted on the meta device (Table 7: 300M, 600M, 1.1B; 22M; 33M)."""
     config = recipes.get(recipe)
     with torch.device("meta"):
-        model = NextVid(config, Split(), groups, 64)
+        model = NextVid(config, together(Split(), groups), 64)
 
     def millions(*modules: torch.nn.Module) -> float:
         return round(sum(p.numel() for m in modules for p in m.parameters()) / 1e6, 1)

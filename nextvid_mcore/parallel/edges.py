@@ -1,0 +1,100 @@
+"""What crosses between seats, and how its gradient is scaled.
+
+A seat's loss is a mean over its own clips, and megatron-core's DistributedDataParallel averages a
+role's gradients over its own replicas. So between a source of `s` data replicas and a destination of
+`d` the gradient that goes back is scaled by s / d where it crosses; no parameter's gradient is touched
+afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x; its gradient times `factor`."""
+    return x if factor == 1.0 else _ScaleGradient.apply(x, factor)
+
+
+class _AddLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(loss)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (loss,) = ctx.saved_tensors
+        return grad, torch.full_like(loss, ctx.weight), None
+
+
+def add_loss(x: Tensor, loss: Tensor, weight: float) -> Tensor:
+    """x; in the backward pass `weight` * loss joins the loss of which x's gradient comes.
+
+    For a loss on a seat that is not the last: the schedule calls backward on its output alone.
+    """
+    return _AddLoss.apply(x, loss, weight)
+
+
+class _BatchShare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shares: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.shares, ctx.group = shares, group
+        return x.chunk(shares, dim=1)[_share(shares, group)].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        parts = [torch.empty_like(grad) for _ in range(ctx.group.size())]
+        dist.all_gather(parts, grad.contiguous(), group=ctx.group)
+        step = ctx.group.size() // ctx.shares  # neighbours that hold the same share have the same gradient
+        return torch.cat(parts[::step], dim=1), None, None
+
+
+def _share(shares: int, group: dist.ProcessGroup) -> int:
+    return group.rank() // (group.size() // shares)
+
+
+def batch_share(x: Tensor, shares: int, group: dist.ProcessGroup) -> Tensor:
+    """This rank's clips of x [s, B, E], which all ranks of `group` hold whole: [s, B / shares, E].
+
+    Backward, every rank of the group gets the gradient of all clips.
+    """
+    return x if shares == 1 else _BatchShare.apply(x, shares, group)
+
+
+def pack(context: Tensor, features: Tensor | None) -> Tensor:
+    """Context [s, B, E] and, if they cross, features [p * n, B, D] as one row a clip: [B, values].
+
+    megatron-core's bridge carries one tensor an edge. The features are detached: no gradient returns
+    for them.
+    """
+    parts = [context.transpose(0, 1).flatten(1)]
+    if features is not None:
+        parts.append(features.detach().transpose(0, 1).flatten(1).to(context.dtype))
+    return torch.cat(parts, dim=1)
+
+
+def unpack(packed: Tensor, tokens: int, width: int, feature_width: int) -> tuple[Tensor, Tensor | None]:
+    """`pack`'s inverse: context [tokens, B, width] and features [.., B, feature_width] or None."""
+    clips, size = packed.shape[0], tokens * width
+    context = packed[:, :size].reshape(clips, tokens, width).transpose(0, 1).contiguous()
+    if packed.shape[1] == size:
+        return context, None
+    features = packed[:, size:].detach().reshape(clips, -1, feature_width).transpose(0, 1).contiguous()
+    return context, features

@@ -1,0 +1,209 @@
+"""Who holds what: the placement of encoder, reference, predictor and decoder on the ranks.
+
+A seat is a set of neighbouring ranks with a layout of its own, and the roles that sit there:
+
+    colocated     one seat for the encoder over all ranks; predictor and decoder sit on its last
+                  pipeline stage, split as the encoder is or, on request, over more data ranks
+    two-groups    the encoder's ranks, then one seat for predictor and decoder
+    three-groups  the encoder's, the predictor's, the decoder's
+
+A micro-batch is `train.micro_batch` clips of one encoder replica; another seat's replica gets
+micro x encoder data / its own data of them. The global sample indices are the same everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig, require
+from nextvid_mcore.parallel.groups import Layout, check_layout, resolve_layout
+
+SEPARATE = ("two-groups", "three-groups")
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Ranks [first_rank, first_rank + layout.size) and the roles on them."""
+
+    name: str
+    roles: tuple[str, ...]  # of student, reference, predictor, decoder
+    layout: Layout
+    first_rank: int
+
+    @property
+    def ranks(self) -> range:
+        return range(self.first_rank, self.first_rank + self.layout.size)
+
+    @property
+    def sees_video(self) -> bool:
+        """Whether its roles read clips; a predictor alone reads what others send it."""
+        return set(self.roles) != {"predictor"}
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """A rank's place in its seat, by tensor, data and pipeline."""
+        number, layout = rank - self.first_rank, self.layout
+        tensor, number = number % layout.tensor, number // layout.tensor
+        return {"tensor": tensor, "data": number % layout.data, "pipeline": number // layout.data}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The seats of a run, in the order in which data flows through them."""
+
+    kind: str
+    seats: tuple[Seat, ...]
+    micro_batch: int  # clips of one encoder replica
+
+    @property
+    def encoder(self) -> Seat:
+        return self.seats[0]
+
+    @property
+    def separate(self) -> bool:
+        return self.kind in SEPARATE
+
+    @property
+    def world(self) -> int:
+        return max(seat.ranks.stop for seat in self.seats)
+
+    def seat_of(self, role: str) -> Seat:
+        """Where a role sits."""
+        return next(seat for seat in self.seats if role in seat.roles)
+
+    def clips(self, seat: Seat) -> int:
+        """Clips of a micro-batch in one replica of `seat`."""
+        return self.micro_batch * self.encoder.layout.data // seat.layout.data
+
+    def seats_of_rank(self, rank: int) -> list[Seat]:
+        return [seat for seat in self.seats if rank in seat.ranks]
+
+
+def resolve_placement(config: RunConfig, world_size: int) -> Placement:
+    """The placement of a run on `world_size` ranks, or a ConfigError with the numbers and the way out."""
+    parallel = config.parallel
+    _check_settings(config)
+    if parallel.placement == "colocated":
+        placement = _colocated(config, world_size)
+    else:
+        placement = _separate(config, world_size)
+    encoder = placement.encoder.layout
+    for seat in placement.seats[1:]:
+        total = config.train.micro_batch * encoder.data
+        require(
+            total % seat.layout.data == 0,
+            f"{seat.name}: a micro-batch of {config.train.micro_batch} x encoder data {encoder.data} = "
+            f"{total} clips can't be shared by data {seat.layout.data} replicas; choose one that divides "
+            f"{total}, or a larger --train.micro-batch",
+        )
+    return placement
+
+
+def _check_settings(config: RunConfig) -> None:
+    """Settings that say nothing in this placement are refused, not ignored."""
+    parallel, unset = config.parallel, RoleParallel()
+    used = {
+        "colocated": ("generator",),
+        "two-groups": ("generator",),
+        "three-groups": ("predictor", "decoder"),
+    }[parallel.placement]
+    for name in ("generator", "predictor", "decoder"):
+        role = getattr(parallel, name)
+        require(
+            name in used or role == unset,
+            f"--parallel.{name} says nothing with --parallel.placement {parallel.placement}, which has "
+            f"{' and '.join(used)}; leave it out or choose another placement",
+        )
+        require(
+            role.pipeline in (None, 1),
+            f"--parallel.{name}.pipeline {role.pipeline}: only the encoder is pipelined; leave it out",
+        )
+    require(
+        parallel.reference == "encoder" or parallel.placement in SEPARATE,
+        "--parallel.reference generator goes with --parallel.placement two-groups or three-groups: "
+        "colocated roles share their ranks",
+    )
+    if parallel.placement in SEPARATE:
+        require(
+            config.mask.static,
+            f"mask mode {config.mask.mode} makes sequences of changing length, which separate groups "
+            "don't exchange; use mode fixed or --parallel.placement colocated",
+        )
+    require(
+        parallel.placement != "three-groups" or config.model.generate,
+        "--parallel.placement three-groups has a group for the decoder, but model.generate is off; "
+        "use two-groups",
+    )
+
+
+def _generator_roles(config: RunConfig) -> tuple[str, ...]:
+    return ("predictor", "decoder") if config.model.generate else ("predictor",)
+
+
+def _colocated(config: RunConfig, world_size: int) -> Placement:
+    together = config.parallel.generator == RoleParallel()
+    roles = ("student", "reference")
+    layout = resolve_layout(config, world_size, roles + (_generator_roles(config) if together else ()))
+    asked = config.parallel.generator
+    tensor = asked.tensor
+    if tensor is None:
+        shared = (asked.data or layout.data) // layout.data or 1
+        tensor = max(layout.tensor // shared, 1)
+    data = layout.tensor * layout.data // tensor
+    require(
+        layout.tensor % tensor == 0 and asked.data in (None, data),
+        f"generator: tensor {asked.tensor or tensor} x data {asked.data or data} can't share the ranks of "
+        f"one pipeline stage, tensor {layout.tensor} x data {layout.data}: it takes data {layout.data} times a "
+        f"divisor of {layout.tensor}",
+    )
+    if (tensor, data) == (layout.tensor, layout.data) and layout.pipeline == 1:
+        return Placement(
+            "colocated", (Seat("all", roles + _generator_roles(config), layout, 0),), config.train.micro_batch
+        )
+    require(
+        tensor == layout.tensor or config.mask.static,
+        f"mask mode {config.mask.mode} packs a micro-batch into one row, which the generator can't share "
+        f"over data {data}; use mode fixed or leave --parallel.generator out",
+    )
+    stage = layout.tensor * layout.data
+    generator = Layout(tensor, 1, data, sequence=layout.sequence and tensor > 1)
+    check_layout(config, generator, _generator_roles(config))
+    return Placement(
+        "colocated",
+        (
+            Seat("encoder", roles, layout, 0),
+            Seat("generator", _generator_roles(config), generator, layout.size - stage),
+        ),
+        config.train.micro_batch,
+    )
+
+
+def _separate(config: RunConfig, world_size: int) -> Placement:
+    parallel = config.parallel
+    names = ("generator",) if parallel.placement == "two-groups" else ("predictor", "decoder")
+    others: list[Layout] = []
+    for name in names:
+        role = getattr(parallel, name)
+        tensor, data = role.tensor or 1, role.data or 1
+        others.append(Layout(tensor, 1, data, sequence=parallel.sequence and tensor > 1))
+    left = world_size - sum(layout.size for layout in others)
+    wanted = parallel.encoder
+    least = (wanted.tensor or 1) * (wanted.pipeline or 1) * (wanted.data or 1)
+    sizes = " + ".join(f"{name} {layout.size}" for name, layout in zip(names, others, strict=True))
+    require(
+        left >= least,
+        f"{world_size} ranks are too few for {sizes} and an encoder of {least} or more; start at least "
+        f"{least + sum(layout.size for layout in others)} ranks",
+    )
+    try:
+        encoder = resolve_layout(config, left, ("student", "reference"))
+    except ConfigError as error:
+        raise ConfigError(f"of {world_size} ranks, {sizes} leave {left} for the encoder: {error}") from None
+    reference = ("reference",)
+    roles = {"generator": _generator_roles(config), "predictor": ("predictor",), "decoder": ("decoder",)}
+    with_generator = parallel.reference == "generator" and config.model.align
+    seats = [Seat("encoder", ("student",) if with_generator else ("student", *reference), encoder, 0)]
+    for name, layout in zip(names, others, strict=True):
+        check_layout(config, layout, roles[name])
+        extra = reference if with_generator and "predictor" in roles[name] else ()
+        seats.append(Seat(name, extra + roles[name], layout, seats[-1].ranks.stop))
+    return Placement(parallel.placement, tuple(seats), config.train.micro_batch)
