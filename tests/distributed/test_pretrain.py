@@ -149,7 +149,7 @@ def test_layouts_agree_and_a_resumed_run_is_the_unbroken_one(data: Path, whole: 
         words(data, tmp_path / "data"),
         words(data, tmp_path / "pipeline", "--parallel.encoder.pipeline 2"),
     ]
-    assert shared(2).run(pretrain, starts, timeout=300) == [[0] * 7] * 2
+    assert shared(2).run(pretrain, starts, timeout=400) == [[0] * 7] * 2
     same_run(tmp_path / "tensor", tmp_path / "again")
     for name in ("tensor", "data", "pipeline"):
         for file in ("metrics.jsonl", "eval.jsonl"):
@@ -160,11 +160,11 @@ def test_layouts_agree_and_a_resumed_run_is_the_unbroken_one(data: Path, whole: 
 
 
 def test_a_signal_to_one_rank_saves_and_ends_all(data: Path, tmp_path: Path):
-    codes = shared(2).run(pretrain_with_signals, data, tmp_path / "signalled", timeout=240)
+    codes = shared(2).run(pretrain_with_signals, data, tmp_path / "signalled", timeout=300)
     assert codes == [[143, 138, 0]] * 2
     saved = [path.name for path in sorted((tmp_path / "signalled" / "checkpoints").iterdir())]
     assert saved == ["step_00000003", "step_00000004", "step_00000006"]
-    assert shared(2).run(pretrain, [words(data, tmp_path / "unbroken")], timeout=120) == [[0]] * 2
+    assert shared(2).run(pretrain, [words(data, tmp_path / "unbroken")], timeout=300) == [[0]] * 2
     same_run(tmp_path / "unbroken", tmp_path / "signalled")
 
 
@@ -178,7 +178,7 @@ def test_how_runs_end(data: Path, whole: Path, tmp_path: Path):
         words(data, tmp_path / "none", f"--init-from {tmp_path}"),
         words(data, whole, "--model.encoder.depth 3"),
     ]
-    codes = shared(1).run(pretrain, starts, timeout=240)[0]
+    codes = shared(1).run(pretrain, starts, timeout=400)[0]
     assert codes == [3, 4, 0, 0, 2, 5]
 
     lines = read(blown / "metrics.jsonl")
@@ -201,7 +201,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(data: Path, tmp_path: Pat
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 3):
         assert time.monotonic() < deadline, "no third step"
         time.sleep(0.01)
@@ -215,7 +215,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(data: Path, tmp_path: Pat
             break
         assert time.monotonic() < deadline, "a loader process was left behind"
         time.sleep(0.05)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "going on after step" in done.stdout and "finished: 6 of 6 steps" in done.stdout
     assert len(list((tmp_path / "killed" / "checkpoints").iterdir())) == 2

@@ -111,12 +111,12 @@ def test_memory_adds_up_over_the_ranks():
 def test_the_program_prints_its_plan_without_torchrun_data_or_gpu(tmp_path):
     command = [sys.executable, "-m", "nextvid_mcore.pretrain", "tiny", "--dry-run", "--world-size", "2"]
     command += ["--train.micro-batch", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "encoder 0.5M" in done.stdout and "2 ranks = tensor 1 x data 2" in done.stdout
     done = subprocess.run(
-        [*command, "--parallel.encoder.tensor", "3"], capture_output=True, text=True, timeout=120
+        [*command, "--parallel.encoder.tensor", "3"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "4 heads can't be split over tensor parallel 3; it can be 1, 2, 4" in done.stderr
