@@ -1,7 +1,8 @@
 """Pretraining: `torchrun --nproc-per-node N -m nextvid_mcore.pretrain RECIPE --out DIR [settings]`.
 
 One process needs no torchrun. `--dry-run [--world-size N]` prints the plan and stops; `--help` lists the
-recipes and every setting. The same command run again goes on from the newest checkpoint in DIR.
+recipes and every setting. The same command run again goes on from the newest checkpoint in DIR. Ranks
+whose torchrun dies save and end as on SIGTERM.
 
 A process ends with one of these codes (torchrun itself answers 1 when one of its processes fails):
 
@@ -9,7 +10,8 @@ A process ends with one of these codes (torchrun itself answers 1 when one of it
     2    the settings can't work; nothing was started or changed
     3    too many non-finite steps in a row (optim.max_skipped)
     4    the data can't be read: too many bad files, or a loader failed
-    5    a checkpoint can't be read or written
+    5    a checkpoint can't be read or written, or another program is in the folder
+    6    a rank died or hung, or nothing went on for parallel.timeout seconds (parallel/watchdog.py)
     138  saved and ended because of SIGUSR1        143  because of SIGTERM
 
 Heavy imports stand inside `main`: loader processes import this module again.
@@ -18,12 +20,15 @@ Heavy imports stand inside `main`: loader processes import this module again.
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 
 from nextvid_mcore import cli
 from nextvid_mcore.config import ConfigError, RunConfig
+from nextvid_mcore.data.workers import signal_at_parents_death
 
 EXIT_NON_FINITE = 3
 EXIT_DATA = 4
@@ -40,6 +45,8 @@ def quiet() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, and print the plan or train. Returns the exit code."""
     quiet()
+    if argv is None and "TORCHELASTIC_RUN_ID" in os.environ:
+        signal_at_parents_death(signal.SIGTERM)
     try:
         config, options = cli.parse(sys.argv[1:] if argv is None else argv)
         from nextvid_mcore.parallel import plan

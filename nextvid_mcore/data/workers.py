@@ -30,6 +30,14 @@ def shield() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def signal_at_parents_death(number: signal.Signals) -> None:
+    """The kernel sends this process `number` when its parent dies. Linux only; nothing elsewhere."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(PR_SET_PDEATHSIG, number) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+
+
 def start_worker(*_: object) -> None:
     """The first thing a worker does; also a DataLoader's `worker_init_fn`.
 
@@ -41,9 +49,7 @@ def start_worker(*_: object) -> None:
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    signal_at_parents_death(signal.SIGKILL)
     if os.getppid() != parent.pid:  # it died before the call above
         os._exit(1)
 

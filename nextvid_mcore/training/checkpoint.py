@@ -14,39 +14,26 @@ previous one stays, and a folder that is visible and lists its files is whole.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
-import queue
-import re
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.module import MegatronModule
-from torch.distributed.checkpoint import CheckpointException
 
 from nextvid_mcore.config import RunConfig
 from nextvid_mcore.parallel.groups import RoleGroups
 from nextvid_mcore.training import manifest
 from nextvid_mcore.training.manifest import CheckpointError
 from nextvid_mcore.training.optimizer import STUDENT, RoleOptimizers
+from nextvid_mcore.training.saving import STATE, Saver, sharded_state, together, visible
+from nextvid_mcore.training.saving import weight_tensors as _tensors
 from nextvid_mcore.training.shards import STATE_PREFIX
 
 log = logging.getLogger(__name__)
-# It warns of asynchronous saving, now deprecated, on every synchronous save.
-logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
-
-STATE = "state.json"
-_NAME = re.compile(r"step_(\d{8,})")
 # what tensors depend on
 _SHAPES = ("encoder", "predictor", "decoder", "patch_size", "tubelet_size", "context", "condition")
 
@@ -60,67 +47,6 @@ class Progress:
     extra: dict[str, Any]
 
 
-def _together(what: str, action: Callable[[], Any]) -> Any:
-    """Run `action` on every rank; if it failed on any, raise CheckpointError on all."""
-    result, error = None, None
-    try:
-        result = action()
-    except (Exception, CheckpointException) as caught:  # torch's is not an Exception
-        error = caught
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, None if error is None else _reason(error))
-    failed = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
-    if failed:
-        rank, reason = failed[0]
-        raise CheckpointError(f"{what} failed on rank {rank}: {reason}") from error
-    return result
-
-
-def _reason(error: BaseException) -> str:
-    """One line; of a failed write, what the ranks that failed said."""
-    if isinstance(error, CheckpointException):
-        told = [str(exception) for exception, _ in error.failures.values()]
-        return "; ".join(told) or "the tensors could not be written"
-    return str(error) if isinstance(error, CheckpointError) else repr(error).splitlines()[0]
-
-
-def _tensors(module: MegatronModule, prefix: str, groups: RoleGroups) -> dict[str, ShardedTensor]:
-    """Sharded tensors of a module's weights by state-dict name, keys starting with `prefix`.
-
-    Transformer Engine's `_extra_state` (FP8 scales, rebuilt in a few steps) is left out: it is a pickle.
-    """
-    state = module.sharded_state_dict(
-        prefix=prefix, metadata={"dp_cp_group": groups.collection.dp_cp, "singleton_local_shards": False}
-    )
-    return {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
-
-
-def _state(optimizers: RoleOptimizers, loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    for role, module in optimizers.modules.items():
-        weights = _tensors(module, f"{role}.", optimizers.groups)
-        state[f"model.{role}"] = weights
-        state[f"optimizer.{role}"] = optimizers.optimizers[role].sharded_tensors(weights, loading)
-    return state
-
-
-def _require_space(folder: Path, state: dict[str, Any]) -> None:
-    """Fail before the first byte if the disk is too full."""
-    mine = sum(
-        entry.data.numel() * entry.data.element_size()
-        for entry in nested_values(state)
-        if is_main_replica(entry.replica_id)
-    )
-    total = torch.tensor([mine], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(total)
-    needed, free = int(total.item() * 1.02) + 2**20, shutil.disk_usage(folder).free
-    if needed > free:
-        raise CheckpointError(
-            f"a checkpoint needs {needed / 1e9:.3f} GB but {free / 1e9:.3f} GB are free in {folder}; "
-            f"make room or keep fewer checkpoints"
-        )
-
-
 def save(
     folder: Path | str,
     step: int,
@@ -129,107 +55,18 @@ def save(
     optimizers: RoleOptimizers,
     extra: dict[str, Any] | None = None,
     keep: int = 0,
+    asynchronous: bool = False,
 ) -> Path:
-    """Save a run after `step` steps. Every rank calls it.
-
-    Args:
-        folder: the run's checkpoints.
-        step: finished steps.
-        samples: samples drawn so far.
-        extra: further state of the loop, plain JSON values.
-        keep: newest checkpoints that stay; older ones are deleted once this one is whole. 0: all.
+    """Save a run after `step` steps and wait for it; training/saving.py. Every rank calls it.
 
     Returns:
         The checkpoint's folder. One of the same step that is whole is left as it is.
     """
-    root, rank = Path(folder).absolute(), dist.get_rank()
-    final, partial = root / f"step_{step:08d}", root / f".step_{step:08d}.partial"
-    what = f"saving {final}"
-
-    def prepare() -> bool:
-        if rank == 0:
-            root.mkdir(parents=True, exist_ok=True)
-            for leftover in root.glob(".step_*"):
-                shutil.rmtree(leftover)
-            if final.exists():
-                try:
-                    manifest.read_manifest(final)
-                    return True
-                except CheckpointError:
-                    shutil.rmtree(final)  # a damaged one of the same step
-            partial.mkdir()
-        return False
-
-    there = [_together(what, prepare)]
-    dist.broadcast_object_list(there, src=0)
-    if there[0]:
-        return final
-
-    def write() -> None:
-        optimizers.gather_weights()
-        state = _state(optimizers, loading=False)
-        _require_space(root, state)
-        # A plain queue: the writer runs in this process, and megatron-core's own spawns a manager process.
-        filesystem_async._results_queue = queue.Queue()
-        try:
-            dist_checkpointing.save(state, str(partial))
-        except CheckpointException as error:
-            free = shutil.disk_usage(root).free / 1e9
-            raise CheckpointError(f"{_reason(error)} ({free:.3f} GB are free in {root})") from error
-
-    def describe() -> dict[str, Any]:
-        mine = [path for path in partial.iterdir() if path.name.startswith(f"__{rank}_")]
-        if rank == 0:
-            content = {
-                "step": step,
-                "samples": samples,
-                "updates": optimizers.updates,
-                "config": dataclasses.asdict(config),
-                "layout": dataclasses.asdict(optimizers.groups.layout),
-                "versions": {p: importlib.metadata.version(p) for p in ("torch", "megatron-core")},
-                "extra": extra or {},
-            }
-            manifest.write_json(partial / STATE, content)
-            others = [path for path in partial.iterdir() if not path.name.startswith("__")]
-            for path in others:
-                manifest.sync(path)
-            mine += others
-        return {path.name: manifest.fingerprint(path) for path in mine}
-
-    def publish(files: dict[str, Any]) -> None:
-        if rank == 0:
-            manifest.write_json(partial / manifest.MANIFEST, files)
-            manifest.sync(partial)
-            partial.rename(final)
-            manifest.sync(root)
-            _delete_old(root, final, keep)
-
-    try:
-        _together(what, write)
-        described: list[dict[str, Any]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(described, _together(what, describe))
-        _together(what, lambda: publish({n: f for d in described for n, f in d.items()}))
-    except CheckpointError:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
-
-
-def _all(root: Path) -> list[Path]:
-    """Visible checkpoints, oldest first, whole or not."""
-    found = [p for p in root.glob("step_*") if p.is_dir() and _NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
-
-
-def _delete_old(root: Path, newest: Path, keep: int) -> None:
-    if not keep:
-        return
-    for old in _all(root)[:-keep]:
-        if old != newest:
-            hidden = root / f".{old.name}.deleted"  # never half a checkpoint under a visible name
-            old.rename(hidden)
-            shutil.rmtree(hidden)
+    saver = Saver(folder, config, optimizers, keep, asynchronous)
+    saver.begin(step, samples, extra)
+    saver.wait()
+    assert saver.newest is not None
+    return saver.newest
 
 
 def latest(folder: Path | str) -> Path | None:
@@ -240,7 +77,7 @@ def latest(folder: Path | str) -> Path | None:
     found: list[Path | None] = [None]
     joined = dist.is_initialized() and dist.get_world_size() > 1
     if not joined or dist.get_rank() == 0:
-        for path in reversed(_all(Path(folder))):
+        for path in reversed(visible(Path(folder))):
             try:
                 manifest.read_manifest(path)
                 found[0] = path
@@ -250,6 +87,24 @@ def latest(folder: Path | str) -> Path | None:
     if joined:
         dist.broadcast_object_list(found, src=0)
     return found[0]
+
+
+def resumable(folder: Path | str) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in `folder` that passes every check, and what was passed over and why.
+
+    Reads every byte of it, shared out over the ranks; all ranks call it.
+    """
+    names = [[path.name for path in reversed(visible(Path(folder)))] if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(names, src=0)
+    notes = []
+    for name in names[0]:
+        path = Path(folder).absolute() / name
+        try:
+            verify(path)
+            return path, notes
+        except CheckpointError as error:
+            notes.append(f"passing over a checkpoint: {error}")
+    return None, notes
 
 
 def read_state(path: Path | str) -> dict[str, Any]:
@@ -302,11 +157,11 @@ def verify(path: Path | str) -> None:
         manifest.check_content(path, files, dist.get_rank(), dist.get_world_size())
         manifest.check_pickles(path, files)
 
-    _together(f"checking {path}", check)
+    together(f"checking {path}", check)
 
 
 def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    return _together(f"loading {path}", lambda: dist_checkpointing.load(state, str(path)))
+    return together(f"loading {path}", lambda: dist_checkpointing.load(state, str(path)))
 
 
 def _put(module: MegatronModule, loaded: dict[str, Any], prefix: str) -> None:
@@ -318,18 +173,24 @@ def _put(module: MegatronModule, loaded: dict[str, Any], prefix: str) -> None:
 
 
 def load(
-    path: Path | str, config: RunConfig, optimizers: RoleOptimizers, weights_only: bool = False
+    path: Path | str,
+    config: RunConfig,
+    optimizers: RoleOptimizers,
+    weights_only: bool = False,
+    verified: bool = False,
 ) -> Progress:
     """Continue from a checkpoint, in any layout: weights, master weights, moments, EMA, reference.
 
     Args:
+        verified: `resumable` has just read it.
         weights_only: take the weights and their EMA for a new run: moments zero, step 0, no samples.
     """
     path = Path(path).absolute()
-    _together(f"loading {path}", lambda: check_model(path, config, weights_only))
-    verify(path)
+    together(f"loading {path}", lambda: check_model(path, config, weights_only))
+    if not verified:
+        verify(path)
     state = read_state(path)
-    loaded = _read(path, _state(optimizers, loading=True))
+    loaded = _read(path, sharded_state(optimizers, loading=True))
     for role, module in optimizers.modules.items():
         _put(module, loaded[f"model.{role}"], f"{role}.")
         optimizers.optimizers[role].load_tensors(loaded[f"optimizer.{role}"])

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# What a save has cost, in the line of the step after which it began or, in the background, ended.
+SAVING = ("save_seconds", "save_host_gib", "save_background_seconds")
 # What differs between two equal runs.
-TIMINGS = ("clips_per_s", "step_time", "data_time", "memory_gib")
+TIMINGS = ("clips_per_s", "step_time", "data_time", "memory_gib") + SAVING
 
 
 def strict(value: Any) -> Any:
@@ -56,6 +58,7 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._cut(step)
         self._file = open(path, "a", buffering=1)
+        self._last: tuple[int, dict[str, Any]] | None = None  # where the last line begins, and its row
 
     def _cut(self, step: int) -> None:
         if not self.path.exists():
@@ -72,7 +75,19 @@ class MetricsFile:
         os.replace(scratch, self.path)
 
     def write(self, row: Mapping[str, Any]) -> None:
+        self._last = self._file.tell(), dict(row)
         self._file.write(json.dumps(strict(row), allow_nan=False) + "\n")
+
+    def amend(self, more: Mapping[str, Any]) -> None:
+        """Add to the last line of this start, on the disk; nothing if there is none."""
+        if self._last is None:
+            return
+        begin, row = self._last
+        self._file.flush()
+        self._file.seek(begin)
+        self._file.truncate()
+        self.write(row | dict(more))
+        self.sync()
 
     def sync(self) -> None:
         """On the disk: called before a checkpoint, so that no checkpoint is ahead of its metrics."""

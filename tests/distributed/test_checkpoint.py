@@ -22,7 +22,7 @@ from small import assemble, build, config, drawn_step, largest_difference, snaps
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from nextvid_mcore.parallel.groups import Layout
-from nextvid_mcore.training import checkpoint, manifest
+from nextvid_mcore.training import checkpoint, manifest, saving
 from nextvid_mcore.training.manifest import CheckpointError
 
 EXTRA = {"bad_files": ["a.mp4"], "bad": 1}
@@ -138,8 +138,8 @@ def die_while_saving(folder: str, moment: str) -> None:
 
     if dist.get_rank() == 0:
         owner, name = {
-            "tensors": (checkpoint.filesystem_async.FileSystemWriterAsync, "finish"),
-            "manifest": (checkpoint.manifest, "write_json"),
+            "tensors": (saving.filesystem_async.FileSystemWriterAsync, "finish"),
+            "manifest": (manifest, "write_json"),
             "rename": (Path, "rename"),
         }[moment]
         setattr(owner, name, killed)
