@@ -125,7 +125,7 @@ def test_a_run_leaves_what_it_says(whole: Path):
         assert row["loss"] == pytest.approx(0.5 * row["loss_flow"] + row["loss_align"])
         assert row["grad_norm"] > 0 and row["z_var"] > 0 and row["reference_var"] > 0
         assert -1 <= row["align_cos"] <= 1 and row["bad_samples"] == row["skipped"] == 0
-        assert row.keys() >= set(TIMINGS)
+        assert row.keys() >= {"clips_per_s", "step_time", "data_time", "memory_gib"}
     evals = read(whole / "eval.jsonl")
     assert [row["step"] for row in evals] == [2, 4, 6]
     for row in evals:
