@@ -22,8 +22,10 @@ from nextvid_mcore.hub import HubError, export
 from nextvid_mcore.masking import draw_masks, mean_shares
 from nextvid_mcore.models.nextvid import NextVid
 from nextvid_mcore.models.sequences import predictor_sequence
-from nextvid_mcore.parallel.groups import Layout, build_groups, init_distributed, seed_trackers, sequences
+from nextvid_mcore.parallel.groups import init_distributed, seed_trackers, sequences
+from nextvid_mcore.parallel.placement import resolve_placement
 from nextvid_mcore.parallel.plan import WIDTH, describe
+from nextvid_mcore.parallel.seats import build_seats
 from nextvid_mcore.recipes.ablations import ROWS, ablate
 from nextvid_mcore.training import checkpoint
 from nextvid_mcore.training.evaluate import Table
@@ -253,7 +255,7 @@ def test_absent_losses_are_absent_from_the_terms(groups):
         terms = model(micro_batch(config, model, video_of(config), T_TOKENS - 1))
         assert {name for name, value in vars(terms).items() if value is None} == gone
         assert ("decoder" in model.roles()) == hasattr(model, "decoder") == (switch != "generate")
-        summary = Table.merged([Table.of([1], terms_of(terms, 1), 4), Table.of([0], terms_of(terms, 0), 4)])
+        summary = Table.merged([Table.of([1], terms_of(terms, 1), 4), Table.of([0], terms_of(terms, 0), 4)], 2)
         row = summary.summary(config.loss)
         there = "loss_align" if switch == "generate" else "loss_flow"
         assert row["loss"] == pytest.approx(terms.total(config).item(), rel=1e-5)
