@@ -21,6 +21,7 @@ from torch import Tensor
 from nextvid_mcore.config import LossConfig, RunConfig
 from nextvid_mcore.data.loader import ClipBatch, build_dataset, iterate
 from nextvid_mcore.models.nextvid import LossTerms
+from nextvid_mcore.parallel import watchdog
 from nextvid_mcore.parallel.seats import Seats
 from nextvid_mcore.rng import key
 from nextvid_mcore.training.feed import blank, share
