@@ -8,6 +8,9 @@ model.safetensors (the encoder), with --all predictor.safetensors and decoder.sa
 the trained ("online") ones. Of an ablation (recipes/ablations.py) with another predictor or decoder than
 the full model's the encoder alone can be exported; --all says so.
 
+--format hf writes a folder for `transformers.AutoModel.from_pretrained(DIR, trust_remote_code=True)` instead:
+the encoder with an image and video processor and a model card (nextvid_mcore/hub/hf).
+
 The folder is written under another name, loaded into fresh hub networks and compared with the
 training model on real clips: those of --clips, else of the run's manifest, else a seeded synthetic
 clip. Above the tolerance nothing is left and the exit status is 1; it is 2 for a wrong setting.
@@ -40,6 +43,7 @@ from torch import Tensor  # noqa: E402
 from nextvid_mcore import flops  # noqa: E402
 from nextvid_mcore.config import ConfigError, RunConfig, require  # noqa: E402
 from nextvid_mcore.hub import FILES, HubError, export, load_decoder, load_encoder, load_predictor  # noqa: E402
+from nextvid_mcore.hub.hf import write as hf  # noqa: E402
 
 if TYPE_CHECKING:
     from nextvid_mcore.models.nextvid import NextVid
@@ -276,7 +280,7 @@ def check_out(out: Path, force: bool) -> None:
     require(
         not entries or force, f"--out {out} is not empty; name another folder, or replace it with --force"
     )
-    for stray in sorted(entries - {"config.json", *FILES.values()}):
+    for stray in sorted(entries - {"config.json", *FILES.values(), *hf.FILES}):
         raise ConfigError(f"--out {out} holds {stray}, which is no part of an export; name another folder")
 
 
@@ -297,16 +301,33 @@ def finished_or_nothing(out: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def last_rows(path: Path, step: int, weights: str) -> list[dict | None]:
+    """The rows of metrics.jsonl and eval.jsonl (of these weights) at this step, of a checkpoint in a run."""
+    from nextvid_mcore.training import metrics
+
+    found: list[dict | None] = []
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        rows = [row for row in metrics.read(path.parents[1] / name) if row["step"] == step]
+        found.append(rows[-1] if rows else None)
+    return [found[0], found[1] and found[1].get(weights)]
+
+
 def convert(args: argparse.Namespace) -> None:
     """Do it all. Raises an error that `main` knows, and then leaves nothing behind."""
-    out = Path(args.out)
+    out, for_hf = Path(args.out), args.format == "hf"
+    require(not (for_hf and args.all), "--format hf exports the encoder alone; leave --all out")
     check_out(out, args.force)
     path = find_checkpoint(Path(args.run))
     model, step = load_model(path, args.weights, args.all)
     print(f"{path}: step {step} of {model.run.recipe}, {args.weights} weights of the encoder")
     config = export.flat_config(model.run, flops.target_channels(model.run), step, args.weights)
     with finished_or_nothing(out) as folder:
-        export.write_folder(folder, config, hub_states(model, args.all))
+        states = hub_states(model, args.all)
+        if for_hf:  # what is compared is the same file of code and the same weights
+            place = folder
+            folder = place / "hub"
+            folder.mkdir()
+        export.write_folder(folder, config, states)
         video, source = compared_clips(model.run, args.clips)
         print(f"compared with the training model on {len(video)} clips of {video.shape[2]} frames; {source}")
         rows = compare(model, folder, video, args.all)
@@ -320,6 +341,9 @@ def convert(args: argparse.Namespace) -> None:
             raise Mismatch(
                 f"{worst.what} differs by {worst.largest:.3g}, above the tolerance {args.tolerance:g}"
             )
+        if for_hf:
+            shutil.rmtree(folder)
+            hf.write_folder(place, model.run, config, states["encoder"], *last_rows(path, step, args.weights))
     sizes = (
         f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in sorted(out.glob("*.safetensors"))
     )
@@ -339,6 +363,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--weights", choices=("ema", "online"), default="ema", help="of the encoder (default: ema)"
     )
     parser.add_argument("--all", action="store_true", help="predictor and decoder too")
+    parser.add_argument(
+        "--format", choices=("torch", "hf"), default="torch", help="hf: a folder for transformers' AutoModel"
+    )
     parser.add_argument("--force", action="store_true", help="replace an earlier export in DIR")
     parser.add_argument("--clips", metavar="PATH", help="compare on this video or image, or a folder of them")
     parser.add_argument(

@@ -1,57 +1,56 @@
-"""Draw what a run generates: held-out clips, what the encoder sees of them, and the next frames from that.
+"""Generate with a trained model, as the paper's Figure 5: masked clips, or a roll-out from a seed image.
 
-    python tools/generate.py RUN [--export RUN/encoder] [--out RUN/plots/generated.png]
-        [--clips 2] [--skip 0] [--frames T] [--mask 1] [--steps 20]
+    python tools/generate.py DIR [--mode masked] [--data PATH] [--samples 3] [--mask 1]
+    python tools/generate.py DIR --mode autoregressive [--data PATH] [--length 8]
+        [--clips 2] [--skip 0] [--solver midpoint|euler] [--steps 20] [--seed 0] [--out FOLDER] [--mp4]
 
-The export is a folder of `tools/convert_to_torch.py RUN --out DIR --all`; RUN/config.json says which clips,
-masks and target. Every frame is predicted from the visible tokens of the true frames before it, as in
-training (Eq. 3), and integrated from noise with the midpoint rule. On the CPU, with plain PyTorch.
+DIR is a folder of `tools/convert_to_torch.py RUN --out DIR --all`, or the run itself with its export in
+RUN/encoder. PATH: a manifest, a list, a folder, a video or an image; default: the run's held-out clips.
+
+masked          every frame is predicted from the visible tokens of the true frames before it, as in
+                training (Eq. 3); several samples of the same clip differ by their noise.
+autoregressive  an image (as --start static token frames) or a video's first --start token frames; the next
+                frame is generated, decoded by the target, and read again.
+
+FOLDER (default RUN/plots, or plots beside DIR) gets generated.png and .gif, or rollout.png and .gif; with
+--mp4 an MP4 as well (PyAV). On the CPU, with plain PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # so that it runs from a clone that isn't installed
 
-from nextvid_mcore import flow, hub
-from nextvid_mcore.config import ConfigError, RunConfig, require
-from nextvid_mcore.data.loader import build_dataset
-from nextvid_mcore.data.transforms import normalize
-from nextvid_mcore.evaluation.pictures import prediction_grid, visible_map
-from nextvid_mcore.hub.export import run_config
-from nextvid_mcore.masking import draw_masks
-from nextvid_mcore.rng import torch_generator
-from nextvid_mcore.targets import build_target
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-
-@dataclass(frozen=True)
-class Networks:
-    """The three exported networks."""
-
-    encoder: hub.VisionTransformer
-    predictor: hub.Predictor
-    decoder: hub.Decoder
-
-    @classmethod
-    def load(cls, folder: Path) -> Networks:
-        return cls(hub.load_encoder(folder), hub.load_predictor(folder), hub.load_decoder(folder))
-
-    @torch.no_grad()
-    def generate(self, video: Tensor, tokens: Tensor, noise: Tensor, steps: int) -> Tensor:
-        """video [1, 3, T, H, W], visible tokens [1, s], noise [1, p, n, C] -> latents [1, p, n, C]."""
-        p = noise.shape[1]
-        z, _ = self.predictor(self.encoder(video, tokens), tokens, frames=range(1, p + 1))
-
-        def velocity(x: Tensor, tau: float) -> Tensor:
-            return self.decoder(x.flatten(1, 2), torch.full((1, p), tau), z).view_as(x)
-
-        return flow.midpoint(velocity, noise, steps)
+from nextvid_mcore import hub  # noqa: E402
+from nextvid_mcore.config import ConfigError, RunConfig, TargetConfig, require  # noqa: E402
+from nextvid_mcore.data.decode import BadFile  # noqa: E402
+from nextvid_mcore.data.loader import build_dataset  # noqa: E402
+from nextvid_mcore.data.transforms import normalize  # noqa: E402
+from nextvid_mcore.evaluation import clips as clip_files  # noqa: E402
+from nextvid_mcore.evaluation import strips  # noqa: E402
+from nextvid_mcore.evaluation.clips import Clip  # noqa: E402
+from nextvid_mcore.evaluation.generation import (  # noqa: E402
+    SOLVERS,
+    Networks,
+    draw_noise,
+    roll_out,
+    run_config_of,
+)
+from nextvid_mcore.evaluation.pictures import GREY, visible_map  # noqa: E402
+from nextvid_mcore.evaluation.strips import Panel, Strip  # noqa: E402
+from nextvid_mcore.hub.export import run_config  # noqa: E402
+from nextvid_mcore.masking import draw_masks  # noqa: E402
+from nextvid_mcore.targets import Target, build_target  # noqa: E402
 
 
 def read_run(run: Path) -> RunConfig:
@@ -61,57 +60,184 @@ def read_run(run: Path) -> RunConfig:
     return run_config(json.loads(path.read_text()))
 
 
-def draw(config: RunConfig, networks: Networks, args: argparse.Namespace) -> None:
-    """Generate the held-out clips `skip` .. `skip + clips` and write the picture."""
-    model, data = config.model, build_dataset(config, train=False)
-    target = build_target(config, "cpu", torch.float32)
-    frames = args.frames or config.stages[0].frames
-    t = model.token_frames(frames)
-    require(
-        1 <= args.mask <= len(config.mask.blocks),
-        f"--mask {args.mask}: the run has masks 1 to {len(config.mask.blocks)}",
-    )
-    videos, truths, generated, seen, titles = [], [], [], [], []
-    for index in range(args.skip, args.skip + args.clips):
-        sample = data.sample(index, frames)
-        video = normalize(sample.video[None])
-        masks = draw_masks(config.mask, model.grid, t - 1, config.train.seed, [index])
-        tokens = next(masks.of(part) for part in masks.segments if part.mask == args.mask - 1)
-        truth = target.latents(video, indices=[index])
-        noise = torch.randn(
-            1, t - 1, *truth.shape[2:], generator=torch_generator(config.train.seed, "noise", index)
+def settings(args: argparse.Namespace) -> tuple[RunConfig, Path, Path]:
+    """The configuration, the folder of the networks, and that of the pictures."""
+    path = args.folder / "config.json"
+    try:
+        is_run = "stages" in json.loads(path.read_text())
+    except (OSError, ValueError):
+        is_run = False
+    if is_run:
+        config, export = read_run(args.folder), args.export or args.folder / "encoder"
+        out = args.out or args.folder / "plots"
+    else:
+        exported, export = hub.load_config(args.folder), args.folder
+        target = TargetConfig(exported["target_kind"])
+        config = run_config_of(exported, target, args.fps or 4.0)
+        out = args.out or args.folder.absolute().parent / "plots"
+    given = {
+        name: value
+        for name, value in (("checkpoint", args.target_checkpoint), ("statistics", args.target_statistics))
+        if value is not None
+    }
+    config = dataclasses.replace(config, target=dataclasses.replace(config.target, **given))
+    if args.fps:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, fps=args.fps))
+    return config, export, out
+
+
+def read_clips(config: RunConfig, args: argparse.Namespace, frames: int) -> list[Clip]:
+    """The clips number `skip` .. `skip + clips`."""
+    size = config.model.image_size
+    if args.data is None:
+        require(
+            config.data.eval_manifest is not None,
+            "there is no run that would name clips: give --data, a manifest, a folder, a video or an image",
         )
-        videos.append(video)
-        truths.append(truth)
-        generated.append(networks.generate(video, tokens, noise, args.steps))
-        seen.append(visible_map(masks, args.mask - 1, t))
-        titles.append(Path(sample.item).name)
-    prediction_grid(
-        target, *(torch.cat(parts) for parts in (videos, truths, generated, seen)), args.out, titles=titles
+        data, out = build_dataset(config, train=False), []
+        for index in range(args.skip, args.skip + args.clips):
+            sample = data.sample(index, frames)
+            video, name = normalize(sample.video), Path(sample.item).name
+            out.append(Clip(video, sample.label, name, sample.static))
+        return out
+    found = clip_files.find(args.data, args.skip + args.clips).items[args.skip :]
+    require(len(found) > 0, f"{args.data} has no more than {args.skip} clips; lower --skip")
+    return [clip_files.read(item, frames, size, config.data.fps) for item in found]
+
+
+def masked(
+    config: RunConfig, networks: Networks, target: Target, clips: list[Clip], args: argparse.Namespace
+) -> list[Strip]:
+    """Original, visible patches and samples of every clip."""
+    model, out = config.model, []
+    t = model.token_frames(clips[0].video.shape[1])
+    masks_of = config.mask.masks
+    require(1 <= args.mask <= masks_of, f"--mask {args.mask}: the run has masks 1 to {masks_of}")
+    for number, clip in enumerate(clips):
+        index, video = args.skip + number, clip.video[None]
+        masks = draw_masks(config.mask, model.grid, t - 1, args.seed, [index])
+        tokens = next(masks.of(part) for part in masks.segments if part.mask == args.mask - 1)
+        seen = visible_map(masks, args.mask - 1, t)  # [1, t, n]
+        truth = target.latents(video, indices=[index])
+        panels = [
+            Panel("original", clip.video),
+            Panel("visible", hidden(clip.video, seen[0], model.tubelet_size), "not read"),
+        ]
+        rebuilt = target.decode(truth)[0].cpu()
+        if not torch.allclose(rebuilt, clip.video, atol=1 / 255):
+            panels.append(Panel("through\nthe target", rebuilt))
+        for sample in range(args.samples):
+            noise = draw_noise(args.seed, index, sample, (t - 1, *truth.shape[2:]))
+            latents = networks.generate(video, tokens, noise, args.steps, SOLVERS[args.solver])
+            frames = target.decode(latents)[0].cpu().clamp(-1, 1)
+            nothing = torch.full_like(clip.video[:, : model.tubelet_size], torch.nan)
+            panels.append(Panel(f"sample {sample + 1}", torch.cat([nothing, frames], dim=1)))
+        share = seen[0, 0].float().mean().item()
+        out.append(Strip(f"{clip.name}  ({share:.0%} of each frame visible)", panels))
+    return out
+
+
+def hidden(video: Tensor, seen: Tensor, tubelet: int) -> Tensor:
+    """video [3, T, H, W] with the tokens that aren't in seen, bool [t, n], in grey; the last frame nan."""
+    t, n = seen.shape
+    side = round(n**0.5)
+    patch = video.shape[-1] // side
+    plane = seen.reshape(t, side, side).repeat_interleave(tubelet, 0)
+    plane = plane.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    out = torch.where(plane, video, torch.tensor(GREY))
+    out[:, -tubelet:] = torch.nan  # the last frame is never read
+    return out
+
+
+def autoregressive(
+    config: RunConfig, networks: Networks, target: Target, clips: list[Clip], args: argparse.Namespace
+) -> list[Strip]:
+    """Roll-outs from every clip's start; of a video also what really came."""
+    model, out = config.model, []
+    for number, clip in enumerate(clips):
+        index, tubelet = args.skip + number, model.tubelet_size
+        start = clip.video[None, :, : args.start * tubelet]
+        shape = (args.length, model.tokens_per_frame, target.channels)
+        panels = [] if clip.image else [Panel("original", clip.video)]
+        for sample in range(args.samples):
+            noise = draw_noise(args.seed, index, sample, shape)
+            video = roll_out(
+                networks, target, start, args.length, noise, args.steps, SOLVERS[args.solver], args.keep
+            )
+            panels.append(Panel(f"sample {sample + 1}", video[0].cpu()))
+        what = "a seed image" if clip.image else f"the first {start.shape[2]} frames of a video"
+        out.append(Strip(f"{clip.name}  (from {what})", panels))
+    return out
+
+
+def draw(args: argparse.Namespace) -> list[Path]:
+    """Generate, and write the pictures."""
+    for name in ("clips", "samples", "steps", "length", "start"):
+        require(getattr(args, name) >= 1, f"--{name} must be 1 or more, got {getattr(args, name)}")
+    require(args.skip >= 0, f"--skip must be 0 or more, got {args.skip}")
+    require(args.keep is None or args.keep >= 1, f"--keep must be 1 or more, got {args.keep}")
+    if args.mp4:
+        strips.check_mp4()
+    config, export, out = settings(args)
+    networks, target = Networks.load(export), build_target(config, "cpu", torch.float32)
+    require(
+        target.channels == networks.decoder.channels,
+        f"the decoder generates {networks.decoder.channels} channels and the target has {target.channels}: "
+        "give the target of its training with --target-checkpoint",
     )
+    tubelet, fps = config.model.tubelet_size, config.data.fps
+    if args.mode == "masked":
+        frames = args.frames or config.stages[0].frames
+        rows = masked(config, networks, target, read_clips(config, args, frames), args)
+        name, title, step = "generated", "Next frames generated from what was visible before", tubelet
+    else:
+        frames = (args.start + args.length) * tubelet
+        rows = autoregressive(config, networks, target, read_clips(config, args, frames), args)
+        name, step = "rollout", tubelet
+        title = f"Roll-out: from frame {args.start * tubelet} on, each frame is generated from those before"
+    paths = [out / f"{name}.png", out / f"{name}.gif"]
+    strips.write_png(rows, paths[0], title, step=step, columns=args.columns)
+    frames = strips.film(rows)
+    strips.write_gif(frames, paths[1], fps)
+    if args.mp4:
+        paths.append(out / f"{name}.mp4")
+        strips.write_mp4(frames, paths[2], fps)
+    return paths
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument("--export", type=Path, help="folder of the exported networks (default RUN/encoder)")
-    parser.add_argument("--out", type=Path, help="the picture (default RUN/plots/generated.png)")
-    parser.add_argument("--clips", type=int, default=2, help="how many held-out clips")
-    parser.add_argument("--skip", type=int, default=0, help="held-out clips to pass over first")
-    parser.add_argument("--frames", type=int, help="of a clip (default: the first stage's)")
-    parser.add_argument("--mask", type=int, default=1, help="number of the mask, from 1")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="an export with --all, or a run")
+    parser.add_argument("--mode", choices=("masked", "autoregressive"), default="masked")
+    parser.add_argument("--export", type=Path, help="of a run: folder of the networks (default RUN/encoder)")
+    parser.add_argument("--out", type=Path, help="folder of the pictures")
+    parser.add_argument("--data", help="clips: a manifest, a list, a folder, a video or an image")
+    parser.add_argument("--clips", type=int, default=2, help="how many clips")
+    parser.add_argument("--skip", type=int, default=0, help="clips to pass over first")
+    parser.add_argument("--frames", type=int, help="masked: of a clip (default: the first stage's)")
+    parser.add_argument("--mask", type=int, default=1, help="masked: number of the mask, from 1")
+    parser.add_argument("--length", type=int, default=7, help="autoregressive: token frames to generate")
+    parser.add_argument("--start", type=int, default=1, help="autoregressive: token frames given")
+    parser.add_argument("--keep", type=int, help="autoregressive: token frames read at most (default: all)")
+    parser.add_argument("--samples", type=int, default=2, help="of every clip")
+    parser.add_argument("--solver", choices=tuple(SOLVERS), default="midpoint")
     parser.add_argument("--steps", type=int, default=20, help="of the solver")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and masks")
+    parser.add_argument("--fps", type=float, help="frames a second (default: the run's, or 4)")
+    parser.add_argument("--columns", type=int, default=8, help="frames drawn in the PNG, at most")
+    parser.add_argument("--target-checkpoint", help="of a target that is a network (va_vae, cosmos, siglip2)")
+    parser.add_argument("--target-statistics", help="its statistics file")
+    parser.add_argument("--mp4", action="store_true", help="an MP4 too; needs PyAV")
     args = parser.parse_args()
-    args.out = args.out or args.run / "plots" / "generated.png"
     try:
-        require(args.clips >= 1 and args.skip >= 0, "--clips must be 1 or more and --skip 0 or more")
-        draw(read_run(args.run), Networks.load(args.export or args.run / "encoder"), args)
-    except (ConfigError, hub.HubError) as error:
+        paths = draw(args)
+    except (ConfigError, hub.HubError, BadFile) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {args.out}")
+    for path in paths:
+        print(f"wrote {path}")
     return 0
 
 

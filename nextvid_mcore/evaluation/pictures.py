@@ -131,11 +131,9 @@ def plot_losses(metrics_jsonl: str | Path, path: str | Path) -> None:
     _save(loss_figure(rows), path)
 
 
-def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """The losses of metrics rows. Steps skipped as not finite (null) are gaps with a red mark."""
+def draw_losses(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The losses of metrics rows as lines. Steps skipped as not finite (null) are gaps with a red mark."""
     steps = np.array([row["step"] for row in rows])
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    ax = figure.subplots()
     for key, (name, colour) in LOSSES.items():
         values = np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=float)
         if np.isnan(values).all():
@@ -151,6 +149,14 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     if len(lost):
         height = ax.get_xaxis_transform()
         ax.plot(lost, np.full(len(lost), 0.02), "|", color="#c00000", transform=height, label="skipped")
+
+
+def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The losses of metrics rows, the stages shaded."""
+    steps = np.array([row["step"] for row in rows])
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    ax = figure.subplots()
+    draw_losses(ax, rows)
     _shade_stages(ax, [str(row.get("stage", "")) for row in rows], steps)
     ax.set_xlabel("step")
     ax.set_ylabel("loss")

@@ -260,6 +260,24 @@ class VisionTransformer(nn.Module):
 
         return masked(tokens) if isinstance(tokens, Tensor) else [masked(ids) for ids in tokens]
 
+    def forward_features(self, video: Tensor) -> Tensor:
+        """timm's name for the features of whole clips: [B, 3, T, H, W] -> [B, t*h*w, D]."""
+        return self(video)
+
+    def get_intermediate_layers(
+        self, video: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, norm: bool = True
+    ) -> tuple[Tensor, ...]:
+        """Features after the last `n` blocks, or after those whose indices `n` lists.
+
+        Each is [B, t*h*w, D], or [B, D, t, h, w] with `reshape`; `norm`: passed through the final norm.
+        """
+        t, h, w = self.grid(video.shape)
+        if isinstance(n, int) and not 1 <= n <= self.depth:
+            raise ValueError(f"the last {n} blocks were asked for; the encoder has {self.depth}")
+        indices = range(self.depth - n, self.depth) if isinstance(n, int) else n
+        features = self(video, return_layers=indices, norm_layers=norm)
+        return tuple(x.transpose(1, 2).unflatten(2, (t, h, w)) if reshape else x for x in features)
+
     def _blocks(
         self, x: Tensor, angles: Tensor, plan: Plan, layers: list[int] | None, norm_layers: bool
     ) -> Tensor | list[Tensor]:

@@ -1,0 +1,1 @@
+"""Sources of the files that an export for transformers carries; `write.py` makes the folder."""

@@ -1,0 +1,289 @@
+"""Train a small autoencoder of VA-VAE's interface on a manifest's clips, for latent runs without a download.
+
+    python tools/train_vae.py --manifest data/demo/manifest --out runs/vae
+        [--size 64] [--width 32] [--multipliers 1,2,2,4] [--blocks 1] [--latent 8]
+        [--steps 2000] [--batch 8] [--frames 2] [--lr 1e-3] [--kl 1e-6] [--seed 0] [--device cpu]
+
+OUT gets autoencoder.pt ({"state_dict"}), latents_stats.pt ({"mean", "std"}, (1, latent, 1, 1)) in the format
+of VA-VAE's files, reconstructions.png and losses.jsonl. Use them with
+
+    --target.kind va_vae --target.checkpoint OUT/autoencoder.pt --target.statistics OUT/latents_stats.pt
+    --model.patch-size 8          (2 to the number of multipliers less one)
+
+Loss: mean absolute error + mean squared error + kl * KL divergence, of single frames. This is no VA-VAE: it
+has neither its alignment to a vision model nor its perceptual and adversarial losses. Samples, noise and
+weights are functions of the seed; an interrupted run goes on where it was (OUT/training.pt).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # so that it runs from a clone that isn't installed
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from nextvid_mcore.config import ConfigError, DataConfig, require  # noqa: E402
+from nextvid_mcore.data.guard import DataError  # noqa: E402
+from nextvid_mcore.data.loader import ClipDataset, iterate  # noqa: E402
+from nextvid_mcore.data.manifest import Manifest  # noqa: E402
+from nextvid_mcore.data.sampler import build_mixture  # noqa: E402
+from nextvid_mcore.data.transforms import normalize  # noqa: E402
+from nextvid_mcore.rng import key, numpy_rng  # noqa: E402
+from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that the result depends on."""
+
+    manifest: str
+    size: int = 64
+    width: int = 32
+    multipliers: tuple[int, ...] = (1, 2, 2, 4)
+    blocks: int = 1
+    latent: int = 8
+    steps: int = 2000
+    batch: int = 8  # clips of a step
+    frames: int = 2  # of a clip; each is a picture of its own
+    lr: float = 1e-3
+    kl: float = 1e-6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("size", "blocks", "latent", "steps", "batch", "frames", "lr"):
+            require(getattr(self, name) > 0, f"--{name} must be positive, got {getattr(self, name)}")
+        require(self.kl >= 0, f"--kl must be 0 or more, got {self.kl}")
+        require(
+            len(self.multipliers) > 0 and min(self.multipliers) >= 1,
+            f"--multipliers must be whole numbers from 1, got {self.multipliers}",
+        )
+        require(
+            self.size % self.shape.stride == 0,
+            f"--size {self.size} is not divisible by {self.shape.stride}, the stride of "
+            f"{len(self.multipliers)} multipliers",
+        )
+
+    @property
+    def shape(self) -> AutoencoderShape:
+        return AutoencoderShape(self.width, self.multipliers, self.blocks, self.latent)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up over a twentieth of the steps, then a cosine to a hundredth."""
+        warm = max(1, self.steps // 20)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        done = (step - warm) / max(1, self.steps - warm)
+        return self.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def pictures(settings: Settings, first: int, steps: int, workers: int):  # noqa: ANN201 (an iterator)
+    """(global sample indices, frames [batch * frames, 3, size, size] in [-1, 1]) of `steps` steps."""
+    manifest = Manifest.open(settings.manifest)
+    mixture = build_mixture(manifest)
+    data = DataConfig(manifest=settings.manifest)
+    dataset = ClipDataset(data, settings.size, manifest, mixture, settings.seed, train=True)
+    wanted = [
+        (settings.frames, tuple(range(step * settings.batch, (step + 1) * settings.batch)))
+        for step in range(first, first + steps)
+    ]
+    for batch in iterate(dataset, wanted, workers=workers):
+        yield batch.index.tolist(), normalize(batch.video).transpose(1, 2).flatten(0, 1)
+
+
+def posterior_noise(settings: Settings, indices: list[int], shape: torch.Size) -> Tensor:
+    """Standard normal of `shape`, drawn clip by clip."""
+    size = (shape[0] // len(indices), *shape[1:])
+    draws = [numpy_rng(settings.seed, "posterior", i).standard_normal(size, dtype="float32") for i in indices]
+    return torch.cat([torch.from_numpy(draw) for draw in draws])
+
+
+def losses(model: AutoencoderKL, frames: Tensor, noise: Tensor, kl: float) -> dict[str, Tensor]:
+    """`loss` and its parts; noise like the latents."""
+    mean, logvar = model.encode(frames)
+    rebuilt = model.decode(mean + (0.5 * logvar).exp() * noise)
+    divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+    l1, l2 = F.l1_loss(rebuilt, frames), F.mse_loss(rebuilt, frames)
+    return {"loss": l1 + l2 + kl * divergence, "l1": l1, "l2": l2, "kl": divergence}
+
+
+def replace_file(value: object, path: Path) -> None:
+    """torch.save that leaves the old file or the new one."""
+    scratch = path.with_name(path.name + ".tmp")
+    torch.save(value, scratch)
+    os.replace(scratch, path)
+
+
+class Training:
+    """The autoencoder, its optimizer and the number of finished steps; on disk in OUT/training.pt."""
+
+    def __init__(self, settings: Settings, out: Path, device: str) -> None:
+        self.settings, self.out, self.device = settings, out, torch.device(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key(settings.seed, "init"))
+            self.model = AutoencoderKL(settings.shape)
+        self.model.to(self.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), settings.lr, (0.9, 0.95), weight_decay=0)
+        self.step, self.rows = 0, []
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "training.pt").exists():
+            self.resume()
+
+    def resume(self) -> None:
+        state = torch.load(self.out / "training.pt", map_location=self.device, weights_only=True)
+        mine, theirs = plain(self.settings), state["settings"]
+        other = [f"{k} {theirs.get(k)} (now {mine[k]})" for k in mine if mine[k] != theirs.get(k)]
+        require(
+            not other,
+            f"--out {self.out} holds a run with other settings: {', '.join(other)}; name another folder",
+        )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.rows = state["step"], state["rows"]
+
+    def save(self) -> None:
+        replace_file(
+            {
+                "settings": plain(self.settings),
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "rows": self.rows,
+            },
+            self.out / "training.pt",
+        )
+
+    def run(self, *, workers: int, save_every: int, progress: bool, stop: int | None = None) -> None:
+        """Train to the last step, or to step `stop`."""
+        from tqdm import tqdm
+
+        settings, end = self.settings, min(self.settings.steps, stop or self.settings.steps)
+        with tqdm(total=settings.steps, initial=self.step, unit="step", disable=not progress) as bar:
+            for indices, frames in pictures(settings, self.step, max(0, end - self.step), workers):
+                frames = frames.to(self.device)
+                side = settings.size // settings.shape.stride
+                shape = torch.Size((len(frames), settings.latent, side, side))
+                noise = posterior_noise(settings, indices, shape).to(self.device)
+                terms = losses(self.model, frames, noise, settings.kl)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = settings.learning_rate(self.step)
+                self.optimizer.zero_grad()
+                terms["loss"].backward()
+                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                if not math.isfinite(norm):
+                    raise DataError(f"step {self.step}: the gradient is not finite; lower --lr")
+                self.optimizer.step()
+                self.step += 1
+                values = {name: value.item() for name, value in terms.items()}
+                self.rows.append({"step": self.step, **values})
+                bar.update()
+                bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
+                if self.step % save_every == 0 or self.step == end:
+                    self.save()
+
+    @torch.no_grad()
+    def finish(self, workers: int, samples: int) -> dict[str, float]:
+        """Write the two files of VA-VAE's format and the rest; the error on clips not trained on."""
+        settings, model = self.settings, self.model.eval()
+        totals, error, first = (
+            [torch.zeros(settings.latent, dtype=torch.float64) for _ in range(2)],
+            0.0,
+            None,
+        )
+        steps = -(-samples // settings.batch)
+        count = 0
+        for _, frames in pictures(settings, settings.steps, steps, workers):
+            frames = frames.to(self.device)
+            mean, _ = model.encode(frames)
+            values = mean.transpose(0, 1).flatten(1).double().cpu()
+            totals = [totals[0] + values.sum(1), totals[1] + values.square().sum(1)]
+            count += values.shape[1]
+            rebuilt = model.decode(mean)
+            error += F.mse_loss(rebuilt, frames).item() / steps
+            if first is None:
+                first = frames[:: settings.frames].cpu(), rebuilt[:: settings.frames].cpu()
+        mean = totals[0] / count
+        std = (totals[1] / count - mean.square()).clamp_min(1e-12).sqrt()
+        statistics = {"mean": mean, "std": std}
+        replace_file(
+            {k: v.float().reshape(1, -1, 1, 1) for k, v in statistics.items()}, self.out / "latents_stats.pt"
+        )
+        weights = {k: v.cpu() for k, v in model.state_dict().items()}
+        replace_file({"state_dict": weights}, self.out / "autoencoder.pt")
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        (self.out / "losses.jsonl").write_text(lines)
+        draw(first, self.out / "reconstructions.png")
+        return {"mse": error, "psnr": 10 * math.log10(4 / error), "samples": steps * settings.batch}
+
+
+def draw(frames: tuple[Tensor, Tensor], path: Path, columns: int = 8) -> None:
+    """Originals above reconstructions, [N, 3, H, W] each."""
+    from nextvid_mcore.evaluation.strips import Panel, Strip, write_png
+
+    panels = [
+        Panel(name, part[:columns].transpose(0, 1))
+        for name, part in zip(("original", "rebuilt"), frames, strict=True)
+    ]
+    write_png([Strip("clips that were not trained on", panels)], path, "Reconstructions", word="clip")
+
+
+def plain(settings: Settings) -> dict:
+    """As it is kept in training.pt."""
+    return dataclasses.asdict(settings) | {"multipliers": list(settings.multipliers)}
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the result")
+    for field in dataclasses.fields(Settings):
+        kind = numbers if field.name == "multipliers" else type(field.default)
+        if field.name == "manifest":
+            parser.add_argument("--manifest", required=True, help="of tools/build_manifest.py")
+        else:
+            parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=str(field.default))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--workers", type=int, default=1, help="loader processes; 0: none")
+    parser.add_argument("--save-every", type=int, default=200, help="steps")
+    parser.add_argument("--samples", type=int, default=256, help="clips of the statistics")
+    args = parser.parse_args()
+    try:
+        require(args.samples >= 1 and args.save_every >= 1, "--samples and --save-every must be 1 or more")
+        names = [field.name for field in dataclasses.fields(Settings)]
+        settings = Settings(**{name: getattr(args, name) for name in names})
+        training = Training(settings, args.out, args.device)
+        millions = sum(p.numel() for p in training.model.parameters()) / 1e6
+        print(f"{millions:.2f}M parameters; step {training.step} of {settings.steps}", flush=True)
+        training.run(workers=args.workers, save_every=args.save_every, progress=True)
+        found = training.finish(args.workers, args.samples)
+    except (ConfigError, DataError) as error:
+        print(f"train_vae: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: mean squared error {found['mse']:.4f} (PSNR {found['psnr']:.1f} dB)", end="")
+    print(f" on {found['samples']} clips drawn after training")
+    stride = settings.shape.stride
+    print(
+        f"use it with --target.kind va_vae --target.checkpoint {args.out}/autoencoder.pt "
+        f"--target.statistics {args.out}/latents_stats.pt --model.patch-size {stride}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
