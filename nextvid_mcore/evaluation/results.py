@@ -18,7 +18,7 @@ def wilson(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
     share, square = correct / total, z * z
     centre = (share + square / (2 * total)) / (1 + square / total)
     half = z * math.sqrt(share * (1 - share) / total + square / (4 * total**2)) / (1 + square / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return 0.0 if correct == 0 else centre - half, 1.0 if correct == total else centre + half
 
 
 def score(correct: int, total: int, unreadable: int, classes: int) -> dict[str, Any]:

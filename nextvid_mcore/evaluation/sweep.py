@@ -109,7 +109,7 @@ class Sweep:
             outputs = probe.run(self.modules, part.features[part.good][:, 0])
             for number, (member, logits) in enumerate(zip(self.members, outputs, strict=True)):
                 wanted = part.label[part.good, member.task]
-                loss = F.cross_entropy(logits.float(), wanted, reduction="sum") / items
+                loss = F.cross_entropy(logits, wanted, reduction="sum") / items
                 losses[number] += loss.detach()
                 total = total + loss
             total.backward()
