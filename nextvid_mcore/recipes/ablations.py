@@ -7,7 +7,8 @@ Tables 4 and 5 start from Table 2's second row (`table2_gen_ciso`: no alignment)
 model. Several rows are one run under two names, as their equal numbers in the paper say: the full model
 is `table2_full`, `table3_va_vae`, `table11_tau4` and `table12_ema`. Table 5 prints `cross` with the numbers
 of Table 2's second row, which hints that this row had that decoder; here it has the paper's `concat`.
-Table 3's Siglip2 and Cosmos VAE targets are not here.
+Table 3's SigLIP2 and Cosmos VAE need --target.checkpoint already for a dry run: their files say how many
+values a token has.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ ROWS: dict[str, Row] = {
     "table2_align_ciso": Row("Alignment with context isolation", model={"generate": False}),
     "table2_full": Row("Generation, alignment and context isolation: the full model"),
     "table3_pixels": Row("The full model generates pixels", target={"kind": "pixels"}),
+    "table3_siglip2": Row("The full model generates SigLIP2 features", target={"kind": "siglip2"}),
+    "table3_cosmos": Row("The full model generates Cosmos VAE latents", target={"kind": "cosmos"}),
     "table3_va_vae": Row("The full model generates VA-VAE latents", target={"kind": "va_vae"}),
     "table4_no_mask": Row(
         "Generation with context isolation, nothing masked", model=NO_ALIGN, mask={"mode": "none"}
