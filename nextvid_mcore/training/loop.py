@@ -87,7 +87,8 @@ class Trainer:
         try:
             self._build(config, out)
         except BaseException as error:
-            self._leave(error)
+            self._blame(error)
+            self._leave()
             raise
 
     def _build(self, config: RunConfig, out: Path) -> None:
@@ -109,10 +110,13 @@ class Trainer:
         self.profiler = StepProfiler(config.profile, out, self.rank, self.progress.say)
         self.inventory: Inventory | None = Inventory(self.train_step.parts())
 
-    def _leave(self, error: BaseException | None) -> None:
-        """This rank stops: others may use the folder. `error`: why, if it failed."""
+    def _blame(self, error: BaseException) -> None:
+        """End this process with the name of a rank that is gone, if that is why it failed."""
         if isinstance(error, RuntimeError) and not isinstance(error, TOGETHER):
-            self.watch.peer_lost()  # ends this process if another rank's end is why
+            self.watch.peer_lost()
+
+    def _leave(self) -> None:
+        """This rank stops: others may use the folder."""
         self.watch.stop()
         if self.lock is not None:
             self.lock.close()
@@ -189,13 +193,12 @@ class Trainer:
         """Train to the end of the schedule (or of `train.steps`). Returns the process's exit code."""
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         loader: Iterator[ClipBatch] | None = None
-        failure: BaseException | None = None
         try:
             self._check_data()
             loader = self._loader() if self.step < self.schedule.total_steps else None
             code = self._run(loader)
         except BaseException as error:
-            failure = error
+            self._blame(error)  # before the signals: a launcher sends SIGTERM when a rank dies
             if isinstance(error, (DataError, LoaderError, NonFiniteError)):
                 self.saver.wait()
             raise
@@ -207,7 +210,7 @@ class Trainer:
             for sink in (self.profiler, self.progress, self.metrics, self.evals, self.wandb):
                 if sink is not None:
                     sink.close()
-            self._leave(failure)
+            self._leave()
         return code
 
     def _check_data(self) -> None:

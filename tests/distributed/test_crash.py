@@ -38,7 +38,7 @@ def data(tmp_path_factory) -> Path:
     """Two whole videos, a torn one, and one held out."""
     root = tmp_path_factory.mktemp("data")
     videos = [media.video(root / f"{i}.avi", frames=20 + i) for i in range(3)]
-    torn = media.truncated(root / "torn.avi", videos[0], 0.3)
+    torn = media.truncated(root / "torn.avi", videos[0], 0.02)
     media.manifest(root / "train", clips=[Item(str(path), "video") for path in (*videos[:2], torn)])
     media.manifest(root / "val", clips=[Item(str(videos[2]), "video")])
     return root
