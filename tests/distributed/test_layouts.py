@@ -32,6 +32,8 @@ class Case:
     sequence: bool = False
     recompute: str = "none"
     rows: tuple[str, ...] = ()  # of the ablation tables, applied one after the other
+    precision: str = "fp32"
+    backend: str = "local"
     micro: int = 1  # clips of a micro-batch of one encoder replica
     placement: str = "colocated"
     reference_at: str = "encoder"
@@ -42,7 +44,8 @@ class Case:
     @property
     def reference(self) -> str:
         """The case of one rank to compare with."""
-        return next(name for name, case in LAYOUTS.items() if case == Case(1, rows=self.rows))
+        alone = Case(1, rows=self.rows, precision=self.precision, backend=self.backend)
+        return next(name for name, case in LAYOUTS.items() if case == alone)
 
 
 # Between them every switch that changes what travels: the joint predictor, an absent loss, its role and
@@ -110,7 +113,11 @@ def configure(case: Case) -> RunConfig:
             for name in ("generator", "predictor", "decoder")
         },
     )
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=case.micro))
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, backend=case.backend),
+        train=dataclasses.replace(config.train, micro_batch=case.micro, precision=case.precision),
+    )
     for row in case.rows:
         config = ablate(config, row)
     return config
@@ -198,8 +205,12 @@ def test_layout_equals_one_rank(name: str) -> None:
     case = LAYOUTS[name]
     one_rank = runs(1)[0][case.reference]
     results = [each[name] for each in runs(case.ranks)]
+    is_what_it_says(case, one_rank, results)
+    trains_the_same(one_rank, results)
 
-    # the layout is what it says
+
+def is_what_it_says(case: Case, one_rank: dict, results: list[dict]) -> None:
+    """Every rank holds and sends what its seat says."""
     placement = resolve_placement(configure(case), case.ranks)
     encoder = placement.encoder.layout
     assert all(r["micro_batches"] == parity.BATCH // (case.micro * encoder.data) >= 2 for r in results)
@@ -227,7 +238,9 @@ def test_layout_equals_one_rank(name: str) -> None:
     assert ("reduce_scatter_base" in traffic) == (case.sequence and split)
     assert ({"send", "recv"} <= traffic) == (encoder.pipeline > 1 or placement.separate)
 
-    # and trains the same
+
+def trains_the_same(one_rank: dict, results: list[dict]) -> None:
+    """Losses, norms, monitors, the first gradients, weights and EMA after three steps."""
     for reference, *others in zip(one_rank["results"], *(r["results"] for r in results), strict=True):
         for other in others:
             for key in ("loss", "loss_flow", "loss_align", "grad_norm"):
