@@ -127,6 +127,10 @@ def _layers_of(outputs: Any, layers: list[int], depth: int, norm: nn.Module | No
 
 
 def _final_norm(model: nn.Module) -> nn.Module | None:
+    """What a model's last_hidden_state went through and its inner layers' outputs did not."""
+    if model.config.model_type.startswith("clip"):
+        return None  # its post_layernorm is for the pooled token alone
+    model = model.encoder if model.config.model_type == "vjepa2" else model
     for name in FINAL_NORMS:
         norm = getattr(model, name, None)
         if isinstance(norm, nn.Module):
@@ -168,13 +172,10 @@ class TransformersVideo(Foreign):
         else:
             extra = {"pixel_values": clips}
         outputs = self.module(**extra, output_hidden_states=several)
-        tokens = (
-            _layers_of(
-                outputs, indices, self.depth, _final_norm(getattr(self.module, "encoder", self.module))
-            )
-            if several
-            else [outputs.last_hidden_state]
-        )
+        if several:
+            tokens = _layers_of(outputs, indices, self.depth, _final_norm(self.module))
+        else:
+            tokens = [outputs.last_hidden_state]
         return [x.reshape(batch, -1, x.shape[-1]) for x in tokens]
 
 

@@ -8,6 +8,7 @@ and a resumed run computes what the unbroken one would. Ranks take parts of each
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import pickle
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -146,6 +148,12 @@ class Sweep:
 # Training ----------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, items: int) -> np.ndarray:
+    """The order of an epoch's training items."""
+    return numpy_rng(seed, "probe", 1, epoch).permutation(items)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which items are in which step, the same for any number of ranks."""
@@ -166,7 +174,7 @@ class Plan:
     def batch(self, step: int) -> tuple[int, list[int]]:
         """(copy, items) of a step; the last of an epoch may be smaller."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        order = numpy_rng(self.config.seed, "probe", 1, epoch).permutation(len(self.items))
+        order = epoch_order(self.config.seed, epoch, len(self.items))
         first = number * self.config.batch
         chosen = [self.items[i] for i in order[first : first + self.config.batch].tolist()]
         return (epoch % self.config.copies if self.config.augmented else PLAIN), chosen
