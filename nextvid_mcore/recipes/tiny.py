@@ -17,7 +17,7 @@ from nextvid_mcore.config import (
 
 
 def tiny() -> RunConfig:
-    """64-pixel clips, pixel targets, the four stages of Table 8 in 60 steps."""
+    """64-pixel clips, pixel targets, the four stages of Table 8 in 120 steps."""
     return RunConfig(
         recipe="tiny",
         model=ModelConfig(
@@ -28,15 +28,15 @@ def tiny() -> RunConfig:
             patch_size=8,
         ),
         stages=(
-            StageConfig("warmup", 10, frames=8, batch=8, lr_start=1e-4, lr_end=1e-3, tau_samples=4),
-            StageConfig("stable1", 20, frames=8, batch=8, lr_start=1e-3, lr_end=9e-4, tau_samples=4),
-            StageConfig("stable2", 20, frames=8, batch=8, lr_start=9e-4, lr_end=2e-4, flow_lr=1.6e-3),
-            StageConfig("cooldown", 10, frames=16, batch=4, lr_start=2e-4, lr_end=2e-6, flow_lr=6e-4),
+            StageConfig("warmup", 20, frames=8, batch=8, lr_start=1e-4, lr_end=1e-3, tau_samples=4),
+            StageConfig("stable1", 40, frames=8, batch=8, lr_start=1e-3, lr_end=9e-4, tau_samples=4),
+            StageConfig("stable2", 40, frames=8, batch=8, lr_start=9e-4, lr_end=2e-4, flow_lr=1.6e-3),
+            StageConfig("cooldown", 20, frames=16, batch=4, lr_start=2e-4, lr_end=2e-6, flow_lr=6e-4),
         ),
         target=TargetConfig(kind="pixels"),
         data=DataConfig(fps=4.0, workers=1),
         optim=OptimConfig(ema=0.99),
         train=TrainConfig(micro_batch=4, precision="fp32"),
-        checkpoint=CheckpointConfig(every=20),
-        eval=EvalConfig(every=20, samples=16),
+        checkpoint=CheckpointConfig(every=40),
+        eval=EvalConfig(every=40, samples=16),
     )

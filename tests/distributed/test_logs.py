@@ -64,6 +64,6 @@ def test_profile_steps_past_the_end_of_the_run():
     import dataclasses
 
     tiny = recipes.get("tiny")
-    with pytest.raises(ConfigError, match="profile steps 60-61 go past the run's last step, 60"):
-        dataclasses.replace(tiny, profile=ProfileConfig("60-61"))
-    assert dataclasses.replace(tiny, profile=ProfileConfig("60")).profile.span == (60, 60)
+    with pytest.raises(ConfigError, match="profile steps 120-121 go past the run's last step, 120"):
+        dataclasses.replace(tiny, profile=ProfileConfig("120-121"))
+    assert dataclasses.replace(tiny, profile=ProfileConfig("120")).profile.span == (120, 120)

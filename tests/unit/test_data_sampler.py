@@ -80,9 +80,9 @@ def test_impossible_mixtures(manifest: Manifest) -> None:
 
 @pytest.mark.parametrize(("size", "micro"), [(1, 4), (2, 2), (4, 1), (2, 1), (1, 1)])
 def test_every_layout_sees_the_same_samples_in_a_step(size: int, micro: int) -> None:
-    """tiny: stage 3 begins at step 50 with 16 frames and half the batch."""
+    """tiny: stage 3 begins at step 100 with 16 frames and half the batch."""
     schedule = Schedule(recipes.get("tiny"))
-    start, stop = 48, 53
+    start, stop = 98, 103
     streams = [list(rank_batches(schedule, start, r, size, micro, stop)) for r in range(size)]
     place = 0
     for step in range(start, stop):
@@ -99,7 +99,7 @@ def test_every_layout_sees_the_same_samples_in_a_step(size: int, micro: int) -> 
 def test_resuming_continues_the_stream() -> None:
     schedule = Schedule(recipes.get("tiny"))
     whole = list(rank_batches(schedule, 0, 1, 2, 2))
-    assert whole[-10:] == list(rank_batches(schedule, 50, 1, 2, 2))
+    assert whole[-20:] == list(rank_batches(schedule, 100, 1, 2, 2))
     assert whole[0] == (8, (2, 3)) and whole[1] == (8, (6, 7))
 
 

@@ -51,8 +51,8 @@ def test_round_trip(folder: Path) -> None:
 
 def test_config_of_the_recipes() -> None:
     assert (CONFIG["frames"], CONFIG["target_kind"], CONFIG["target_channels"]) == (8, "pixels", 384)
-    assert export.flat_config(recipes.get("tiny"), 384, 51, "ema")["frames"] == 16
-    assert export.flat_config(recipes.get("tiny"), 384, 50, "ema")["frames"] == 8
+    assert export.flat_config(recipes.get("tiny"), 384, 101, "ema")["frames"] == 16
+    assert export.flat_config(recipes.get("tiny"), 384, 100, "ema")["frames"] == 8
     assert export.flat_config(recipes.get("tiny"), 384, 10_000, "ema")["frames"] == 16
     giant = export.flat_config(recipes.get("vit_g"), 64, 132_000, "online")
     with torch.device("meta"):

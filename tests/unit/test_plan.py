@@ -35,7 +35,7 @@ def plan(line: str, world: int, dry_run: bool = True):
         ),
         ("tiny --parallel.encoder.pipeline 5", 5, "4 encoder layers can't be split over 5 pipeline stages"),
         ("tiny --train.start-stage nowhere", 1, "no stage 'nowhere'"),
-        ("tiny --train.steps 61", 1, "61 is more than the 60 steps"),
+        ("tiny --train.steps 121", 1, "121 is more than the 120 steps"),
         ("tiny --parallel.encoder.tensor 2 --mask.mode packed --parallel.sequence", 2, "mask mode packed"),
     ],
 )

@@ -67,32 +67,32 @@ def test_sample_indices_have_no_gap_and_no_overlap():
         point = schedule.at(step)
         assert point.samples_before == schedule.samples_before(step) == seen
         seen += point.batch
-    assert schedule.samples_before(schedule.total_steps) == seen == 50 * 8 + 10 * 4
+    assert schedule.samples_before(schedule.total_steps) == seen == 100 * 8 + 20 * 4
 
 
 def test_global_batch_overrides_every_stage():
     schedule = Schedule(run(TINY, global_batch=6))
-    assert {schedule.at(step).batch for step in range(60)} == {6}
+    assert {schedule.at(step).batch for step in range(120)} == {6}
     assert schedule.samples_before(55) == 330
 
 
 def test_train_steps_stops_and_never_rescales():
     whole, short = Schedule(TINY), Schedule(run(TINY, steps=25))
-    assert short.total_steps == 25 and short.schedule_steps == 60
+    assert short.total_steps == 25 and short.schedule_steps == 120
     assert [short.at(step) for step in range(25)] == [whole.at(step) for step in range(25)]
-    assert Schedule(run(TINY, steps=60)).total_steps == 60
-    with pytest.raises(ConfigError, match="--train.steps 61 is more than the 60 steps"):
-        Schedule(run(TINY, steps=61))
+    assert Schedule(run(TINY, steps=120)).total_steps == 120
+    with pytest.raises(ConfigError, match="--train.steps 121 is more than the 120 steps"):
+        Schedule(run(TINY, steps=121))
 
 
 def test_start_stage_begins_there_and_counts_from_the_whole_schedule():
     whole, branch = Schedule(TINY), Schedule(run(TINY, start_stage="cooldown"))
-    assert (whole.first_step_of_run, branch.first_step_of_run, branch.total_steps) == (0, 50, 60)
-    assert branch.at(50) == whole.at(50)
-    assert branch.at(50).samples_before == 400
-    assert Schedule(run(TINY, start_stage="cooldown", steps=4)).total_steps == 54
-    with pytest.raises(ConfigError, match="steps 11 is more than the 10 steps .* from stage cooldown on"):
-        Schedule(run(TINY, start_stage="cooldown", steps=11))
+    assert (whole.first_step_of_run, branch.first_step_of_run, branch.total_steps) == (0, 100, 120)
+    assert branch.at(100) == whole.at(100)
+    assert branch.at(100).samples_before == 800
+    assert Schedule(run(TINY, start_stage="cooldown", steps=4)).total_steps == 104
+    with pytest.raises(ConfigError, match="steps 21 is more than the 20 steps .* from stage cooldown on"):
+        Schedule(run(TINY, start_stage="cooldown", steps=21))
 
 
 def test_unknown_stage_lists_what_there_is():
@@ -102,11 +102,11 @@ def test_unknown_stage_lists_what_there_is():
 
 def test_steps_outside_the_schedule_are_refused():
     schedule = Schedule(TINY)
-    for step in (60, -1):
-        with pytest.raises(ConfigError, match=f"step {step} lies outside .* 0 to 59"):
+    for step in (120, -1):
+        with pytest.raises(ConfigError, match=f"step {step} lies outside .* 0 to 119"):
             schedule.at(step)
-    with pytest.raises(ConfigError, match="61 finished steps: the schedule has 60"):
-        schedule.samples_before(61)
+    with pytest.raises(ConfigError, match="121 finished steps: the schedule has 120"):
+        schedule.samples_before(121)
 
 
 def test_a_stage_of_one_step():
