@@ -73,6 +73,9 @@ def _standing() -> str:
     call = line = ""
     while frame is not None and not line:
         code = frame.f_code
+        if code.co_filename == __file__:  # this rank's own diagnosis
+            frame = frame.f_back
+            continue
         if not call and code.co_name not in ("wrapper", "wrapped", "inner", "_fn", "<lambda>"):
             call = code.co_name
         if code.co_filename.startswith(_PACKAGE):
@@ -214,7 +217,7 @@ class Watchdog:
                 continue
             state = _process_state(record)
             if state == "gone":
-                lost[rank] = f"{_name(rank, record)} has died {_where(record, 'in')}"
+                lost[rank] = f"{_name(rank, record)} has died, last seen {_where(record, 'in')}"
             elif record["beat"] == old["beat"] and not (only_lost and gone):
                 why = "is stopped" if state == "stopped" else "does not answer"
                 lost[rank] = f"{_name(rank, record)} {why}, last seen {_where(record, 'in')}"

@@ -75,7 +75,8 @@ class Trainer:
         self.placement = resolve_placement(config, dist.get_world_size())
         self.seats = build_seats(self.placement, patience)
         self.groups = self.seats.home  # of the seat that this rank loads clips for
-        label = watchdog.role_label(", ".join(seat.name for seat in self.seats.mine), self.groups)
+        seats = ", ".join(seat.name for seat in self.seats.mine)
+        label = watchdog.role_label("all roles" if seats == "all" else seats, self.groups)
         self.watch = watchdog.Watchdog(out, self.rank, dist.get_world_size(), label, config.parallel.timeout)
         seed_trackers(config.train.seed, self.groups)
         self.guard = BadShareGuard(config.data.max_bad_share, config.data.bad_window)
@@ -269,6 +270,7 @@ class Trainer:
             "bad_samples": data.bad,
             "skipped": self.skipped,
             **result.monitors,
+            **result.crossed,
             "clips_per_s": point.batch / seconds,
             "step_time": seconds,
             "data_time": data.seconds,

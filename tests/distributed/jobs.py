@@ -31,7 +31,10 @@ def _state(pid: int) -> str:
 
 
 class Job:
-    """`torchrun --nproc-per-node nproc -m nextvid_mcore.pretrain *argv` in the background."""
+    """`torchrun --nproc-per-node nproc -m nextvid_mcore.pretrain *argv` in the background.
+
+    As in a job script with `trap '' USR1`: torchrun ignores SIGUSR1, which a scheduler sends to all.
+    """
 
     def __init__(self, argv: Sequence[str], nproc: int, log: Path) -> None:
         self.mark, self.log, self.seen = uuid.uuid4().hex, log, set[int]()
@@ -44,6 +47,7 @@ class Job:
                 stderr=subprocess.STDOUT,
                 env=os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
             )
 
     def processes(self) -> dict[int, dict[str, str]]:

@@ -99,8 +99,8 @@ def test_killed_again_and_again(data: Path, unbroken: Path, tmp_path: Path):
     out = tmp_path / "run"
     job = start(data, out)
     kill(job, in_step(out, 2), 1)
-    assert "rank 1 (encoder, tensor 0, pipeline 0, data 1; process" in job.text(), job.text()
-    assert "has died in" in job.text() and " of step 2 (" in job.text()
+    assert "rank 1 (all roles, tensor 0, pipeline 0, data 1; process" in job.text(), job.text()
+    assert "has died, last seen in" in job.text() and "exitcode  : 6" in job.text()
     assert not (out / "checkpoints").exists()  # nothing to go on from: the run begins again
 
     job = start(data, out)
@@ -120,7 +120,7 @@ def test_killed_again_and_again(data: Path, unbroken: Path, tmp_path: Path):
 
 
 def test_signals_under_torchrun(data: Path, unbroken: Path, tmp_path: Path):
-    """SIGTERM to the launcher while saving, SIGUSR1 to one rank in evaluation: saved, stated codes."""
+    """SIGTERM to the launcher while saving, SIGUSR1 to all processes in evaluation: saved, stated codes."""
     out = tmp_path / "run"
     job = start(data, out, ASYNC)
     job.until(saving(out))
@@ -129,7 +129,8 @@ def test_signals_under_torchrun(data: Path, unbroken: Path, tmp_path: Path):
     assert "SIGTERM: saved after step" in job.text(), job.text()
     job = start(data, out)
     job.until(in_evaluation(out, 1))
-    os.kill(job.rank(1), signal.SIGUSR1)
+    for pid in job.processes():
+        os.kill(pid, signal.SIGUSR1)
     assert job.wait() != 0
     assert "SIGUSR1: saved after step 4" in job.text(), job.text()
     assert "exitcode  : 138" in job.text()
@@ -148,7 +149,7 @@ def test_a_stopped_rank_ends_the_others_with_its_name(data: Path, tmp_path: Path
     assert job.wait() != 0
     text = job.text()
     assert text.count("nextvid_mcore [rank") == 1, text
-    assert "no progress for 20 s: rank 1 (encoder, tensor 0, pipeline 0, data 1; process" in text
+    assert "no progress for 20 s: rank 1 (all roles, tensor 0, pipeline 0, data 1; process" in text
     assert "is stopped, last seen in" in text and "Waiting: rank 0 in" in text
     assert "exitcode  : 6" in text
 

@@ -106,7 +106,7 @@ def test_a_dead_rank_is_named_at_once_when_a_collective_fails(tmp_path: Path):
         ranks.processes[1].wait()
         said = ranks.said([0])
     assert "a rank is lost: rank 1 (encoder, data 1; process" in said
-    assert "has died in data loading of step 7" in said
+    assert "has died, last seen in data loading of step 7" in said
 
 
 def test_an_error_of_its_own_is_not_blamed_on_others(tmp_path: Path):
