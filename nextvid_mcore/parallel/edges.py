@@ -8,11 +8,35 @@ afterwards.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclass
+class Traffic:
+    """Bytes that this rank has sent to other seats since `reset`."""
+
+    forward: int = 0
+    backward: int = 0
+
+    def reset(self) -> None:
+        self.forward = self.backward = 0
+
+    def goes(self, x: Tensor, leads: bool) -> None:
+        """x is sent to the next seat. leads: by this rank, of the tensor ranks that hold it."""
+        self.forward += x.nbytes if leads else 0
+
+    def returns(self, x: Tensor, leads: bool) -> None:
+        """x came from the seat before; its gradient, once there is one, is sent back."""
+        if leads and x.requires_grad:
+            x.register_hook(self._returned)
+
+    def _returned(self, grad: Tensor) -> None:
+        self.backward += grad.nbytes
 
 
 class _ScaleGradient(torch.autograd.Function):

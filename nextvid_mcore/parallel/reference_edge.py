@@ -36,6 +36,7 @@ class ReferenceEdge:
         width = source.layout.tensor * source.layout.data
         self.leaders = [source.first_rank + i * width for i in range(source.layout.pipeline)]
         self.channels = [dist.new_group([leader, *target.ranks]) for leader in self.leaders]
+        self.sent = 0  # bytes that this rank sent, the last time
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -45,6 +46,7 @@ class ReferenceEdge:
                 whole = torch.cat([self._gathered(p).flatten() for _, p in self._parameters()])
                 if dist.get_rank() == leader:
                     dist.broadcast(whole, leader, group=channel)
+                    self.sent = whole.nbytes
             elif self.receives:
                 self._receive(stage, leader, channel)
 

@@ -71,7 +71,7 @@ class Engine:
         self.schedule = get_forward_backward_func(self.groups.layout.pipeline, None)
         source, home = seats.placement.encoder.layout, seats.placement.seats[-1].layout
         self.shares = 1 if seats.placement.separate else home.data // source.data
-        self.crossed = 0  # bytes this rank has sent to other seats
+        self.traffic = edges.Traffic()
 
     def gradients(self, point: StagePoint, clips: Sequence[ClipBatch], watch: Watch) -> None:
         """Accumulate the gradient of the mean loss over the step's micro-batches of this replica.

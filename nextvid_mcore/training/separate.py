@@ -5,6 +5,9 @@ On megatron-core's own pieces: MultiModulePipelineCommunicator carries one tenso
 context, already projected to the predictor's width, and the reference's features, in one row a clip; the
 predictor's edge carries z. Backward, their gradients return, scaled by the ratio of the data replicas
 (parallel/edges.py). Masks never cross: every seat draws them from (seed, index).
+
+A reference that is not pipelined is run micro-batch by micro-batch, just before its features are needed: a
+pass of its own over the whole step would keep the other seats waiting for it.
 """
 
 from __future__ import annotations
@@ -58,6 +61,8 @@ class SeparateEngine(Engine):
         self.seat: Seat = seats.mine[0]
         names = [seat.name for seat in placement.seats]
         self.before = names[names.index(self.seat.name) - 1] if self.seat.name != names[0] else None
+        self.leads = seats.home.tensor_rank == 0  # of a replica's tensor ranks only one sends
+        self.in_turn = "reference" in self.seat.roles and self.seat.layout.pipeline == 1
         self.features_cross = self.config.model.align and placement.seat_of("reference").name == "encoder"
         self.communicator = MultiModulePipelineCommunicator(
             module_to_grid_map={seat.name: seats.groups[seat.name].grid for seat in placement.seats},
@@ -72,8 +77,8 @@ class SeparateEngine(Engine):
         )
 
     def reference_features(self, clips: Sequence[ClipBatch]) -> list[Tensor | None]:
-        """Features where the reference is run, Nones elsewhere."""
-        if "reference" in self.seat.roles:
+        """Features where the reference is run ahead, Nones elsewhere."""
+        if "reference" in self.seat.roles and not self.in_turn:
             return super().reference_features(clips)
         return [None] * len(clips)
 
@@ -128,13 +133,14 @@ class SeparateEngine(Engine):
         if self.features_cross:  # only predicted frames are compared
             features = work.student.features[self.config.model.tokens_per_frame :]
         packed = edges.pack(out, features)
-        self.crossed += packed.numel() * packed.element_size()
+        self.traffic.goes(packed, self.leads)
         return packed
 
     def _predict(self, packed: Tensor, work: Work, watch: Watch, count: int) -> Any:
         """The loss where the decoder sits here too, else z for its seat, with alignment's gradient."""
         batch, model = work.generator, self.config.model
         place = self.model.places["predictor"]
+        self.traffic.returns(packed, self.leads)
         context, features = edges.unpack(
             packed, batch.masks.tokens.shape[1], model.predictor.width, model.encoder.width
         )
@@ -156,12 +162,13 @@ class SeparateEngine(Engine):
             weight = self.config.loss.align / count
             z = edges.add_loss(z, found["align"].mean(), weight)
         watch(LossTerms(**found), batch)
-        self.crossed += z.numel() * z.element_size()
+        self.traffic.goes(z, self.leads)
         return {self.seat.name: z}
 
     def _decode(self, z: Tensor, work: Work, watch: Watch) -> Tensor:
         """The flow loss from z [queries, B, E]."""
         batch = work.generator
+        self.traffic.returns(z, self.leads)
         z = self.model.shares("decoder", edges.scale_gradient(z, self._ratio()), batch)
         terms = LossTerms(**self.model.flow_matching(z, batch))
         watch(terms, batch)
@@ -175,6 +182,8 @@ class SeparateEngine(Engine):
     def work(
         self, clip: ClipBatch, tau_samples: int, features: Tensor | None, seed: int | None = None
     ) -> Work:
+        if self.in_turn and self.config.model.align:
+            features = super().reference_features([clip])[0]
         work = super().work(clip, tau_samples, features, seed)
         if self.model.last:
             return work

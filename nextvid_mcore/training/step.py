@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ class StepResult:
     loss_flow, loss_align: None where that loss is switched off.
     applied: False when the loss or a gradient was not finite anywhere: then no weight moved.
     grad_norm: over all roles, before clipping. monitors: see training/monitors.py.
+    crossed: between seats over all edges, `edge_bytes_per_clip` by direction, and `reference_bytes` of the
+        weights with which this step's features were made. Empty where all roles sit together.
     """
 
     loss: float
@@ -42,6 +45,7 @@ class StepResult:
     grad_norm: float
     applied: bool
     monitors: dict[str, float]
+    crossed: dict[str, Any]
 
 
 class TrainStep:
@@ -69,12 +73,13 @@ class TrainStep:
         self.model.train()
         groups = {role: seats.of(role) for role in self.model.roles()}
         self.roles = wrap_roles(self.model, groups)
+        self.reference_edge = self._reference_edge()
         self.optimizers = RoleOptimizers(
             self.roles,
             config.optim,
             groups,
             self.model.reference if "student" in self.model.holds else None,
-            self._reference_edge(),
+            self.reference_edge,
         )
         engine = SeparateEngine if seats.placement.separate else Engine
         self.engine = engine(self.model, seats, self.target)
@@ -100,12 +105,14 @@ class TrainStep:
     def run(self, point: StagePoint, clips: Sequence[ClipBatch]) -> StepResult:
         """Take the step at `point` on the micro-batches of this rank's first seat."""
         self.optimizers.set_lr(point)
+        self.engine.traffic.reset()
         losses, monitors = self.gradients(point, clips)
+        crossed = self._crossed(point.batch) if self.seats.placement.separate else {}
         flow, align = losses.get("flow"), losses.get("align")
         loss = self.config.loss.total(flow, align)
         watchdog.enter("optimizer step")
         outcome = self.optimizers.step(torch.tensor(loss, device=self.device))
-        return StepResult(loss, flow, align, outcome.grad_norm, outcome.applied, monitors)
+        return StepResult(loss, flow, align, outcome.grad_norm, outcome.applied, monitors, crossed)
 
     def gradients(
         self, point: StagePoint, clips: Sequence[ClipBatch]
@@ -140,6 +147,16 @@ class TrainStep:
                 mine[i] = torch.stack(found[name]).mean() / groups.layout.data
         dist.all_reduce(mine)
         return dict(zip(self.losses, mine.tolist(), strict=True))
+
+    def _crossed(self, clips: int) -> dict[str, Any]:
+        """What all ranks sent to other seats in a step over `clips` clips."""
+        traffic, edge = self.engine.traffic, self.reference_edge
+        mine = [traffic.forward, traffic.backward, 0 if edge is None else edge.sent]
+        total = torch.tensor(mine, dtype=torch.int64, device=self.device)
+        dist.all_reduce(total)
+        forward, backward, reference = total.tolist()
+        per_clip = {"forward": forward / clips, "backward": backward / clips}
+        return {"edge_bytes_per_clip": per_clip, "reference_bytes": reference}
 
     def _monitors(self, collapse: Collapse) -> dict[str, float]:
         """Over all tokens that the predictor's seat saw, on every rank."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 
 import parity
@@ -270,3 +271,35 @@ def trains_the_same(one_rank: dict, results: list[dict]) -> None:
     moved = sum((want[k] - start[k.replace("reference.", "student.encoder.")]).square().sum() for k in want)
     difference = sum((want[k] - got[k]).square().sum() for k in want)
     assert moved > 0 and difference.sqrt() <= 1e-4 * moved.sqrt()
+
+
+@pytest.mark.parametrize("name", [name for name, case in LAYOUTS.items() if case.placement != "colocated"])
+def test_bytes_between_seats(name: str) -> None:
+    """Counted from the tensors that were sent, against arithmetic: whatever the seats' replicas."""
+    case = LAYOUTS[name]
+    config = configure(case)
+    model, n = config.model, config.model.tokens_per_frame
+    whole = sum(math.prod(shape) for key, shape in encoder_shapes(case).items())
+    for step, stage in enumerate([config.stages[0]] * 2 + [config.stages[1]]):
+        t = model.token_frames(stage.frames)
+        values = (t - 1) * sum(config.mask.counts(n)) * model.predictor.width  # the projected context
+        if model.align and case.reference_at == "encoder":
+            values += (t - 1) * n * model.encoder.width  # features of the predicted frames
+        if case.placement == "three-groups":
+            values += config.mask.masks * (t - 1) * n * model.predictor.width  # z
+        away = model.align and case.reference_at == "generator"
+        for each in runs(case.ranks):
+            assert each[name]["results"][step]["crossed"] == {
+                "edge_bytes_per_clip": {"forward": 4 * values, "backward": 4 * values},
+                "reference_bytes": 4 * whole if away else 0,
+            }
+
+
+def encoder_shapes(case: Case) -> dict[str, tuple[int, ...]]:
+    """The reference encoder's whole tensors."""
+    shapes = runs(1)[0][case.reference]["shapes"]
+    return {key: shape for key, shape in shapes.items() if key.startswith("reference.")}
+
+
+def test_nothing_crosses_where_all_sit_together() -> None:
+    assert all(result["crossed"] == {} for result in runs(1)[0]["one-rank"]["results"])
