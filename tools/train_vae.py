@@ -194,13 +194,10 @@ class Training:
 
     @torch.no_grad()
     def finish(self, workers: int, samples: int) -> dict[str, float]:
-        """Write the two files of VA-VAE's format and the rest; the error on clips not trained on."""
+        """Write the two files of VA-VAE's format and the rest; the error on crops drawn afterwards."""
         settings, model = self.settings, self.model.eval()
-        totals, error, first = (
-            [torch.zeros(settings.latent, dtype=torch.float64) for _ in range(2)],
-            0.0,
-            None,
-        )
+        totals = [torch.zeros(settings.latent, dtype=torch.float64) for _ in range(2)]
+        error, shown = 0.0, []
         steps = -(-samples // settings.batch)
         count = 0
         for _, frames in pictures(settings, settings.steps, steps, workers):
@@ -211,8 +208,7 @@ class Training:
             count += values.shape[1]
             rebuilt = model.decode(mean)
             error += F.mse_loss(rebuilt, frames).item() / steps
-            if first is None:
-                first = frames[:: settings.frames].cpu(), rebuilt[:: settings.frames].cpu()
+            shown.append((frames[0].cpu(), rebuilt[0].cpu()))
         mean = totals[0] / count
         std = (totals[1] / count - mean.square()).clamp_min(1e-12).sqrt()
         statistics = {"mean": mean, "std": std}
@@ -223,19 +219,20 @@ class Training:
         replace_file({"state_dict": weights}, self.out / "autoencoder.pt")
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         (self.out / "losses.jsonl").write_text(lines)
-        draw(first, self.out / "reconstructions.png")
+        draw(shown, self.out / "reconstructions.png")
         return {"mse": error, "psnr": 10 * math.log10(4 / error), "samples": steps * settings.batch}
 
 
-def draw(frames: tuple[Tensor, Tensor], path: Path, columns: int = 8) -> None:
-    """Originals above reconstructions, [N, 3, H, W] each."""
+def draw(pairs: list[tuple[Tensor, Tensor]], path: Path, columns: int = 8) -> None:
+    """Originals above reconstructions, each [3, H, W]."""
     from nextvid_mcore.evaluation.strips import Panel, Strip, write_png
 
     panels = [
-        Panel(name, part[:columns].transpose(0, 1))
-        for name, part in zip(("original", "rebuilt"), frames, strict=True)
+        Panel(name, torch.stack([pair[i] for pair in pairs[:columns]], dim=1))
+        for i, name in enumerate(("original", "rebuilt"))
     ]
-    write_png([Strip("clips that were not trained on", panels)], path, "Reconstructions", word="clip")
+    title = "crops drawn after the last step of training"
+    write_png([Strip(title, panels)], path, "Reconstructions", word="crop")
 
 
 def plain(settings: Settings) -> dict:

@@ -1,4 +1,4 @@
-"""tools/generate.py: what is generated depends on what it may depend on, and the picture is written."""
+"""tools/generate.py: what is generated depends on what it may depend on, and the pictures are written."""
 
 import dataclasses
 import importlib.util
@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from nextvid_mcore import hub, recipes
-from nextvid_mcore.config import DataConfig
+from nextvid_mcore import flow, hub, recipes
+from nextvid_mcore.config import ConfigError, DataConfig
 from nextvid_mcore.data.manifest import Item
+from nextvid_mcore.evaluation.generation import draw_noise, roll_out
 from nextvid_mcore.hub import export
+from nextvid_mcore.targets import build_target
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "generate.py"
@@ -88,11 +90,89 @@ def test_a_frame_depends_on_earlier_frames_and_its_own_noise_alone(run: Path) ->
     assert (third[:, 0] - first[:, 0]).abs().max() > 0.1
 
 
+def test_solvers_agree_with_many_steps_and_differ_with_one(run: Path) -> None:
+    networks = tool().Networks.load(run / "encoder")
+    video, noise = torch.zeros(1, 3, 4, 64, 64), draw_noise(0, 0, 0, (1, 64, 384))
+    tokens = torch.arange(64)[None]
+
+    def distance(steps: int) -> float:
+        by = [
+            networks.generate(video, tokens, noise, steps, solver) for solver in (flow.euler, flow.midpoint)
+        ]
+        return (by[0] - by[1]).abs().max().item()
+
+    assert distance(1) > 1e-3 and distance(16) < distance(1) / 4
+
+
+def test_a_roll_out_feeds_back_what_it_generated(run: Path) -> None:
+    """Each new token frame is the target's picture of what the networks say after all frames so far."""
+    networks = tool().Networks.load(run / "encoder")
+    target = build_target(recipes.get("tiny"), "cpu", torch.float32)
+    start = (torch.rand(1, 3, 1, 64, 64) * 2 - 1).expand(-1, -1, 2, -1, -1)
+    noise = draw_noise(3, 0, 0, (3, 64, 384))
+    video = roll_out(networks, target, start, 3, noise, steps=2)
+    assert video.shape == (1, 3, 8, 64, 64) and torch.equal(video[:, :, :2], start)
+    assert video.abs().max() <= 1
+    longer = torch.cat([video, video[:, :, :2]], dim=2)  # frames to come make no difference
+    for frame in (1, 2, 3):
+        tokens = torch.arange(frame * 64)[None]
+        z, _ = networks.predictor(
+            networks.encoder(longer, torch.arange(256)[None])[:, : frame * 64], tokens, frames=[frame]
+        )
+        latents = flow.midpoint(
+            lambda x, tau, z=z: networks.decoder(x.flatten(1, 2), torch.full((1, 1), tau), z).view_as(x),
+            noise[:, frame - 1 : frame],
+            2,
+        )
+        expected = target.decode(latents).clamp(-1, 1)
+        assert torch.allclose(video[:, :, 2 * frame : 2 * frame + 2], expected, atol=1e-4)
+    kept = roll_out(networks, target, start, 3, noise, steps=2, keep=1)
+    assert torch.equal(kept[:, :, :4], video[:, :, :4])
+    assert (kept[:, :, 4:] - video[:, :, 4:]).abs().max() > 1e-3
+
+
+def test_a_target_without_pixels_cannot_be_rolled_out(run: Path) -> None:
+    networks = tool().Networks.load(run / "encoder")
+    blind = type("Blind", (), {"false_colour": True, "channels": 384})()
+    with pytest.raises(ConfigError, match="--mode masked"):
+        roll_out(networks, blind, torch.zeros(1, 3, 2, 64, 64), 1, torch.zeros(1, 1, 64, 384), steps=1)
+
+
+def gif(path: Path) -> tuple[int, int, int]:
+    """Frames, width and height."""
+    with Image.open(path) as image:
+        return image.n_frames, *image.size
+
+
+def test_an_export_alone_with_files_of_ones_own(run: Path, tmp_path: Path) -> None:
+    """Without a run: an image is a seed, a video brings what really came; an MP4 is there if PyAV is."""
+    seed, clip = media.image(tmp_path / "data" / "seed.png"), media.video(tmp_path / "data" / "clip.avi")
+    common = ("--data", str(tmp_path / "data"), "--steps", "1", "--out", str(tmp_path / "out"), "--fps", "25")
+    ended = start(
+        str(run / "encoder"), "--mode", "autoregressive", "--length", "2", "--solver", "euler", *common
+    )
+    assert ended.returncode == 0, ended.stderr
+    frames, width, height = gif(tmp_path / "out" / "rollout.gif")
+    assert frames == 6 and width > 3 * 128 and height > 2 * 128  # original and two samples; two clips
+    assert (tmp_path / "out" / "rollout.png").exists() and seed.exists() and clip.exists()
+    has_av = importlib.util.find_spec("av") is not None
+    ended = start(str(run / "encoder"), "--samples", "1", "--clips", "1", "--frames", "4", "--mp4", *common)
+    if has_av:
+        assert ended.returncode == 0, ended.stderr
+        from nextvid_mcore.data.decode import Video
+
+        film = Video(str(tmp_path / "out" / "generated.mp4"))
+        assert film.frames == 4 and film.fps == pytest.approx(25)
+    else:
+        assert ended.returncode == 2 and "pip install av" in ended.stderr
+
+
 def test_the_picture(run: Path) -> None:
     ended = start(str(run), "--steps", "1", "--mask", "2")
     assert ended.returncode == 0, ended.stderr
     picture = run / "plots" / "generated.png"
     assert str(picture) in ended.stdout
+    assert gif(picture.with_suffix(".gif"))[0] == 8
     with Image.open(picture) as image:
         assert len(image.convert("L").getcolors(256) or []) > 20
 
