@@ -13,6 +13,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+MOVING_DIGITS = "moving-digits"  # a manifest that is made and not read (data/digits_source.py)
+
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message is written for the person who typed it."""

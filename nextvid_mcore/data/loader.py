@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from nextvid_mcore.config import DataConfig, RunConfig, require
+from nextvid_mcore.config import MOVING_DIGITS, DataConfig, RunConfig, require
 from nextvid_mcore.data import decode, transforms
 from nextvid_mcore.data.decode import BadFile
 from nextvid_mcore.data.guard import BadFileLog, DataError
@@ -24,6 +25,9 @@ from nextvid_mcore.data.manifest import Item, Manifest
 from nextvid_mcore.data.sampler import Mixture, Request, build_mixture
 from nextvid_mcore.data.workers import shield, start_worker
 from nextvid_mcore.rng import numpy_rng
+
+if TYPE_CHECKING:
+    from nextvid_mcore.data.digits_source import DigitClips
 
 TRIES = 16  # bad files in a row that a sample may meet
 
@@ -91,6 +95,11 @@ class ClipDataset(Dataset):
         self.manifest, self.mixture = manifest, mixture
         self._video: decode.Video | None = None  # the last one opened
 
+    @property
+    def note(self) -> str:
+        """What is drawn from, for the log."""
+        return self.mixture.note
+
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_video": None}  # an open decoder does not travel to workers
 
@@ -152,11 +161,15 @@ class ClipDataset(Dataset):
         return clip if len(unique) == frames else clip[:, torch.from_numpy(back)]
 
 
-def build_dataset(config: RunConfig, train: bool = True) -> ClipDataset:
+def build_dataset(config: RunConfig, train: bool = True) -> ClipDataset | DigitClips:
     """The training or the validation set of a run."""
     data, flag = config.data, "manifest" if train else "eval_manifest"
     path = getattr(data, flag)
     require(path is not None, f"no data.{flag}: write one with tools/build_manifest.py and name it")
+    if path.partition(":")[0] == MOVING_DIGITS:
+        from nextvid_mcore.data import digits_source  # it builds on this module
+
+        return digits_source.build(config, path, train)
     manifest = Manifest.open(path)
     mixture = build_mixture(manifest, data.sets)
     return ClipDataset(data, config.model.image_size, manifest, mixture, config.train.seed, train)
@@ -167,7 +180,7 @@ def _unchanged(batch: ClipBatch | _Failure) -> ClipBatch | _Failure:
 
 
 def iterate(
-    dataset: ClipDataset,
+    dataset: ClipDataset | DigitClips,
     requests: Iterable[Request | tuple[int, Sequence[int]]],
     workers: int = 0,
     prefetch: int = 2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nextvid_mcore.config import ConfigError, RunConfig
-from nextvid_mcore.recipes import ablations, paper, tiny
+from nextvid_mcore.recipes import ablations, digits, paper, tiny
 from nextvid_mcore.recipes.ablations import ablate
 
 __all__ = ["RECIPES", "ablate", "get", "names"]
@@ -15,6 +15,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "vit_l": paper.vit_l,
     "vit_h": paper.vit_h,
     "vit_g": paper.vit_g,
+    **digits.RECIPES,
     **ablations.RECIPES,
 }
 

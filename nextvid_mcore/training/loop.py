@@ -216,7 +216,7 @@ class Trainer:
 
     def _check_data(self) -> None:
         """Manifest and mixture are right before any step; and what is drawn from, said."""
-        note = build_dataset(self.config).mixture.note
+        note = build_dataset(self.config).note
         self.progress.say(f"data: {note}")
 
     def _run(self, loader: Iterator[ClipBatch] | None) -> int:

@@ -1,0 +1,169 @@
+"""The runs of docs/results.md, ordered by what they teach: which row, which seed, which settings.
+
+A run is named by its row and seed; `Run.key` is a digest of every setting, so a result counts only for
+exactly the run that it belongs to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from nextvid_mcore import recipes
+from nextvid_mcore.config import RunConfig, require
+from nextvid_mcore.evaluation.presets import ProbeConfig, preset
+from nextvid_mcore.recipes import digits
+
+KINDS = ("pretrain", "random", "pixels", "supervised")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long every pretraining is, and on how many clips it is probed."""
+
+    steps: int = digits.STEPS
+    batch: int = digits.BATCH
+    peak: float = digits.PEAK
+    ema: float = 0.99
+    precision: str = "bf16"
+    probe_train: int = 5000
+    probe_test: int = 3000
+    probe_epochs: int = 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the queue."""
+
+    row: str
+    seed: int
+    kind: str
+    config: RunConfig
+    probe: ProbeConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.row} seed {self.seed}"
+
+    @property
+    def steps(self) -> int:
+        return (
+            sum(stage.steps for stage in self.config.stages) if self.kind in ("pretrain", "supervised") else 0
+        )
+
+    @property
+    def clips(self) -> int:
+        """Seen in pretraining."""
+        return self.steps * self.config.stages[0].batch
+
+    def settings(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        config = dataclasses.asdict(self.config)
+        for name in ("checkpoint", "eval", "wandb", "profile", "data", "parallel"):
+            config.pop(name)  # no part in it
+        return json.loads(json.dumps({"config": config, "probe": dataclasses.asdict(self.probe)}))
+
+    @property
+    def key(self) -> str:
+        text = json.dumps({"row": self.row, "kind": self.kind, **self.settings()}, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def part(config: RunConfig, name: str, **changes: Any) -> RunConfig:
+    """`config` with fields of one of its parts changed."""
+    return dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **changes)})
+
+
+def base(budget: Budget, size: str = "m", share: float = 1.0) -> RunConfig:
+    """The full model, over `share` of the budget's steps."""
+    config = digits.make(size, max(10, round(budget.steps * share)), budget.batch, budget.peak)
+    config = part(config, "optim", ema=budget.ema)
+    return part(config, "train", precision=budget.precision, micro_batch=budget.batch)
+
+
+def variants(budget: Budget) -> dict[str, tuple[str, RunConfig]]:
+    """row -> kind and configuration, of seed 0."""
+    full = base(budget)
+    alone = recipes.ablate(full, "table2_gen_ciso")  # what Tables 4 and 5 build on
+    out = {
+        "full": ("pretrain", full),
+        "random": ("random", full),
+        "pixels": ("pixels", full),
+        "supervised": ("supervised", full),
+    }
+    for row in ("table2_gen", "table2_gen_ciso", "table2_align", "table2_align_ciso", "table12_no_ema"):
+        out[row] = "pretrain", recipes.ablate(full, row)
+    for row in ("table4_no_mask", "table5_cross", "table5_cross_self", "table11_tau4"):
+        out[row] = "pretrain", recipes.ablate(full, row)
+    out["align_raw"] = "pretrain", part(full, "model", align_target="none")
+    for mode in ("packed", "truncate"):
+        out[f"mask_{mode}"] = "pretrain", part(full, "mask", mode=mode)
+    assert alone == out["table2_gen_ciso"][1]
+    for size in digits.SIZES:
+        for share in (0.25, 0.5, 1.0):
+            if (size, share) != ("m", 1.0):  # that one is `full`
+                out[f"scale_{size}_{share:g}"] = "pretrain", base(budget, size, share)
+    for label, changes in SEARCH.items():
+        out[label] = "pretrain", search(full, budget, changes)
+    return out
+
+
+# Tried before the table, each against `full`: which settings learn in a budget this small.
+SEARCH: dict[str, dict[str, Any]] = {
+    "search_lr_0.0005": {"peak": 5e-4},
+    "search_lr_0.001": {"peak": 1e-3},
+    "search_lr_0.004": {"peak": 4e-3},
+    "search_ema_0.998": {"ema": 0.998},
+    "search_ema_0.95": {"ema": 0.95},
+    "search_align_0.25": {"align": 0.25},
+    "search_flow_2": {"flow": 2.0},
+}
+
+
+def search(config: RunConfig, budget: Budget, changes: dict[str, float]) -> RunConfig:
+    for name, value in changes.items():
+        if name == "peak":
+            config = dataclasses.replace(config, stages=digits.stages(budget.steps, budget.batch, value))
+        else:
+            config = part(config, "optim" if name == "ema" else "loss", **{name: value})
+    return config
+
+
+_SCALES = [f"scale_{size}_{share}" for size in digits.SIZES for share in ("0.25", "0.5", "1")]
+ORDER: list[tuple[str, int]] = [
+    *[(row, 0) for row in ("full", "random", "pixels", "supervised")],
+    *[(row, 0) for row in ("table2_gen", "table2_gen_ciso", "table2_align", "table2_align_ciso")],
+    *[("table12_no_ema", 0), ("full", 1), ("table12_no_ema", 1), ("full", 2), ("table12_no_ema", 2)],
+    *[("random", 1), ("random", 2), ("table4_no_mask", 0), ("table5_cross", 0), ("table5_cross_self", 0)],
+    *[(row, 0) for row in ("table11_tau4", "align_raw", "mask_packed", "mask_truncate")],
+    *[(row, 0) for row in _SCALES if row != "scale_m_1"],
+    *[(f"table2_{row}", seed) for seed in (1, 2) for row in ("gen", "gen_ciso", "align", "align_ciso")],
+]
+
+
+def table(budget: Budget, rows: list[str] | None = None) -> list[Run]:
+    """The runs in order; `rows`: those rows alone (any of `variants`), with the seeds they have in it."""
+    every = variants(budget)
+    unknown = sorted(set(rows or ()) - every.keys())
+    require(not unknown, f"no row {', '.join(unknown)}; there are {', '.join(every)}")
+    order = ORDER if rows is None else [(row, seed) for row, seed in ORDER if row in rows]
+    order += [(row, 0) for row in rows or () if (row, 0) not in order]
+    out = []
+    for row, seed in order:
+        kind, config = every[row]
+        probe = preset(
+            "moving_digits",
+            method="linear" if kind == "pixels" else "attentive",
+            train_items=budget.probe_train,
+            val_items=budget.probe_test,
+            epochs=budget.probe_epochs,
+            lrs=(3e-3, 1e-3),
+            weight_decays=(0.01,),
+            holdout=0.1,
+            seed=100 + seed,  # other clips than pretraining's
+        )
+        out.append(Run(row, seed, kind, part(config, "train", seed=seed), probe))
+    return out

@@ -1,0 +1,207 @@
+"""A resumable queue of the runs in ablation_rows.py: several at once on one GPU, stops by itself.
+
+    python examples/ablations/run_queue.py --minutes 9 [--rows full random ...] [--workers 8]
+
+One line of JSON is appended to --results when a run ends. A run whose line is there is never repeated; one
+that was under way when the time was over is lost and begins anew. Ends with what was not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+for folder in (HERE.parents[1], HERE):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))  # so that it runs from a clone that isn't installed
+
+from ablation_rows import Budget, Run, table  # noqa: E402
+
+from nextvid_mcore.config import ConfigError, require  # noqa: E402
+
+RESULTS = HERE / "results" / "results.jsonl"
+Serve = Callable[[Connection], None]
+
+
+def serve_runs(link: Connection) -> None:
+    """A worker's process; what is heavy is imported there."""
+    from ablation_run import serve
+
+    serve(link)
+
+
+def commit() -> str:
+    """Of the code that runs; a file COMMIT beside the package serves where there is no git."""
+    mark = HERE.parents[1] / "COMMIT"
+    if mark.exists():
+        return mark.read_text().strip()
+    found = subprocess.run(
+        ["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def finished(file: Path) -> dict[str, dict[str, Any]]:
+    """key -> line. A line that a kill cut short is dropped from the file."""
+    if not file.exists():
+        return {}
+    whole, rows = [], {}
+    for line in file.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        whole.append(line)
+        rows[row["key"]] = row
+    text = "".join(f"{line}\n" for line in whole)
+    if text != file.read_text():
+        file.write_text(text)
+    return rows
+
+
+def append(file: Path, row: dict[str, Any]) -> None:
+    with open(file, "a") as out:
+        out.write(json.dumps(row) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+class Worker:
+    """A process and the run it has."""
+
+    def __init__(self, serve: Serve) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.link, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other,), daemon=True)
+        self.process.start()
+        other.close()
+        self.run: Run | None = None
+        self.began = 0.0
+
+    def give(self, run: Run) -> None:
+        self.run, self.began = run, time.monotonic()
+        self.link.send(run)
+
+    def end(self) -> None:
+        """At once: a run under way is lost."""
+        self.process.terminate()
+        self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+
+
+def drain(
+    runs: Sequence[Run],
+    file: Path,
+    seconds: float,
+    workers: int,
+    serve: Serve = serve_runs,
+    say: Callable[[str], None] = print,
+) -> list[Run]:
+    """Run what isn't in `file` yet until done or `seconds` have passed. Returns what is still not run."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    began, mark = time.monotonic(), commit()
+    have = finished(file)
+    left = [run for run in runs if run.key not in have]
+    todo, failed, rates = list(left), 0, []  # rates: seconds a step
+    pool = [Worker(serve) for _ in range(min(workers, len(todo)))]
+
+    def fits(run: Run) -> bool:
+        need = min(rates) * max(run.steps, 1) if rates else 0.0
+        return time.monotonic() - began + need < seconds
+
+    def next_run() -> Run | None:
+        found = next((run for run in todo if fits(run)), None)
+        if found is not None:
+            todo.remove(found)
+        return found
+
+    for worker in pool:
+        if (run := next_run()) is not None:
+            worker.give(run)
+    try:
+        while busy := {worker.link: worker for worker in pool if worker.run is not None}:
+            remaining = seconds - (time.monotonic() - began)
+            ready = wait(list(busy), timeout=max(0.0, remaining)) if remaining > 0 else []
+            if not ready:
+                break
+            for link in ready:
+                worker = busy[link]
+                try:
+                    run, row, error = link.recv()
+                except (EOFError, ConnectionError):
+                    run, row, error = (
+                        worker.run,
+                        None,
+                        f"its process died (exit code {worker.process.exitcode})",
+                    )
+                    pool[pool.index(worker)] = worker = Worker(serve)
+                took = time.monotonic() - worker.began if worker.run else 0.0
+                if row is None:
+                    failed += 1
+                    say(f"{run.name} FAILED: {error}")
+                else:
+                    append(file, row | {"commit": mark})
+                    left.remove(run)
+                    if run.kind == "pretrain":
+                        rates.append(took / run.steps)
+                    scores = ", ".join(f"{task} {each['top1']:.1f}" for task, each in row["probe"].items())
+                    say(f"{time.monotonic() - began:6.0f} s  {run.name}: {scores}  ({took:.0f} s)")
+                worker.run = None
+                if (following := next_run()) is not None:
+                    worker.give(following)
+    finally:
+        for worker in pool:
+            worker.end()
+    say(f"{len(runs) - len(left)} of {len(runs)} runs have results; {failed} failed")
+    if left:
+        say("not run: " + ", ".join(run.name for run in left))
+    return left
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("--minutes", type=float, default=9.0, help="of wall time, then everything stops")
+    out.add_argument("--rows", nargs="+", metavar="ROW", help="these alone (default: the whole table)")
+    out.add_argument("--workers", type=int, default=8, help="runs at once")
+    out.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
+    out.add_argument("--list", action="store_true", help="show the runs and whether they have a result")
+    budget = out.add_argument_group("the size of every run")
+    for name, value in vars(Budget()).items():
+        budget.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        require(args.minutes > 0, f"--minutes {args.minutes}: give more than 0")
+        require(args.workers >= 1, f"--workers {args.workers}: give 1 or more")
+        runs = table(Budget(**{name: getattr(args, name) for name in vars(Budget())}), args.rows)
+    except ConfigError as error:
+        print(f"ablations: {error}", file=sys.stderr)
+        return 2
+    if args.list:
+        have = finished(args.results)
+        for run in runs:
+            print(f"{'done   ' if run.key in have else 'not run'}  {run.name}, {run.steps} steps")
+        return 0
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    return 3 if drain(runs, args.results, 60 * args.minutes, args.workers, say=say) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

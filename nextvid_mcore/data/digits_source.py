@@ -1,0 +1,29 @@
+"""Moving digits as a pretraining source: `--data.manifest moving-digits` in place of a folder.
+
+Sample i is clip i of (seed, MNIST's training digits); held out are clips of its test digits. Nothing is
+decoded, cropped or mirrored: mirrored motion is another class.
+"""
+
+from __future__ import annotations
+
+from nextvid_mcore.config import RunConfig, require
+from nextvid_mcore.data.moving_digits import MovingDigits, load_mnist, parse_source
+
+
+class DigitClips(MovingDigits):
+    """`ClipBatch`es for the loader, with what the loop says of a data set."""
+
+    @property
+    def note(self) -> str:
+        """Reads MNIST, so a missing package is named before any step."""
+        return f"moving digits, {len(load_mnist()[self.split][1]):,} of MNIST's {self.split} split"
+
+
+def build(config: RunConfig, source: str, train: bool) -> DigitClips:
+    """The clips of a run whose manifest is `source`, moving-digits[:SIZE]."""
+    size, asked = config.model.image_size, source.partition(":")[2]
+    require(
+        not asked or parse_source(source) == size,
+        f"{source}: the model reads frames of {size} pixels; write moving-digits or moving-digits:{size}",
+    )
+    return DigitClips("train" if train else "test", size, config.train.seed if train else 0)

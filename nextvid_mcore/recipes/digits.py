@@ -1,0 +1,81 @@
+"""Runs on moving digits: encoders of 1 to 5 million parameters, minutes on a GPU, a laptop if need be.
+
+Made for the evidence in docs/results.md, so small and short where the paper is large and long: a horizon
+of the EMA that fits a thousand steps, one tau a sample, and no stage of longer clips.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from nextvid_mcore.config import (
+    MOVING_DIGITS,
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    StageConfig,
+    TargetConfig,
+    TrainConfig,
+    TransformerShape,
+)
+
+FRAMES, BATCH, STEPS = 16, 64, 1000
+PEAK = 2e-3  # learning rate
+SIZES = {  # encoder (parameters in the blocks), predictor and decoder
+    "s": (TransformerShape(128, 6, 4, 512), TransformerShape(96, 3, 3, 384)),  # 1.2M
+    "m": (TransformerShape(192, 6, 6, 768), TransformerShape(96, 3, 3, 384)),  # 2.7M
+    "l": (TransformerShape(256, 6, 8, 1024), TransformerShape(96, 3, 3, 384)),  # 4.7M
+}
+
+
+def stages(steps: int, batch: int = BATCH, peak: float = PEAK) -> tuple[StageConfig, ...]:
+    """Warm-up, stable and cool-down over `steps` (10 or more): Table 8's shape, a tenth of it up."""
+    up, down = max(1, steps // 10), max(1, 3 * steps // 10)
+    common = {"frames": FRAMES, "batch": batch}
+    return (
+        StageConfig("warmup", up, lr_start=peak / 20, lr_end=peak, **common),
+        StageConfig("stable", max(1, steps - up - down), lr_start=peak, lr_end=peak / 2, **common),
+        StageConfig("cooldown", down, lr_start=peak / 2, lr_end=peak / 1000, **common),
+    )
+
+
+def make(size: str, steps: int = STEPS, batch: int = BATCH, peak: float = PEAK) -> RunConfig:
+    """The run of one of `SIZES`, `steps` long."""
+    encoder, other = SIZES[size]
+    return RunConfig(
+        recipe=f"digits_{size}",
+        model=ModelConfig(encoder=encoder, predictor=other, decoder=other, image_size=64, patch_size=8),
+        stages=stages(steps, batch, peak),
+        target=TargetConfig(kind="pixels"),
+        data=DataConfig(manifest=MOVING_DIGITS, eval_manifest=MOVING_DIGITS, workers=1),
+        optim=OptimConfig(ema=0.99),
+        train=TrainConfig(micro_batch=batch, precision="fp32"),
+        checkpoint=CheckpointConfig(every=250),
+        eval=EvalConfig(every=250, samples=128, batch=32),
+    )
+
+
+def digits_s() -> RunConfig:
+    """1.2M encoder on moving digits."""
+    return make("s")
+
+
+def digits_m() -> RunConfig:
+    """2.7M encoder on moving digits, 64 pixels, pixel targets, 1000 steps of 64 clips."""
+    return make("m")
+
+
+def digits_l() -> RunConfig:
+    """4.7M encoder on moving digits."""
+    return make("l")
+
+
+def digits() -> RunConfig:
+    """The same as digits_m."""
+    return dataclasses.replace(digits_m(), recipe="digits")
+
+
+RECIPES = {"digits": digits, "digits_s": digits_s, "digits_m": digits_m, "digits_l": digits_l}
