@@ -154,6 +154,20 @@ class _HostMemory:
         return max(0, peak - self._before) / 2**30
 
 
+def _written(buckets: list[Any], transforms: list[Any]) -> dict[int, Any]:
+    """Write megatron-core's buckets, one file each. Its own loop over them drops the reason of a failure."""
+    results = {}
+    for number, bucket in enumerate(buckets):
+        write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+        number, found = write(transforms, number, bucket, None, None, True)
+        if isinstance(found, Exception):
+            while not isinstance(found, OSError) and found.__context__ is not None:
+                found = found.__context__  # of torch's "unexpected pos", the write that failed
+            raise found
+        results[number] = found
+    return results
+
+
 @dataclass
 class _Pending:
     """A save that has begun."""
@@ -174,8 +188,7 @@ class _Pending:
         """This rank's tensors, flushed, with their checksums. Talks to no other rank."""
         try:
             if self.request.async_fn is not None:
-                rank, _, results = self.request.async_fn_args
-                self.request.async_fn(rank, self.buckets, results)
+                self.request.async_fn_args[2].put(_written(self.buckets, self.request.async_fn.args[0]))
             self.buckets = None
             own = [path for path in self.partial.iterdir() if path.name.startswith(f"__{dist.get_rank()}_")]
             self.files = {path.name: manifest.fingerprint(path) for path in own}
@@ -343,15 +356,13 @@ class Saver:
 
         def written() -> None:
             if pending.error is not None:
-                raise pending.error
+                free = shutil.disk_usage(self.root).free / 1e9
+                reason = f"{_reason(pending.error)} ({free:.3f} GB are free in {self.root})"
+                raise CheckpointError(reason) from pending.error
 
         def close() -> None:
-            try:
-                for finalize in pending.request.finalize_fns:
-                    finalize()
-            except CheckpointException as error:
-                free = shutil.disk_usage(self.root).free / 1e9
-                raise CheckpointError(f"{_reason(error)} ({free:.3f} GB are free in {self.root})") from error
+            for finalize in pending.request.finalize_fns:
+                finalize()
 
         def describe() -> dict[str, Any]:
             if rank != 0:
