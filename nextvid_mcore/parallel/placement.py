@@ -13,6 +13,7 @@ micro x encoder data / its own data of them. The global sample indices are the s
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig, require
@@ -95,6 +96,14 @@ def resolve_placement(config: RunConfig, world_size: int) -> Placement:
             f"{total} clips can't be shared by data {seat.layout.data} replicas; choose one that divides "
             f"{total}, or a larger --train.micro-batch",
         )
+    if placement.separate:
+        for before, seat in itertools.pairwise(placement.seats):
+            small, large = sorted((before.layout.data, seat.layout.data))
+            require(
+                large % small == 0,
+                f"{before.name} data {before.layout.data} and {seat.name} data {seat.layout.data}: replicas "
+                "exchange whole tensors, so one number must be a multiple of the other",
+            )
     return placement
 
 
@@ -152,8 +161,8 @@ def _colocated(config: RunConfig, world_size: int) -> Placement:
     require(
         layout.tensor % tensor == 0 and asked.data in (None, data),
         f"generator: tensor {asked.tensor or tensor} x data {asked.data or data} can't share the ranks of "
-        f"one pipeline stage, tensor {layout.tensor} x data {layout.data}: it takes data {layout.data} times a "
-        f"divisor of {layout.tensor}",
+        f"one pipeline stage, tensor {layout.tensor} x data {layout.data}: it takes data {layout.data} "
+        f"times a divisor of {layout.tensor}",
     )
     if (tensor, data) == (layout.tensor, layout.data) and layout.pipeline == 1:
         return Placement(

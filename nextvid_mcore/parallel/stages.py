@@ -1,10 +1,12 @@
 """How many encoder layers each pipeline stage holds.
 
-Predictor, decoder and targets sit on the last stage, so it gets fewer encoder layers: as many as make
-its work nearest to the others'. megatron-core wants the other stages equal.
+Colocated predictor, decoder and targets sit on the last stage, so it gets fewer encoder layers: as many as
+make its work nearest to the others'. megatron-core wants the other stages equal.
 """
 
 from __future__ import annotations
+
+import math
 
 from nextvid_mcore import flops
 from nextvid_mcore.config import ConfigError, RunConfig, StageConfig
@@ -20,7 +22,8 @@ def last_stage_layers(config: RunConfig, pipeline: int) -> int | None:
         return None
     depth = config.model.encoder.depth
     heaviest = max(config.stages, key=lambda stage: stage.steps * config.batch(stage))
-    extra = generator_layers(config, heaviest)
+    colocated = config.parallel.placement == "colocated"
+    extra = generator_layers(config, heaviest) if colocated else 0.0
     choices = [last for last in range(1, depth) if (depth - last) % (pipeline - 1) == 0]
     if not choices:
         raise ConfigError(
@@ -36,7 +39,8 @@ def stage_layers(config: RunConfig, pipeline: int) -> list[int]:
 
 
 def generator_layers(config: RunConfig, stage: StageConfig) -> float:
-    """Work of predictor and decoder in units of one encoder layer (student and reference)."""
+    """Work of predictor, decoder and target in units of one encoder layer (student and reference)."""
     work = flops.clip_flops(config, stage, executed=True)
+    target = flops.target_flops(config, stage)
     layer = (work.student + work.reference) / config.model.encoder.depth
-    return (work.predictor + work.decoder) / layer
+    return (work.predictor + work.decoder + (0.0 if math.isnan(target) else target)) / layer

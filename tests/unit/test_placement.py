@@ -48,14 +48,14 @@ def test_colocated_generator_can_share_the_tensor_ranks_batch():
 
 def test_two_groups():
     config = run_config(placement="two-groups", encoder=R(tensor=2), generator=R(data=2))
-    assert layouts(config, 8) == {"encoder": (0, 2, 1, 3), "generator": (6, 1, 1, 2)}
-    placement = resolve_placement(config, 8)
+    assert layouts(config, 10) == {"encoder": (0, 2, 1, 4), "generator": (8, 1, 1, 2)}
+    placement = resolve_placement(config, 10)
     assert placement.seat_of("reference").name == "encoder"
-    assert [placement.clips(seat) for seat in placement.seats] == [4, 6]
+    assert [placement.clips(seat) for seat in placement.seats] == [4, 8]
     beside = resolve_placement(dataclasses.replace(config, parallel=dataclasses.replace(
-        config.parallel, reference="generator")), 8)  # fmt: skip
+        config.parallel, reference="generator")), 10)  # fmt: skip
     assert beside.seat_of("reference").name == "generator"
-    assert beside.world == 8
+    assert beside.world == 10
 
 
 def test_three_groups():
@@ -93,6 +93,7 @@ def test_coordinates_run_over_tensor_data_pipeline():
             dict(placement="two-groups", encoder=R(data=2), generator=R(data=5)),
             "can't be shared by data 5",
         ),
+        (5, dict(placement="two-groups", generator=R(data=2)), "one number must be a multiple of the other"),
         (8, dict(reference="generator"), "goes with --parallel.placement two-groups"),
     ],
 )

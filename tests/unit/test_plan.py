@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from nextvid_mcore import cli, flops, recipes
-from nextvid_mcore.config import ConfigError
+from nextvid_mcore.config import ConfigError, RoleParallel
 from nextvid_mcore.parallel.groups import Layout
-from nextvid_mcore.parallel.plan import WIDTH, check, describe, rank_memory, stage_layers
+from nextvid_mcore.parallel.memory import rank_memory
+from nextvid_mcore.parallel.placement import resolve_placement
+from nextvid_mcore.parallel.plan import WIDTH, check, describe
 
 
 def plan(line: str, world: int, dry_run: bool = True):
@@ -56,13 +58,13 @@ def test_a_sequence_that_cannot_be_split_is_named():
 
 
 def test_a_real_start_asks_for_what_a_dry_run_does_not():
-    assert plan("vit_l --model.backend te", 8).data == 8
+    assert plan("vit_l --model.backend te", 8).encoder.layout.data == 8
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="--model.backend local"):
             plan("vit_l --model.backend te", 8, dry_run=False)
     with pytest.raises(ConfigError, match="--target.checkpoint"):
         plan("vit_l", 8, dry_run=False)
-    assert plan("tiny", 1, dry_run=False) == Layout()
+    assert plan("tiny", 1, dry_run=False).encoder.layout == Layout()
 
 
 @pytest.mark.parametrize(
@@ -80,32 +82,27 @@ def test_the_text_has_the_papers_numbers(name: str, said: tuple[str, ...]):
     assert max(map(len, text.splitlines())) <= WIDTH
 
 
-def test_who_holds_what_covers_every_rank_once():
-    line = "tiny --dry-run --parallel.encoder.tensor 2 --parallel.encoder.pipeline 2 --train.micro-batch 2"
-    config, _ = cli.parse(line.split())
-    lines = [line.strip() for line in describe(config, 8).splitlines() if line.strip().startswith("data ")]
-    assert [line.split(": ")[1] for line in lines] == ["ranks 0-1", "ranks 4-5", "ranks 2-3", "ranks 6-7"]
-    assert ["decoder" in line for line in lines] == [False, True, False, True]
-    assert sum(stage_layers(config, Layout(2, 2, 2))) == config.model.encoder.depth
-
-
 def test_memory_adds_up_over_the_ranks():
     """What all ranks hold is what the model has; the optimizer's state is held once."""
     config = recipes.get("vit_g")
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, global_batch=96),
+        parallel=dataclasses.replace(config.parallel, encoder=RoleParallel(tensor=2, pipeline=4)),
+    )
     count = flops.parameters(config.model, flops.target_channels(config))
     trained = count.student + count.predictor + count.decoder
-    layout = Layout(tensor=2, pipeline=4, data=12)
-    stages = [rank_memory(config, layout, i, config.stages[0]) for i in range(4)]
-    replica = layout.tensor
-    assert replica * sum(m.weights for m in stages) == pytest.approx(2 * trained)
-    assert replica * sum(m.gradients for m in stages) == pytest.approx(4 * trained)
-    assert replica * layout.data * sum(m.optimizer for m in stages) == pytest.approx(
-        12 * trained + 4 * count.encoder
-    )
-    assert replica * sum(m.reference for m in stages) == pytest.approx(2 * count.encoder)
+    placement = resolve_placement(config, 96)
+    data = placement.encoder.layout.data
+    assert data == 12
+    ranks = [rank_memory(config, placement, rank, config.stages[0]) for rank in range(96)]
+    assert sum(m.weights for m in ranks) == pytest.approx(data * 2 * trained)
+    assert sum(m.gradients for m in ranks) == pytest.approx(data * 4 * trained)
+    assert sum(m.optimizer for m in ranks) == pytest.approx(12 * trained + 4 * count.encoder)
+    assert sum(m.reference for m in ranks) == pytest.approx(data * 2 * count.encoder)
     full = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, recompute="full"))
-    lean = rank_memory(full, layout, 0, config.stages[0])
-    assert lean.activations < stages[0].activations / 8 and lean.weights == stages[0].weights
+    lean = rank_memory(full, placement, 0, config.stages[0])
+    assert lean.activations < ranks[0].activations / 8 and lean.weights == ranks[0].weights
 
 
 def test_the_program_prints_its_plan_without_torchrun_data_or_gpu(tmp_path):

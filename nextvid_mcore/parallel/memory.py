@@ -1,0 +1,195 @@
+"""What a rank holds, and how much memory that takes: an estimate, by formula.
+
+A rank may sit in several seats (a colocated generator that is split in its own way); what they take adds up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nextvid_mcore import flops
+from nextvid_mcore.config import RunConfig, StageConfig, TransformerShape
+from nextvid_mcore.parallel.groups import Layout, sequences
+from nextvid_mcore.parallel.placement import Placement, Seat
+from nextvid_mcore.parallel.stages import stage_layers
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of each kind on a rank."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    reference: float = 0.0
+    features: float = 0.0
+    activations: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+    def __add__(self, other: RankMemory) -> RankMemory:
+        return RankMemory(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+
+def micro_batches(config: RunConfig, placement: Placement, point: StageConfig) -> int:
+    """Forward passes of a replica in a step of `point`, the same in every seat."""
+    return placement.encoder.layout.micro_batches(config.batch(point), config.train.micro_batch)
+
+
+def trained(config: RunConfig, seat: Seat, stage: int) -> dict[str, float]:
+    """Trained parameters of a rank of `seat` by role."""
+    count = flops.parameters(config.model, flops.target_channels(config))
+    layers = stage_layers(config, seat.layout.pipeline)
+    found: dict[str, float] = {}
+    if "student" in seat.roles:
+        found["student"] = count.encoder * layers[stage] / sum(layers)
+        if stage == len(layers) - 1:
+            found["student"] += count.context_projection
+    if stage == len(layers) - 1:
+        found |= {role: getattr(count, role) for role in ("predictor", "decoder") if role in seat.roles}
+    return {role: number / seat.layout.tensor for role, number in found.items()}
+
+
+def rank_memory(config: RunConfig, placement: Placement, rank: int, point: StageConfig) -> RankMemory:
+    """An estimate for one rank in schedule stage `point`."""
+    parts = (_seat(config, placement, seat, rank, point) for seat in placement.seats_of_rank(rank))
+    return sum(parts, RankMemory())
+
+
+def _seat(config: RunConfig, placement: Placement, seat: Seat, rank: int, point: StageConfig) -> RankMemory:
+    layout, stage = seat.layout, seat.coordinates(rank)["pipeline"]
+    size = 2 if config.train.precision == "bf16" else 4
+    parameters = sum(trained(config, seat, stage).values())
+    count = flops.parameters(config.model, flops.target_channels(config))
+    layers = stage_layers(config, layout.pipeline)
+    encoder = count.encoder * layers[stage] / sum(layers) / layout.tensor
+    ema = encoder if "student" in seat.roles else 0.0
+    master = 4 if size == 2 else 0  # fp32 weights are their own master copy
+    return RankMemory(
+        weights=parameters * size,
+        gradients=parameters * 4,
+        optimizer=(parameters * (master + 8) + ema * 4) / layout.data,
+        # where the student is, its EMA is made, whoever runs it
+        reference=encoder * size if {"student", "reference"} & set(seat.roles) else 0.0,
+        features=_features(config, placement, seat, stage, point) * size,
+        activations=_activations(config, placement, seat, stage, point) * size,
+    )
+
+
+def _in_flight(config: RunConfig, placement: Placement, seat: Seat, stage: int, point: StageConfig) -> int:
+    """Micro-batches whose backward a stage of the chain still waits for, under 1F1B."""
+    if seat is placement.encoder:
+        behind = seat.layout.pipeline - 1 - stage + (len(placement.seats) - 1) * placement.separate
+    else:
+        behind = len(placement.seats) - 1 - placement.seats.index(seat)
+    return min(behind + 1, micro_batches(config, placement, point))
+
+
+def _features(config: RunConfig, placement: Placement, seat: Seat, stage: int, point: StageConfig) -> float:
+    """Values of the reference's features that wait for the alignment loss."""
+    if not config.model.align:
+        return 0.0
+    waiting = 0
+    if "reference" in seat.roles and stage == seat.layout.pipeline - 1:
+        ahead = not placement.separate or seat.layout.pipeline > 1  # a pass over the whole step
+        waiting = micro_batches(config, placement, point) if ahead else 1
+    elif "predictor" in seat.roles and placement.separate:
+        waiting = _in_flight(config, placement, seat, stage, point)
+    tokens = sequences(config, point.frames)["reference"]
+    return waiting * placement.clips(seat) * tokens * config.model.encoder.width
+
+
+def _activations(
+    config: RunConfig, placement: Placement, seat: Seat, stage: int, point: StageConfig
+) -> float:
+    """Values kept for backward on a rank: `_layer` a token and layer, over the micro-batches in flight."""
+    model, layout = config.model, seat.layout
+    length = sequences(config, point.frames)
+    rows = config.mask.masks * (model.token_frames(point.frames) - 1) * model.tokens_per_frame
+    kept = 0.0
+    if "student" in seat.roles:
+        layers = stage_layers(config, layout.pipeline)[stage]
+        kept += length["student"] * layers * _layer(config, layout, model.encoder)
+    if stage == layout.pipeline - 1:
+        if "predictor" in seat.roles:
+            kept += length["predictor"] * model.predictor.depth * _layer(config, layout, model.predictor)
+            # the alignment's prediction, target and difference
+            kept += rows * 3 * model.encoder.width * model.align
+        if "decoder" in seat.roles:
+            kept += rows * point.tau_samples * model.decoder.depth * _layer(config, layout, model.decoder)
+    return kept * placement.clips(seat) * _in_flight(config, placement, seat, stage, point)
+
+
+def _layer(config: RunConfig, layout: Layout, shape: TransformerShape) -> float:
+    """Values a token leaves in one pre-norm layer: 4 D whole, 4 D + 2 MLP split over the tensor group.
+
+    (Korthikanti et al., 2022, with an attention that keeps no scores and without dropout.)
+    """
+    if config.parallel.recompute == "full":
+        return shape.width / (layout.tensor if layout.sequence else 1)
+    whole = 4 * shape.width / (layout.tensor if layout.sequence else 1)
+    return whole + (4 * shape.width + 2 * shape.mlp) / layout.tensor
+
+
+def kinds(placement: Placement) -> Iterator[tuple[str, list[int]]]:
+    """Ranks that hold the same, with a name: of each seat, by pipeline stage."""
+    for seat in placement.seats:
+        width = seat.layout.tensor * seat.layout.data
+        for stage in range(seat.layout.pipeline):
+            ranks = list(range(seat.first_rank + stage * width, seat.first_rank + (stage + 1) * width))
+            seats = placement.seats_of_rank(ranks[0])
+            if seats[0] is not seat:
+                continue  # a colocated generator: said with the encoder's last stage
+            name = " + ".join(each.name for each in seats)
+            yield (f"{name} {stage}" if seat.layout.pipeline > 1 else name), ranks
+
+
+def table(config: RunConfig, placement: Placement, width: int) -> Iterator[str]:
+    """The memory of every kind of rank, in text of `width` columns."""
+
+    def most(point: StageConfig) -> float:
+        return max(rank_memory(config, placement, ranks[0], point).total for _, ranks in kinds(placement))
+
+    heaviest = max(config.stages, key=most)
+    yield f"Memory of a rank in GiB, at its largest (stage {heaviest.name}): an estimate"
+    names = [field.name for field in dataclasses.fields(RankMemory)]
+    columns = [(name, len(name) + 2) for name in [*names, "total"]]
+    yield f"  {'seat':<22}" + "".join(f"{name:>{w}}" for name, w in columns)
+    for name, ranks in kinds(placement):
+        memory = rank_memory(config, placement, ranks[0], heaviest)
+        yield f"  {name:<22}" + "".join(f"{getattr(memory, n) / GIB:>{w}.2f}" for n, w in columns)
+    yield from textwrap.wrap(
+        _note(config, placement), width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
+
+
+def _note(config: RunConfig, placement: Placement) -> str:
+    size = config.train.precision
+    master = "fp32 master weights, " if size == "bf16" else ""
+    shared = " and ".join(
+        f"{seat.layout.data}{f' ({seat.name})' if len(placement.seats) > 1 else ''}"
+        for seat in placement.seats
+    )
+    note = (
+        f"weights and reference in {size}, gradients in fp32. Optimizer: {master}two moments and the "
+        f"encoder's EMA in fp32, over {shared} data rank{'s' if shared != '1' else ''}. Features: the "
+        "reference's, until the alignment loss needs them. "
+    )
+    if placement.seat_of("student") is not placement.seat_of("reference"):
+        note += "The encoder's ranks keep a reference too: the EMA is made there. "
+    if config.parallel.recompute == "full":
+        note += "Activations: one width a token and layer (recompute full), over the micro-batches in flight."
+    else:
+        whole = "/ tensor" if placement.encoder.layout.sequence else "on every tensor rank"
+        note += (
+            f"Activations: 4 width ({whole}) + (4 width + 2 MLP) / tensor values a token and layer, over the "
+            "micro-batches in flight."
+        )
+    return note + " Not counted: communication buffers, the target's network, CUDA's own."
