@@ -27,6 +27,9 @@ class Budget:
     steps: int = digits.STEPS
     batch: int = digits.BATCH
     peak: float = digits.PEAK
+    image: int = 32
+    patch: int = 8
+    init_std: float = digits.INIT_STD
     ema: float = 0.99
     precision: str = "bf16"
     probe_train: int = 5000
@@ -79,7 +82,10 @@ def part(config: RunConfig, name: str, **changes: Any) -> RunConfig:
 
 def base(budget: Budget, size: str = "m", share: float = 1.0) -> RunConfig:
     """The full model, over `share` of the budget's steps."""
-    config = digits.make(size, max(10, round(budget.steps * share)), budget.batch, budget.peak)
+    config = digits.make(
+        size, max(10, round(budget.steps * share)), budget.batch, budget.peak, budget.image, budget.patch
+    )
+    config = part(config, "model", init_std=budget.init_std)
     config = part(config, "optim", ema=budget.ema)
     return part(config, "train", precision=budget.precision, micro_batch=budget.batch)
 
@@ -117,7 +123,9 @@ SEARCH: dict[str, dict[str, Any]] = {
     "search_lr_0.001": {"peak": 1e-3},
     "search_lr_0.004": {"peak": 4e-3},
     "search_ema_0.998": {"ema": 0.998},
-    "search_ema_0.95": {"ema": 0.95},
+    "search_init_0.05": {"init_std": 0.05},
+    "search_init_0.05_lr_0.001": {"init_std": 0.05, "peak": 1e-3},
+    "search_patch_4": {"patch_size": 4},
     "search_align_0.25": {"align": 0.25},
     "search_flow_2": {"flow": 2.0},
 }
@@ -127,6 +135,8 @@ def search(config: RunConfig, budget: Budget, changes: dict[str, float]) -> RunC
     for name, value in changes.items():
         if name == "peak":
             config = dataclasses.replace(config, stages=digits.stages(budget.steps, budget.batch, value))
+        elif name in ("init_std", "patch_size"):
+            config = part(config, "model", **{name: value})
         else:
             config = part(config, "optim" if name == "ema" else "loss", **{name: value})
     return config
@@ -144,8 +154,11 @@ ORDER: list[tuple[str, int]] = [
 ]
 
 
-def table(budget: Budget, rows: list[str] | None = None) -> list[Run]:
-    """The runs in order; `rows`: those rows alone (any of `variants`), with the seeds they have in it."""
+def table(budget: Budget, rows: list[str] | None = None, seeds: list[int] | None = None) -> list[Run]:
+    """The runs in order; `rows`: those rows alone (any of `variants`), with the seeds they have in it.
+
+    `seeds`: those alone.
+    """
     every = variants(budget)
     unknown = sorted(set(rows or ()) - every.keys())
     require(not unknown, f"no row {', '.join(unknown)}; there are {', '.join(every)}")
@@ -153,6 +166,8 @@ def table(budget: Budget, rows: list[str] | None = None) -> list[Run]:
     order += [(row, 0) for row in rows or () if (row, 0) not in order]
     out = []
     for row, seed in order:
+        if seeds is not None and seed not in seeds:
+            continue
         kind, config = every[row]
         probe = preset(
             "moving_digits",
@@ -162,6 +177,7 @@ def table(budget: Budget, rows: list[str] | None = None) -> list[Run]:
             epochs=budget.probe_epochs,
             lrs=(3e-3, 1e-3),
             weight_decays=(0.01,),
+            size=budget.image,
             holdout=0.1,
             seed=100 + seed,  # other clips than pretraining's
         )

@@ -79,7 +79,13 @@ def hub_encoder(config: RunConfig, parameters: Iterable[tuple[str, Tensor]] | No
     return encoder
 
 
-def pretrain(config: RunConfig, steps: int | None = None) -> tuple[Encoder, dict[str, Any]]:
+def _short(row: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None and k != "step")
+
+
+def pretrain(
+    config: RunConfig, steps: int | None = None, name: str = "run"
+) -> tuple[Encoder, dict[str, Any]]:
     """The EMA encoder after `steps` (None: all) of the schedule, and what to report."""
     from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
     from nextvid_mcore.parallel.placement import resolve_placement
@@ -105,11 +111,13 @@ def pretrain(config: RunConfig, steps: int | None = None) -> tuple[Encoder, dict
         found = {"flow": result.loss_flow, "align": result.loss_align, **result.monitors}
         rows.append({"step": number + 1, "loss": result.loss, "grad_norm": result.grad_norm, **found})
         timed.append(time.perf_counter() - began)
+        if (number + 1) % max(1, steps // 4) == 0:
+            print(f"    {name} step {number + 1}: {_short(rows[-1])}, {1e3 * timed[-1]:.0f} ms", flush=True)
     last = rows[-max(1, steps // 20) :]
     mean = {
-        name: sum(row[name] for row in last) / len(last)
-        for name in (rows[-1] if rows else ())
-        if name != "step" and rows[-1][name] is not None
+        key: sum(row[key] for row in last) / len(last)
+        for key in (rows[-1] if rows else ())
+        if key != "step" and rows[-1][key] is not None
     }
     encoder = hub_encoder(config, train.model.reference.named_parameters())
     facts = {
@@ -251,7 +259,7 @@ def execute(run: Run) -> dict[str, Any]:
         if run.kind == "pixels":
             encoder: Encoder = PixelEncoder(PIXELS)
         else:
-            encoder, facts = pretrain(run.config, None if run.kind == "pretrain" else 0)
+            encoder, facts = pretrain(run.config, None if run.kind == "pretrain" else 0, run.name)
         trained = time.perf_counter()
         facts |= probe(encoder, run)
         seconds = {"train": trained - began, "probe": time.perf_counter() - trained}
@@ -263,6 +271,9 @@ def execute(run: Run) -> dict[str, Any]:
 
 def serve(link: Connection, execute_: Callable[[Run], dict[str, Any]] = execute) -> None:
     """Answer every run that comes down `link` with its result, or with the text of its failure."""
+    from nextvid_mcore.parallel.groups import init_distributed
+
+    init_distributed()  # first: Transformer Engine can't be loaded after another copy of cuDNN
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     while (run := link.recv()) is not None:

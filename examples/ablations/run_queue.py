@@ -173,6 +173,7 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--minutes", type=float, default=9.0, help="of wall time, then everything stops")
     out.add_argument("--rows", nargs="+", metavar="ROW", help="these alone (default: the whole table)")
+    out.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="these alone")
     out.add_argument("--workers", type=int, default=8, help="runs at once")
     out.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
     out.add_argument("--list", action="store_true", help="show the runs and whether they have a result")
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require(args.minutes > 0, f"--minutes {args.minutes}: give more than 0")
         require(args.workers >= 1, f"--workers {args.workers}: give 1 or more")
-        runs = table(Budget(**{name: getattr(args, name) for name in vars(Budget())}), args.rows)
+        runs = table(Budget(**{name: getattr(args, name) for name in vars(Budget())}), args.rows, args.seeds)
     except ConfigError as error:
         print(f"ablations: {error}", file=sys.stderr)
         return 2

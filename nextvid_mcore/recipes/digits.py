@@ -23,11 +23,13 @@ from nextvid_mcore.config import (
 )
 
 FRAMES, BATCH, STEPS = 16, 64, 1000
+IMAGE, PATCH = 64, 8
 PEAK = 2e-3  # learning rate
-SIZES = {  # encoder (parameters in the blocks), predictor and decoder
-    "s": (TransformerShape(128, 6, 4, 512), TransformerShape(96, 3, 3, 384)),  # 1.2M
-    "m": (TransformerShape(192, 6, 6, 768), TransformerShape(96, 3, 3, 384)),  # 2.7M
-    "l": (TransformerShape(256, 6, 8, 1024), TransformerShape(96, 3, 3, 384)),  # 4.7M
+INIT_STD = 0.02
+SIZES = {  # encoder; predictor and decoder. Wide and shallow: a step this small waits for its launches
+    "s": (TransformerShape(128, 4, 4, 512), TransformerShape(128, 2, 4, 512)),  # 0.9M
+    "m": (TransformerShape(256, 4, 8, 1024), TransformerShape(128, 2, 4, 512)),  # 3.3M
+    "l": (TransformerShape(320, 4, 10, 1280), TransformerShape(128, 2, 4, 512)),  # 5.1M
 }
 
 
@@ -42,12 +44,26 @@ def stages(steps: int, batch: int = BATCH, peak: float = PEAK) -> tuple[StageCon
     )
 
 
-def make(size: str, steps: int = STEPS, batch: int = BATCH, peak: float = PEAK) -> RunConfig:
-    """The run of one of `SIZES`, `steps` long."""
+def make(
+    size: str,
+    steps: int = STEPS,
+    batch: int = BATCH,
+    peak: float = PEAK,
+    image: int = IMAGE,
+    patch: int = PATCH,
+) -> RunConfig:
+    """The run of one of `SIZES`, `steps` long, on frames of `image` pixels."""
     encoder, other = SIZES[size]
     return RunConfig(
         recipe=f"digits_{size}",
-        model=ModelConfig(encoder=encoder, predictor=other, decoder=other, image_size=64, patch_size=8),
+        model=ModelConfig(
+            encoder=encoder,
+            predictor=other,
+            decoder=other,
+            image_size=image,
+            patch_size=patch,
+            init_std=INIT_STD,
+        ),
         stages=stages(steps, batch, peak),
         target=TargetConfig(kind="pixels"),
         data=DataConfig(manifest=MOVING_DIGITS, eval_manifest=MOVING_DIGITS, workers=1),
@@ -59,17 +75,17 @@ def make(size: str, steps: int = STEPS, batch: int = BATCH, peak: float = PEAK) 
 
 
 def digits_s() -> RunConfig:
-    """1.2M encoder on moving digits."""
+    """0.9M encoder on moving digits."""
     return make("s")
 
 
 def digits_m() -> RunConfig:
-    """2.7M encoder on moving digits, 64 pixels, pixel targets, 1000 steps of 64 clips."""
+    """3.3M encoder on moving digits, 64 pixels, pixel targets, 1000 steps of 64 clips."""
     return make("m")
 
 
 def digits_l() -> RunConfig:
-    """4.7M encoder on moving digits."""
+    """5.1M encoder on moving digits."""
     return make("l")
 
 
