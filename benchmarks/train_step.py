@@ -11,34 +11,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
 
 import torch
 import torch.distributed as dist
+from common import PEAK_BF16, Bench
 
 from nextvid_mcore import flops, recipes
 from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig
-from nextvid_mcore.data import ClipBatch
-from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
-from nextvid_mcore.parallel.placement import resolve_placement
-from nextvid_mcore.parallel.seats import build_seats
-from nextvid_mcore.schedule import Schedule
-from nextvid_mcore.training.step import TrainStep
-
-PEAK_BF16 = 989e12  # dense FLOP/s of one H100 or H200
-
-
-class ResidentTarget:
-    """Latents that lie on the device: the step without its target's cost."""
-
-    def __init__(self, latents: torch.Tensor) -> None:
-        self._latents, self.channels = latents, latents.shape[-1]
-
-    def latents(self, video: torch.Tensor, static: object = None, indices: object = None) -> torch.Tensor:
-        return self._latents[: video.shape[0]]
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("resident latents are random: there is no video behind them")
+from nextvid_mcore.parallel.groups import init_distributed
 
 
 def configure(args: argparse.Namespace, backend: str, recompute: str, world: int) -> RunConfig:
@@ -64,45 +44,6 @@ def configure(args: argparse.Namespace, backend: str, recompute: str, world: int
     )
 
 
-def measure(config: RunConfig, steps: int, warmup: int) -> dict[str, float]:
-    """Seconds a step (median), memory and the last loss."""
-    seats = build_seats(resolve_placement(config, dist.get_world_size()))
-    groups = seats.home
-    seed_trackers(0, groups)
-    step = TrainStep(config, seats)
-    stage, device = config.stages[0], step.device
-    size, b = config.model.image_size, config.train.micro_batch
-    generator = torch.Generator(device).manual_seed(dist.get_rank())
-    clip = ClipBatch(
-        video=torch.randint(
-            0, 256, (b, 3, stage.frames, size, size), dtype=torch.uint8, device=device, generator=generator
-        ),
-        index=torch.arange(b) + b * groups.data_rank,
-        label=torch.full((b,), -1),
-        static=torch.zeros(b, dtype=torch.bool),
-        items=[""] * b,
-    )
-    t, n = config.model.token_frames(stage.frames), config.model.tokens_per_frame
-    if "decoder" in step.model.holds:
-        latents = torch.randn(b, t, n, step.target.channels, device=device, generator=generator)
-        step.engine.target = ResidentTarget(latents)
-    point = Schedule(config).at(0)
-    times, result = [], None
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for i in range(warmup + steps):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = step.run(point, [clip])
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if i >= warmup:
-            times.append(time.perf_counter() - start)
-    memory = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else float("nan")
-    return {"seconds": sorted(times)[len(times) // 2], "gib": memory, "loss": result.loss}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -125,14 +66,14 @@ def main() -> None:
         for recompute in args.recompute:
             config = configure(args, backend, recompute, world)
             try:
-                found = measure(config, args.steps, args.warmup)
+                found = Bench(config).measure(args.steps, args.warmup)
             except (ConfigError, torch.OutOfMemoryError) as error:
                 rows.append((backend, recompute, str(error).splitlines()[0][:80], None))
                 continue
             finally:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-            rows.append((backend, recompute, None, found | {"config": config}))
+            rows.append((backend, recompute, None, (config, found)))
     if dist.get_rank() == 0:
         report(args, rows, world)
     dist.destroy_process_group()
@@ -141,24 +82,27 @@ def main() -> None:
 def report(args: argparse.Namespace, rows: list[tuple], world: int) -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(
-        f"\n{args.recipe}, {args.frames} frames, tau {args.tau}, micro-batch {args.micro_batch}, {args.precision}"
+        f"\n{args.recipe}, {args.frames} frames, tau {args.tau}, micro-batch {args.micro_batch}, "
+        f"{args.precision}"
     )
     print(f"{world} x {name}, torch {torch.__version__}, tensor {args.tensor}, sequence {args.sequence}")
     print(
-        f"{'backend':<8} {'recompute':<10} {'clips/s/GPU':>11} {'ms':>8} {'MFU':>6} {'GiB':>6} {'ratio':>6} {'loss':>9}"
+        f"{'backend':<8} {'recompute':<10} {'clips/s/GPU':>11} {'ms':>8} {'MFU':>6} {'GiB':>6} {'ratio':>6} "
+        f"{'loss':>9}"
     )
     first = None
     for backend, recompute, error, found in rows:
         if found is None:
             print(f"{backend:<8} {recompute:<10} {error}")
             continue
-        rate = args.micro_batch / found["seconds"] / args.tensor
+        config, measured = found
+        rate = args.micro_batch / measured.seconds / args.tensor
         first = first or rate
-        work = flops.clip_flops(found["config"], found["config"].stages[0], executed=True).total
+        work = flops.clip_flops(config, config.stages[0], executed=True).total
         mfu = f"{rate * work / PEAK_BF16:6.1%}" if torch.cuda.is_available() else "     -"
         print(
-            f"{backend:<8} {recompute:<10} {rate:>11.2f} {1e3 * found['seconds']:>8.1f} {mfu} "
-            f"{found['gib']:>6.1f} {rate / first:>6.2f} {found['loss']:>9.4f}"
+            f"{backend:<8} {recompute:<10} {rate:>11.2f} {1e3 * measured.seconds:>8.1f} {mfu} "
+            f"{measured.gib:>6.1f} {rate / first:>6.2f} {measured.loss:>9.4f}"
         )
 
 

@@ -1,0 +1,115 @@
+"""What the benchmarks share: a training step on clips and latents that already lie on the device."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # so that it runs from a clone that isn't installed
+
+from nextvid_mcore.config import RunConfig
+from nextvid_mcore.data import ClipBatch
+from nextvid_mcore.parallel.groups import seed_trackers
+from nextvid_mcore.parallel.placement import Placement, resolve_placement
+from nextvid_mcore.parallel.seats import build_seats
+from nextvid_mcore.schedule import Schedule
+from nextvid_mcore.training.step import StepResult, TrainStep
+
+PEAK_BF16 = 989e12  # dense FLOP/s of one H100 or H200
+
+
+class ResidentTarget:
+    """Latents that lie on the device: the step without its target's cost."""
+
+    def __init__(self, latents: torch.Tensor) -> None:
+        self._latents, self.channels = latents, latents.shape[-1]
+
+    def latents(self, video: torch.Tensor, static: object = None, indices: object = None) -> torch.Tensor:
+        return self._latents[: video.shape[0]]
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("resident latents are random: there is no video behind them")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """seconds: of a step, the median. gib: the most this rank's GPU has reserved; nan without one."""
+
+    seconds: float
+    gib: float
+    loss: float
+
+
+class Bench:
+    """This rank's part of a run, ready to take the first step of its first stage again and again."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.placement: Placement = resolve_placement(config, dist.get_world_size())
+        seats = build_seats(self.placement)
+        seed_trackers(0, seats.home)
+        self.step = TrainStep(config, seats)
+        self.point = Schedule(config).at(0)
+        self.cuda = self.step.device.type == "cuda"
+        self.clips = self._clips(config)
+
+    def _clips(self, config: RunConfig) -> list[ClipBatch]:
+        """Random clips of this rank's first seat, the same video for every micro-batch."""
+        stage, model, device = self.point.stage, config.model, self.step.device
+        seat = self.step.seats.mine[0]
+        b, size = self.placement.clips(seat), model.image_size if seat.sees_video else 0
+        generator = torch.Generator(device).manual_seed(dist.get_rank())
+        video = torch.randint(
+            0, 256, (b, 3, stage.frames, size, size), dtype=torch.uint8, device=device, generator=generator
+        )
+        if "decoder" in self.step.model.holds:
+            shape = (b, model.token_frames(stage.frames), model.tokens_per_frame, self.step.target.channels)
+            latents = torch.randn(*shape, device=device, generator=generator)
+            self.step.engine.target = ResidentTarget(latents)
+        encoder = self.placement.encoder.layout
+        wave = config.train.micro_batch * encoder.data
+        return [
+            ClipBatch(
+                video=video,
+                index=torch.arange(b) + first + b * self.step.seats.home.data_rank,
+                label=torch.full((b,), -1),
+                static=torch.zeros(b, dtype=torch.bool),
+                items=[""] * b,
+            )
+            for first in range(0, self.point.batch, wave)
+        ]
+
+    def take(self) -> StepResult:
+        """One step, finished."""
+        result = self.step.run(self.point, self.clips)
+        self.synchronize()
+        return result
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def measure(self, steps: int, warmup: int, ready: Callable[[], None] | None = None) -> Measured:
+        """Time `steps` steps after `warmup` ones. `ready` is called in between."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(warmup):
+            self.take()
+        if ready is not None:
+            ready()
+        times, loss = [], math.nan
+        for _ in range(steps):
+            self.synchronize()
+            start = time.perf_counter()
+            loss = self.take().loss
+            times.append(time.perf_counter() - start)
+        gib = torch.cuda.max_memory_reserved() / 2**30 if self.cuda else math.nan
+        return Measured(sorted(times)[len(times) // 2], gib, loss)
