@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (the clone is put on the path first)
 """What the benchmarks share: a training step on clips and latents that already lie on the device."""
 
 from __future__ import annotations

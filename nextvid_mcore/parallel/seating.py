@@ -82,8 +82,8 @@ def seats(config: RunConfig, placement: Placement) -> Iterator[str]:
         shares = ", ".join(f"{seat.name} {placement.clips(seat)}" for seat in placement.seats)
         yield f"  clips of a micro-batch in one replica: {shares}"
     for each in crossings(config, placement, stage):
-        amount = f"{_bytes(each.forward)} {'a step' if each.per_step else 'a clip'}"
-        back = f", {_bytes(each.backward)} of gradient back" if each.backward else ""
+        amount = f"{readable(each.forward)} {'a step' if each.per_step else 'a clip'}"
+        back = f", {readable(each.backward)} of gradient back" if each.backward else ""
         yield f"  {each.source} -> {each.target}: {each.what}, {amount}{back}"
 
 
@@ -96,7 +96,8 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
 
 
-def _bytes(count: float) -> str:
+def readable(count: float) -> str:
+    """Bytes in binary units."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
