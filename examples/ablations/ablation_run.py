@@ -152,16 +152,21 @@ class Memory:
             yield Rows(*(column[where] for column in self.rows))
 
 
+def probe_data(run: Run, split: str, where: torch.device) -> DigitData:
+    """Clips drawn as in pretraining, of another seed; "test": of digits that no training has seen."""
+    config = run.probe
+    data = DigitData(split, config.train_items if split == "train" else config.val_items, config, where)
+    data.clips = DigitClips(split, config.size, config.seed, where)
+    return data
+
+
 def probe(encoder: Encoder, run: Run) -> dict[str, Any]:
     """Scores of both labels on clips of MNIST's test digits; the sweep is judged on training clips."""
     config, where = run.probe, device()
     encoder.module.to(where)
     ranks = Ranks(0, 1, where)
     reduce = "tokens" if config.method == "attentive" else "mean"
-    data = [
-        DigitData(split, items, config, where)
-        for split, items in (("train", config.train_items), ("test", config.val_items))
-    ]
+    data = [probe_data(run, split, where) for split in ("train", "test")]
     half = where.type == "cuda"
     train, test = (
         Memory(Extractor(encoder, each, LAST, ranks, reduce=reduce, encode_batch=100, half=half))
@@ -178,8 +183,9 @@ def probe(encoder: Encoder, run: Run) -> dict[str, Any]:
     members = [trained.members[i] for i in chosen]
     final = sweep.judge(members, test, range(config.val_items), PLAIN, config.batch, ranks)
     out = {
-        task: score(result.correct, result.items, 0, classes) | {"lr": member.lr}
-        for (task, classes), result, member in zip(TASKS.items(), final, members, strict=True)
+        task: score(result.correct, result.items, 0, classes)
+        | {"lr": trained.members[i].lr, "holdout_top1": judged[i].top1}
+        for (task, classes), result, i in zip(TASKS.items(), final, chosen, strict=True)
     }
     features = train.rows.features[:200].float()
     return {"tasks": out, "feature_std": float(features.flatten(0, 2).std(0).mean())}
@@ -226,11 +232,11 @@ def supervised(run: Run) -> dict[str, Any]:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
         for group in optimizer.param_groups:
-            group["lr"] = point.lr / 2  # half of pretraining's: its peak is high for cross-entropy
+            group["lr"] = 2 * point.lr
         optimizer.step()
         if number % max(1, schedule.total_steps // CURVE) == 0:
             curve.append({"step": number + 1, "loss": float(loss.detach())})
-    test = DigitData("test", run.probe.val_items, run.probe, where)
+    test = probe_data(run, "test", where)
     right = torch.zeros(len(TASKS), dtype=torch.int64)
     model.eval()
     for part in chunks(range(len(test)), 100):

@@ -2,9 +2,16 @@
 
 Sample i is clip i of (seed, MNIST's training digits); held out are clips of its test digits. Nothing is
 decoded, cropped or mirrored: mirrored motion is another class.
+
+The background is mid-grey, the networks' 0, and ink is up to 1. On black, -1, tokens are 95% alike: the
+constant is learned first, prediction and features shrink to it, and a short run ends there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from nextvid_mcore.config import RunConfig, require
 from nextvid_mcore.data.moving_digits import MovingDigits, load_mnist, parse_source
@@ -12,6 +19,12 @@ from nextvid_mcore.data.moving_digits import MovingDigits, load_mnist, parse_sou
 
 class DigitClips(MovingDigits):
     """`ClipBatch`es for the loader, with what the loop says of a data set."""
+
+    def clips(self, indices: Sequence[int], frames: int = 16) -> tuple[Tensor, Tensor]:
+        """As `MovingDigits.clips`, on grey."""
+        video, labels = super().clips(indices, frames)
+        plane = 128 + video[:, 0] // 2  # uint8: 128 to 255
+        return plane[:, None].expand_as(video), labels
 
     @property
     def note(self) -> str:

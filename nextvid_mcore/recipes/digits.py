@@ -24,23 +24,26 @@ from nextvid_mcore.config import (
 
 FRAMES, BATCH, STEPS = 16, 64, 1000
 IMAGE, PATCH = 64, 8
-PEAK = 2e-3  # learning rate
-INIT_STD = 0.02
+PEAK = 5e-4  # learning rate: faster, Adam's first steps turn all features into one constant
+PEAK_FLOW = 2e-3  # of the decoder, which must first learn to denoise
+INIT_STD = 0.06  # 1 / sqrt(width): at 0.02 such narrow networks attend to everything alike
 SIZES = {  # encoder; predictor and decoder. Wide and shallow: a step this small waits for its launches
-    "s": (TransformerShape(128, 4, 4, 512), TransformerShape(128, 2, 4, 512)),  # 0.9M
-    "m": (TransformerShape(256, 4, 8, 1024), TransformerShape(128, 2, 4, 512)),  # 3.3M
-    "l": (TransformerShape(320, 4, 10, 1280), TransformerShape(128, 2, 4, 512)),  # 5.1M
+    "s": (TransformerShape(128, 4, 4, 512), TransformerShape(192, 3, 6, 768)),  # 0.9M
+    "m": (TransformerShape(256, 4, 8, 1024), TransformerShape(192, 3, 6, 768)),  # 3.3M
+    "l": (TransformerShape(320, 4, 10, 1280), TransformerShape(192, 3, 6, 768)),  # 5.1M
 }
 
 
 def stages(steps: int, batch: int = BATCH, peak: float = PEAK) -> tuple[StageConfig, ...]:
-    """Warm-up, stable and cool-down over `steps` (10 or more): Table 8's shape, a tenth of it up."""
-    up, down = max(1, steps // 10), max(1, 3 * steps // 10)
-    common = {"frames": FRAMES, "batch": batch}
+    """Warm-up, stable and cool-down over `steps` (10 or more): Table 8's shape, a fifth of it up."""
+    up, down = max(1, steps // 5), max(1, 3 * steps // 10)
+    common = {"frames": FRAMES, "batch": batch, "flow_lr": PEAK_FLOW}
     return (
-        StageConfig("warmup", up, lr_start=peak / 20, lr_end=peak, **common),
-        StageConfig("stable", max(1, steps - up - down), lr_start=peak, lr_end=peak / 2, **common),
-        StageConfig("cooldown", down, lr_start=peak / 2, lr_end=peak / 1000, **common),
+        StageConfig("warmup", up, lr_start=peak / 100, lr_end=peak, **common),
+        StageConfig("stable", max(1, steps - up - down), lr_start=peak, lr_end=peak, **common),
+        StageConfig(
+            "cooldown", down, lr_start=peak, lr_end=peak / 1000, **common | {"flow_lr": PEAK_FLOW / 4}
+        ),
     )
 
 
