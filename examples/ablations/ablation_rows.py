@@ -24,8 +24,8 @@ KINDS = ("pretrain", "random", "pixels", "supervised")
 class Budget:
     """How long every pretraining is, and on how many clips it is probed."""
 
-    steps: int = digits.STEPS
-    batch: int = digits.BATCH
+    steps: int = 800
+    batch: int = 128
     peak: float = digits.PEAK
     image: int = 32
     patch: int = 8
@@ -34,9 +34,9 @@ class Budget:
     flow: float = 0.5  # weights of the losses
     align: float = 1.0
     precision: str = "bf16"
-    probe_train: int = 5000
-    probe_test: int = 3000
-    probe_epochs: int = 20
+    probe_train: int = 4000
+    probe_test: int = 2000
+    probe_epochs: int = 12
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ def drain(
                 try:
                     run, row, error = link.recv()
                 except (EOFError, ConnectionError):
+                    worker.process.join(5)
                     run, row, error = (
                         worker.run,
                         None,
