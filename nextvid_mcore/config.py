@@ -176,6 +176,14 @@ class TargetConfig:
     checkpoint: str | None = None  # va_vae: its checkpoint; siglip2, cosmos: the published folder
     statistics: str | None = None  # va_vae: its latents_stats.pt; siglip2, cosmos: instead of their own
     sample_posterior: bool = False  # False: the posterior's mode
+    pixel_scale: float = 1.0  # pixels: times this, so that data as flat as moving digits has unit variance
+
+    def __post_init__(self) -> None:
+        require(self.pixel_scale > 0, f"target pixel scale must be positive, got {self.pixel_scale}")
+        require(
+            self.kind == "pixels" or self.pixel_scale == 1.0,
+            f"target pixel scale {self.pixel_scale} says nothing with target {self.kind}; leave it at 1",
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The runs of docs/results.md, ordered by what they teach: which row, which seed, which settings.
 
-`Run.key` is a digest of every setting: a result counts only for exactly the run that it belongs to, and
-rows that are the same run under two names share it.
+`Run.key` is a digest of every setting that is not a default: a result counts only for exactly the run that
+it belongs to, and rows that are the same run under two names share it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Budget:
     image: int = 32
     patch: int = 8
     init_std: float = digits.INIT_STD
+    pixel_scale: float = 1.0
     ema: float = 0.998
     flow: float = 0.5  # weights of the losses
     align: float = 1.0
@@ -66,16 +67,30 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """All that the result depends on."""
-        config = dataclasses.asdict(self.config)
-        config.pop("recipe")  # a name; the switches are below
-        for name in ("checkpoint", "eval", "wandb", "profile", "data", "parallel"):
-            config.pop(name)  # no part in it
+        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in OUTSIDE}
         return json.loads(json.dumps({"config": config, "probe": dataclasses.asdict(self.probe)}))
 
     @property
     def key(self) -> str:
-        text = json.dumps({"kind": self.kind, **self.settings()}, sort_keys=True)
+        facts = {"kind": self.kind, "config": set_fields(self.config), "probe": set_fields(self.probe)}
+        text = json.dumps(facts, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+OUTSIDE = ("recipe", "checkpoint", "eval", "wandb", "profile", "data", "parallel")  # no part in a result
+
+
+def set_fields(value: Any) -> Any:
+    """The fields that aren't at their defaults: one that the code gets later leaves old keys alone."""
+    if isinstance(value, tuple):
+        return [set_fields(each) for each in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {
+        each.name: set_fields(getattr(value, each.name))
+        for each in dataclasses.fields(value)
+        if each.name not in OUTSIDE and getattr(value, each.name) != each.default
+    }
 
 
 def part(config: RunConfig, name: str, **changes: Any) -> RunConfig:
@@ -89,6 +104,7 @@ def base(budget: Budget, size: str = "m", share: float = 1.0) -> RunConfig:
         size, max(10, round(budget.steps * share)), budget.batch, budget.peak, budget.image, budget.patch
     )
     config = part(config, "model", init_std=budget.init_std)
+    config = part(config, "target", pixel_scale=budget.pixel_scale)
     config = part(config, "optim", ema=budget.ema)
     config = part(config, "loss", flow=budget.flow, align=budget.align)
     return part(config, "train", precision=budget.precision, micro_batch=budget.batch)

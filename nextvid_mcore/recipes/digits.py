@@ -26,6 +26,7 @@ FRAMES, BATCH, STEPS = 16, 64, 1000
 IMAGE, PATCH = 64, 8
 PEAK = 5e-4  # learning rate: faster, Adam's first steps turn all features into one constant
 PEAK_FLOW = 2e-3  # of the decoder, which must first learn to denoise
+PIXEL_SCALE = 8.0  # the clips' deviation is 0.12
 INIT_STD = 0.06  # 1 / sqrt(width): at 0.02 such narrow networks attend to everything alike
 SIZES = {  # encoder; predictor and decoder. Wide and shallow: a step this small waits for its launches
     "s": (TransformerShape(128, 4, 4, 512), TransformerShape(192, 3, 6, 768)),  # 0.9M
@@ -68,7 +69,7 @@ def make(
             init_std=INIT_STD,
         ),
         stages=stages(steps, batch, peak),
-        target=TargetConfig(kind="pixels"),
+        target=TargetConfig(kind="pixels", pixel_scale=PIXEL_SCALE),
         data=DataConfig(manifest=MOVING_DIGITS, eval_manifest=MOVING_DIGITS, workers=1),
         optim=OptimConfig(ema=0.99),
         train=TrainConfig(micro_batch=batch, precision="fp32"),

@@ -67,7 +67,7 @@ def build_target(config: RunConfig, device: torch.device | str, dtype: torch.dty
 
     target_channels(config)  # the cheap checks come before any weights are read
     if config.target.kind == "pixels":
-        return pixels.Pixels(config.model)
+        return pixels.Pixels(config.model, config.target.pixel_scale)
     kinds = {"va_vae": va_vae.VaVae, "siglip2": siglip2.Siglip2, "cosmos": cosmos.Cosmos}
     return kinds[config.target.kind].from_files(config, device, dtype)
 

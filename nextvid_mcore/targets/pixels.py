@@ -1,7 +1,8 @@
 """Pixels as the target: each token's own patch of the video, flattened (Table 3, row "pixel").
 
 No statistics: the values stay in [-1, 1], in which natural clips have a standard deviation of about a
-half, near enough to the unit noise of the flow.
+half, near enough to the unit noise of the flow. Flatter data needs `scale`, or the flow loss says almost
+nothing of them (docs/results.md).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from nextvid_mcore.targets.base import check_latents, check_video
 class Pixels:
     """Patches flattened (c, dt, dy, dx), exactly invertible; implements `Target`."""
 
-    def __init__(self, model: ModelConfig) -> None:
-        self.model = model
+    def __init__(self, model: ModelConfig, scale: float = 1.0) -> None:
+        self.model, self.scale = model, scale
         self.channels = self.channels_for(model)
 
     @staticmethod
@@ -35,7 +36,7 @@ class Pixels:
         """[B, 3, T, H, W] in [-1, 1] -> [B, t, n, C]; `static` and `indices` make no difference here."""
         check_video(video, self.model)
         return rearrange(
-            video.float(),
+            video.float() * self.scale,
             "b c (t dt) (h dy) (w dx) -> b t (h w) (c dt dy dx)",
             dt=self.model.tubelet_size,
             dy=self.model.patch_size,
@@ -47,7 +48,7 @@ class Pixels:
         """[B, t, n, C] -> [B, 3, T, H, W]."""
         check_latents(latents, self.model, self.channels)
         return rearrange(
-            latents.float(),
+            latents.float() / self.scale,
             "b t (h w) (c dt dy dx) -> b c (t dt) (h dy) (w dx)",
             h=self.model.grid,
             c=3,

@@ -93,6 +93,24 @@ def test_source_is_named_exactly() -> None:
 
 
 @mnist
+def test_pixel_scale_gives_digits_unit_variance() -> None:
+    from nextvid_mcore.data.digits_source import DigitClips
+    from nextvid_mcore.data.transforms import normalize
+    from nextvid_mcore.targets import build_target
+
+    config = recipes.get("digits")
+    video = normalize(DigitClips("train", 64, 0).clips(range(64), 16)[0])
+    target = build_target(config, "cpu", torch.float32)
+    latents = target.latents(video)
+    assert 0.8 < float(latents.std()) < 1.25
+    assert torch.allclose(target.decode(latents), video, atol=1e-6)
+    with pytest.raises(ConfigError, match="pixel scale"):
+        dataclasses.replace(config.target, pixel_scale=0.0)
+    with pytest.raises(ConfigError, match="va_vae"):
+        dataclasses.replace(config.target, kind="va_vae")
+
+
+@mnist
 def test_recipe_digits_trains_by_the_command(tmp_path: Path) -> None:
     small = ["--train.micro-batch", "2", "--train.global-batch", "2", "--data.workers", "0"]
     small += ["--eval.samples", "2", "--eval.batch", "2", "--eval.every", "2", "--no-train.progress"]
@@ -176,10 +194,11 @@ def test_queue_outlives_a_failed_run(tmp_path: Path) -> None:
 
 
 def test_a_key_is_of_every_setting() -> None:
-    keys = [run.key for run in ablation_rows.table(SMALL)]
+    keys = [run.key for run in ablation_rows.table(ablation_rows.Budget())]
     assert len(set(keys)) == len(keys)
-    other = ablation_rows.table(dataclasses.replace(SMALL, probe_epochs=2))
-    assert not {run.key for run in other} & set(keys)
+    for change in ({"probe_epochs": 2}, {"pixel_scale": 8.0}, {"precision": "fp32"}, {"steps": 1200}):
+        other = ablation_rows.table(ablation_rows.Budget(**change))
+        assert not {run.key for run in other} & set(keys)
     with pytest.raises(ConfigError, match="table2_full"):
         ablation_rows.table(SMALL, ["table2_full"])
 
@@ -188,7 +207,7 @@ def test_a_key_is_of_every_setting() -> None:
 
 
 def test_tables_say_what_was_not_run(tmp_path: Path) -> None:
-    runs = ablation_rows.table(SMALL)
+    runs = ablation_rows.table(ablation_rows.Budget())
     chosen = [run for run in runs if run.row in ("full", "table12_no_ema")][:3]
     have = {run.key: result(run, 40.0 + 10 * run.seed) for run in chosen}
     text = results_table.tables(runs, have)
