@@ -29,7 +29,7 @@ class Budget:
     peak: float = digits.PEAK
     image: int = 32
     patch: int = 8
-    init_std: float = digits.INIT_STD
+    init_std: float = 0.06
     pixel_scale: float = 1.0
     ema: float = 0.998
     flow: float = 0.5  # weights of the losses
