@@ -32,7 +32,6 @@ from nextvid_mcore.models.places import Place
 from nextvid_mcore.models.predictor import build_predictor
 from nextvid_mcore.models.sequences import by_mask, full_sequence, predictor_sequence, student_sequence
 
-
 TRAINED = ("student", "predictor", "decoder")
 
 

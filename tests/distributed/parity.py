@@ -69,7 +69,9 @@ def shards(entries: dict[str, ShardedTensor], pick) -> list[tuple]:
         if isinstance(entry, ShardedTensor):
             tensor = pick(entry.data)
             if tensor is not None:
-                out.append((entry.key, entry.global_shape, entry.global_offset, tensor.detach().cpu().clone()))
+                out.append(
+                    (entry.key, entry.global_shape, entry.global_offset, tensor.detach().cpu().clone())
+                )
     return out
 
 
