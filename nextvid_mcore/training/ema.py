@@ -36,12 +36,6 @@ class Ema:
         if self._mains:
             torch._foreach_lerp_(list(self._shards.values()), self._mains, 1.0 - self.decay)
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Start again at the weights."""
-        for shard, main in zip(self._shards.values(), self._mains, strict=True):
-            shard.copy_(main)
-
     def _attach(self, reference: Module) -> None:
         """Move the reference's parameters into flat buffers laid out as the student's."""
         target = dict(reference.named_parameters())

@@ -206,13 +206,3 @@ class RoleOptimizers:
                 state["exp_avg"].zero_()
                 state["exp_avg_sq"].zero_()
         self.set_updates(0)
-
-    @torch.no_grad()
-    def reload(self) -> None:
-        """Start anew from the modules' present weights: master weights, zero moments, EMA, reference."""
-        for optimizer in self.optimizers.values():
-            optimizer.reload_model_params()
-        self.forget_moments()
-        if self.ema is not None:
-            self.ema.reset()
-        self.refresh()
