@@ -2,7 +2,8 @@
 
 A head of width d gives each axis 2 * floor(floor(d / 3) / 2) dimensions; the few that remain are not
 rotated. Positions are integers, extrapolated as they are to longer clips. Angles come in the
-half-split form that megatron-core's (and Transformer Engine's) rotary kernels take.
+half-split form that megatron-core's (and Transformer Engine's) rotary kernels take; the networks take their
+cosines and sines (`turns`), computed once for all layers.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ def angles(positions: Tensor, head_width: int, base: float = 10000.0) -> Tensor:
         parts.append(positions[..., axis, None].float() * (base**-steps).float())
     half = torch.cat(parts, dim=-1)
     return torch.cat((half, half), dim=-1)
+
+
+def turns(angles: Tensor) -> Tensor:
+    """Cosines and sines of `angles` [..., R], each once: float32 [2, ..., R / 2]."""
+    half = angles[..., : angles.shape[-1] // 2]
+    return torch.stack((half.cos(), half.sin()))
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:

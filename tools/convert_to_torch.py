@@ -224,7 +224,7 @@ def compare(model: NextVid, folder: Path, video: Tensor, everything: bool) -> li
     encoder = load_encoder(folder)
 
     patches = sequences.patchify(video, shapes)  # [B, t*n, patch_dim]
-    whole = sequences.full_sequence(shapes, t, device)
+    whole = sequences.full_sequence(shapes, t, clips, device)
     trained = model.student.encoder(patches.transpose(0, 1).contiguous(), whole).transpose(0, 1)
     rows = [_difference("encoder, whole clips", encoder(video), trained)]
 

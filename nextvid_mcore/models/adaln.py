@@ -14,12 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from nextvid_mcore.models import fused
 from nextvid_mcore.models.norm import mark_sequence_parallel
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm without parameters, then x * (1 + scale) + shift. x: [s, rows, E], others [1, rows, E]."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
 def join(condition: Tensor, z: Tensor) -> Tensor:
@@ -60,26 +56,24 @@ class AdaLNLayer(TransformerLayer):
         """hidden_states [s, rows, E] and context, tau's vector [1, rows, E] or `join`ed -> the same two."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(context[:1])
         eps = self.config.layernorm_epsilon
-        x = modulate(hidden_states, shift1, scale1, eps)
+        x = fused.modulate(hidden_states, shift1, scale1, eps)
         y, bias = self.attend(x, context[1:], rotary_pos_emb)
-        hidden_states = hidden_states + gate1 * (y + bias)
-        y, bias = self.mlp(modulate(hidden_states, shift2, scale2, eps))
-        return hidden_states + gate2 * (y + bias), context
+        hidden_states = fused.gated_add(hidden_states, gate1, y, bias)
+        y, bias = self.mlp(fused.modulate(hidden_states, shift2, scale2, eps))
+        return fused.gated_add(hidden_states, gate2, y, bias), context
 
     def attend(
         self, x: Tensor, z: Tensor, rotary_pos_emb: Tensor | tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The frame's tokens among themselves; z came in with them."""
-        return self.self_attention(x, attention_mask=None, rotary_pos_emb=rotary_pos_emb)
+        return self.self_attention(x, rotary_pos_emb=rotary_pos_emb)
 
 
 class CrossAdaLNLayer(AdaLNLayer):
     """Noisy tokens attend to z of their frame, and not to each other (Table 5, "Cross Attention")."""
 
     def attend(self, x: Tensor, z: Tensor, rotary_pos_emb: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return self.cross_attention(
-            x, attention_mask=None, key_value_states=self.keys(x, z), rotary_pos_emb=rotary_pos_emb
-        )
+        return self.cross_attention(x, key_value_states=self.keys(x, z), rotary_pos_emb=rotary_pos_emb)
 
     def keys(self, x: Tensor, z: Tensor) -> Tensor:
         """What is attended to, [keys (/ tp), rows, E]."""

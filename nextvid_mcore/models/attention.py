@@ -12,16 +12,22 @@ both kinds of recomputation, so the pattern travels there.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from nextvid_mcore.models import kernels
 
 Rule = Literal["causal", "autoregressive", "isolated"]
 _RULES = {"causal": torch.le, "autoregressive": torch.lt, "isolated": torch.eq}  # key frame to query frame
@@ -29,20 +35,34 @@ _RULES = {"causal": torch.le, "autoregressive": torch.lt, "isolated": torch.eq} 
 
 @dataclass(frozen=True)
 class Stretch:
-    """One stretch: query rows [q_start, q_stop) see key rows [k_start, k_stop) where `allowed`."""
+    """Query rows [q_start, q_stop) see key rows [k_start, k_stop) by `rule`, or where `given` says so."""
 
     q_start: int
     q_stop: int
     k_start: int
     k_stop: int
-    allowed: Tensor  # bool [rows or 1, 1, queries, keys]
+    rule: Rule | None = None
+    query_frames: Tensor | None = None  # [rows or 1, queries]
+    key_frames: Tensor | None = None  # [rows or 1, keys]
+    given: Tensor | None = None  # bool [rows or 1, 1, queries, keys]
+
+    @functools.cached_property
+    def allowed(self) -> Tensor:
+        """bool [rows or 1, 1, queries, keys]; made when it is first asked for."""
+        return (
+            self.given if self.rule is None else allowed_pairs(self.query_frames, self.key_frames, self.rule)
+        )
 
 
 @dataclass(frozen=True)
 class AttentionPattern:
-    """The stretches of a sequence, in order; together they cover every query once."""
+    """The stretches of a sequence, in order; together they cover every query once.
+
+    blocks: the same for FlexAttention, where one pattern holds for every row (`flex_blocks`); else None.
+    """
 
     stretches: tuple[Stretch, ...]
+    blocks: BlockMask | None = None
 
 
 def allowed_pairs(query_frames: Tensor, key_frames: Tensor, rule: Rule) -> Tensor:
@@ -67,9 +87,38 @@ def make_pattern(
     stretches, start = [], 0
     for q, k, k_start in zip(query_frames, key_frames, key_starts, strict=True):
         stop = start + q.shape[1]
-        stretches.append(Stretch(start, stop, k_start, k_start + k.shape[1], allowed_pairs(q, k, rule)))
+        stretches.append(Stretch(start, stop, k_start, k_start + k.shape[1], rule, q, k))
         start = stop
     return AttentionPattern(tuple(stretches))
+
+
+@dataclass(frozen=True)
+class Frames:
+    """`number` frames from `first` on, of `tokens` tokens each."""
+
+    first: int
+    number: int
+    tokens: int
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """Frame numbers of the tokens, [1, number * tokens]."""
+        frames = torch.arange(self.first, self.first + self.number, device=device)
+        return frames.repeat_interleave(self.tokens, output_size=self.number * self.tokens)[None]
+
+
+@functools.lru_cache(maxsize=64)
+def regular_pattern(
+    queries: Sequence[Frames], keys: Sequence[Frames], rule: Rule, device: torch.device
+) -> AttentionPattern:
+    """Pattern of stretches whose frames are whole and the same in every row; keys lie end to end too.
+
+    There are few in a run, so they are kept.
+    """
+    starts = list(itertools.accumulate((x.number * x.tokens for x in keys), initial=0))[:-1]
+    pattern = make_pattern(*([x.numbers(device) for x in part] for part in (queries, keys)), starts, rule)
+    if device.type != "cuda":
+        return pattern
+    return dataclasses.replace(pattern, blocks=kernels.flex_blocks(pattern.stretches))
 
 
 def make_joint_pattern(context_frames: list[Tensor], query_frames: Tensor) -> AttentionPattern:
@@ -89,8 +138,8 @@ def make_joint_pattern(context_frames: list[Tensor], query_frames: Tensor) -> At
         stop = middle + query_frames.shape[1]
         before = allowed_pairs(query_frames, context, "autoregressive")
         allowed = torch.cat([before, among_queries.expand(before.shape[0], -1, -1, -1)], dim=-1)
-        stretches.append(Stretch(start, middle, start, middle, allowed_pairs(context, context, "causal")))
-        stretches.append(Stretch(middle, stop, start, stop, allowed))
+        stretches.append(Stretch(start, middle, start, middle, "causal", context, context))
+        stretches.append(Stretch(middle, stop, start, stop, given=allowed))
         start = stop
     return AttentionPattern(tuple(stretches))
 
@@ -133,16 +182,6 @@ class PatternAttention(MegatronModule):
             [s, rows, A local * d].
         """
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [rows, A, s, d]
-        if attention_bias is None:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            parts = []
-            for x in attention_bias.stretches:
-                keys = slice(x.k_start, x.k_stop)
-                part = F.scaled_dot_product_attention(
-                    q[:, :, x.q_start : x.q_stop], k[:, :, keys], v[:, :, keys], attn_mask=x.allowed
-                )
-                parts.append(part)
-            out = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        out = kernels.choose(q, attention_bias)(q, k, v, attention_bias)
         s, rows = query.shape[:2]
         return out.permute(2, 0, 1, 3).reshape(s, rows, -1)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from nextvid_mcore.config import ModelConfig
 from nextvid_mcore.flow import timestep_embedding
-from nextvid_mcore.models import specs
-from nextvid_mcore.models.adaln import CrossSelfAdaLNLayer, Modulation, join, modulate
+from nextvid_mcore.models import fused, specs
+from nextvid_mcore.models.adaln import CrossSelfAdaLNLayer, Modulation, join
 from nextvid_mcore.models.norm import mark_sequence_parallel
-from nextvid_mcore.rope import angles, grid_positions
+from nextvid_mcore.rope import angles, grid_positions, turns
 
 TAU_WIDTH = 256  # of the sinusoidal embedding, as in DiT
 
@@ -58,7 +58,7 @@ class Decoder(MegatronModule):
         for module in (self.input, self.tau_embed, self.output):
             mark_sequence_parallel(module, config)
         rope = angles(grid_positions(1, model.grid, model.grid), model.decoder.head_width, model.rope_base)
-        self.register_buffer("frame_angles", rope[:, None, None], persistent=False)  # [n, 1, 1, R]
+        self.register_buffer("frame_rope", turns(rope), persistent=False)  # [2, n, R / 2]
 
     def forward(self, z: Tensor, noisy: Tensor, tau: Tensor) -> Tensor:
         """The velocity (Eq. 8).
@@ -75,7 +75,7 @@ class Decoder(MegatronModule):
         condition = self.tau_embed(timestep_embedding(tau, TAU_WIDTH).to(dtype))[None]
         hidden = self.layers(z, noisy.to(dtype), condition)
         shift, scale = self.final_adaln(condition)
-        return self.output(modulate(hidden, shift, scale, self.config.layernorm_epsilon))
+        return self.output(fused.modulate(hidden, shift, scale, self.config.layernorm_epsilon))
 
     @staticmethod
     def input_width(width: int, channels: int) -> int:
@@ -88,7 +88,7 @@ class Decoder(MegatronModule):
             hidden_states=self.input(torch.cat([z, noisy], dim=-1)),
             attention_mask=None,
             context=condition,
-            rotary_pos_emb=self.frame_angles,
+            rotary_pos_emb=_in_rows(self.frame_rope, z.shape[1]),
         )
 
 
@@ -106,12 +106,12 @@ class CrossDecoder(Decoder):
             hidden_states=self.input(noisy),
             attention_mask=None,
             context=join(condition, z),
-            rotary_pos_emb=(self.frame_angles, self.key_angles()),
+            rotary_pos_emb=tuple(_in_rows(x, z.shape[1]) for x in (self.frame_rope, self.key_rope())),
         )
 
-    def key_angles(self) -> Tensor:
-        """Angles of the keys: z has the positions of the noisy tokens."""
-        return self.frame_angles
+    def key_rope(self) -> Tensor:
+        """Turns of the keys: z has the positions of the noisy tokens."""
+        return self.frame_rope
 
 
 class CrossSelfDecoder(CrossDecoder):
@@ -121,10 +121,16 @@ class CrossSelfDecoder(CrossDecoder):
     def layer(backend: specs.Backend) -> specs.ModuleSpec:
         return specs.cross_decoder_layer(backend, CrossSelfAdaLNLayer)
 
-    def key_angles(self) -> Tensor:
+    def key_rope(self) -> Tensor:
         """Keys are [z | noisy] on every tensor rank, so a gathered sequence repeats share by share."""
         shares = self.tp_group.size() if self.config.sequence_parallel else 1
-        return torch.cat([x for share in self.frame_angles.chunk(shares) for x in (share, share)])
+        parts = self.frame_rope.chunk(shares, dim=1)
+        return torch.cat([x for share in parts for x in (share, share)], dim=1)
+
+
+def _in_rows(rope: Tensor, rows: int) -> Tensor:
+    """[2, n, R / 2], the same in every row, as [2, n, rows, R / 2]."""
+    return rope[:, :, None].expand(-1, -1, rows, -1).contiguous()
 
 
 def build_decoder(

@@ -54,7 +54,7 @@ class Encoder(MegatronModule):
 
         Args:
             patches: [s, rows, patch_dim] in [-1, 1] on the first pipeline stage, else None.
-            sequence: angles and pattern of the tokens.
+            sequence: rotary turns and pattern of the tokens.
 
         Returns:
             [s (/ tp under sequence parallelism), rows, D]; normed on the last stage.
@@ -66,7 +66,7 @@ class Encoder(MegatronModule):
         return self.block(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=sequence.angles,
+            rotary_pos_emb=sequence.rope,
             attention_bias=sequence.pattern,
         )
 

@@ -127,18 +127,20 @@ class NextVid(MegatronModule):
         return self
 
     @torch.no_grad()
-    def reference_features(self, patches: Tensor | None, token_frames: int) -> Tensor:
+    def reference_features(self, patches: Tensor | None, token_frames: int, clips: int) -> Tensor:
         """The reference encoder on all tokens (c' of Eq. 5).
 
         Args:
             patches: [t * n, B, patch_dim] on the first pipeline stage.
             token_frames: t.
+            clips: B.
 
         Returns:
             [t * n, B, D] on the last stage; hidden states [t * n (/ tp), B, D] before.
         """
-        hidden = self.reference(patches, full_sequence(self.run.model, token_frames, _device(self)))
         place = self.places["reference"]
+        sequence = full_sequence(self.run.model, token_frames, clips, _device(self))
+        hidden = self.reference(patches, sequence)
         if self.reference.last and place.sequence:
             hidden = gather_from_sequence_parallel_region(hidden, group=place.groups.tp)
         return hidden

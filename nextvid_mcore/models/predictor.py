@@ -53,7 +53,7 @@ class Predictor(MegatronModule):
             hidden_states=queries,
             attention_mask=None,
             context=context,
-            rotary_pos_emb=(sequence.query_angles, sequence.key_angles),
+            rotary_pos_emb=(sequence.query_rope, sequence.key_rope),
             attention_bias=sequence.pattern,
         )
         return self._gathered(z, shares_differ=False)
@@ -84,7 +84,7 @@ class JointPredictor(Predictor):
         hidden = self.block(
             hidden_states=sequence_shard(torch.cat(parts), self.groups, self.config.sequence_parallel),
             attention_mask=None,
-            rotary_pos_emb=sequence.angles,
+            rotary_pos_emb=sequence.rope,
             attention_bias=sequence.pattern,
         )
         whole = self._gathered(hidden, shares_differ=False).split([len(part) for part in parts])

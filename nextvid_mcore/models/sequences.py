@@ -1,7 +1,7 @@
 """Token sequences: which tokens stand where, at which 3D position, and who may see whom.
 
 A clip's tokens have flat ids in (t, h, w) order. A `Sequence` is what a network needs to know of a
-row of them beside their values: the rotary angles and the attention pattern.
+row of them beside their values: cosines and sines of its rotary angles, and the attention pattern.
 """
 
 from __future__ import annotations
@@ -14,24 +14,30 @@ from torch import Tensor
 
 from nextvid_mcore.config import ModelConfig
 from nextvid_mcore.masking import ClipMasks
-from nextvid_mcore.models.attention import AttentionPattern, make_joint_pattern, make_pattern
-from nextvid_mcore.rope import angles, token_positions
+from nextvid_mcore.models.attention import (
+    AttentionPattern,
+    Frames,
+    make_joint_pattern,
+    make_pattern,
+    regular_pattern,
+)
+from nextvid_mcore.rope import angles, token_positions, turns
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """Rotary angles [s, rows or 1, 1, R] and the pattern of a token sequence."""
+    """Rotary turns [2, s, rows, R / 2] and the pattern of a token sequence."""
 
-    angles: Tensor
+    rope: Tensor
     pattern: AttentionPattern
 
 
 @dataclass(frozen=True)
 class CrossSequence:
-    """The predictor's: angles of the queries and of the keys, and the pattern between them."""
+    """The predictor's: rotary turns of the queries and of the keys, and the pattern between them."""
 
-    query_angles: Tensor
-    key_angles: Tensor
+    query_rope: Tensor
+    key_rope: Tensor
     pattern: AttentionPattern
     queries: int  # length of the query sequence
 
@@ -40,7 +46,7 @@ class CrossSequence:
 class JointSequence:
     """The joint predictor's: each stretch's context with its queries behind it, end to end."""
 
-    angles: Tensor  # of the whole sequence, [length, rows or 1, 1, R]
+    rope: Tensor  # of the whole sequence, [2, length, rows, R / 2]
     pattern: AttentionPattern
     contexts: tuple[slice, ...]  # where each stretch's context lies in the context sequence
     queries: int  # of one stretch, p * n
@@ -73,29 +79,30 @@ def _packed(masks: ClipMasks) -> bool:
 
 
 def _rope(tokens: Tensor, model: ModelConfig, head_width: int) -> Tensor:
-    """tokens [rows, s] -> angles [s, rows, 1, R]."""
-    positions = token_positions(tokens, model.grid, model.grid)
-    return angles(positions, head_width, model.rope_base).transpose(0, 1)[:, :, None]
+    """tokens [rows, s] -> turns [2, s, rows, R / 2]."""
+    positions = token_positions(tokens.T, model.grid, model.grid)
+    return turns(angles(positions, head_width, model.rope_base))
 
 
-def full_sequence(model: ModelConfig, token_frames: int, device: torch.device) -> Sequence:
+def full_sequence(model: ModelConfig, token_frames: int, rows: int, device: torch.device) -> Sequence:
     """Every token of a clip, frame-wise causal: what the reference encoder sees."""
-    tokens = torch.arange(token_frames * model.tokens_per_frame, device=device)[None]
-    frames = tokens // model.tokens_per_frame
+    n = model.tokens_per_frame
+    tokens = torch.arange(token_frames * n, device=device).expand(rows, -1)
+    frames = (Frames(0, token_frames, n),)
     return Sequence(
-        _rope(tokens, model, model.encoder.head_width),
-        make_pattern([frames], [frames], [0], "causal"),
+        _rope(tokens, model, model.encoder.head_width), regular_pattern(frames, frames, "causal", device)
     )
 
 
 def student_sequence(model: ModelConfig, masks: ClipMasks, device: torch.device) -> Sequence:
     """The visible tokens of every mask, each mask frame-wise causal in its own stretch."""
     tokens = masks.tokens.to(device)
+    rope = _rope(tokens, model, model.encoder.head_width)
+    if masks.counts:
+        frames = _regular(masks)
+        return Sequence(rope, regular_pattern(frames, frames, "causal", device))
     frames = [_frames(model, tokens, masks, i) for i in range(len(masks.segments))]
-    starts = [x.start for x in masks.segments]
-    return Sequence(
-        _rope(tokens, model, model.encoder.head_width), make_pattern(frames, frames, starts, "causal")
-    )
+    return Sequence(rope, make_pattern(frames, frames, [x.start for x in masks.segments], "causal"))
 
 
 def predictor_sequence(
@@ -106,21 +113,25 @@ def predictor_sequence(
     The query sequence is the stretches' p * n queries end to end, in the order of `masks.segments`; in a
     joint sequence each stretch's context stands before its queries.
     """
-    n = model.tokens_per_frame
+    n, stretches = model.tokens_per_frame, len(masks.segments)
     tokens = masks.tokens.to(device)
     targets = torch.arange(n, token_frames * n, device=device)[None]
-    stretches = len(masks.segments)
     if model.context == "joint":
         return _joint_sequence(model, masks, tokens, targets)
-    return CrossSequence(
-        query_angles=_rope(targets.repeat(1, stretches), model, model.predictor.head_width),
-        key_angles=_rope(tokens, model, model.predictor.head_width),
-        pattern=make_pattern(
+    if masks.counts:
+        queries = (Frames(1, token_frames - 1, n),) * stretches
+        pattern = regular_pattern(queries, _regular(masks), "autoregressive", device)
+    else:
+        pattern = make_pattern(
             [targets // n] * stretches,
             [_frames(model, tokens, masks, i) for i in range(stretches)],
             [x.start for x in masks.segments],
             "autoregressive",
-        ),
+        )
+    return CrossSequence(
+        query_rope=_rope(targets.repeat(len(tokens), stretches), model, model.predictor.head_width),
+        key_rope=_rope(tokens, model, model.predictor.head_width),
+        pattern=pattern,
         queries=stretches * targets.shape[1],
     )
 
@@ -132,18 +143,22 @@ def _joint_sequence(model: ModelConfig, masks: ClipMasks, tokens: Tensor, target
     joined = torch.cat([part for place in contexts for part in (tokens[:, place], queries)], dim=1)
     frames = [_frames(model, tokens, masks, i) for i in range(len(contexts))]
     return JointSequence(
-        angles=_rope(joined, model, model.predictor.head_width),
+        rope=_rope(joined, model, model.predictor.head_width),
         pattern=make_joint_pattern(frames, targets // model.tokens_per_frame),
         contexts=contexts,
         queries=targets.shape[1],
     )
 
 
+def _regular(masks: ClipMasks) -> tuple[Frames, ...]:
+    """The stretches of static masks, which keep the same number in every frame of every clip."""
+    return tuple(Frames(0, x.length // masks.counts[x.mask], masks.counts[x.mask]) for x in masks.segments)
+
+
 def _frames(model: ModelConfig, tokens: Tensor, masks: ClipMasks, stretch: int) -> Tensor:
     """Frame numbers of a stretch's tokens, [rows or 1, length]; 1 where every row has the same."""
     segment = masks.segments[stretch]
-    frames = tokens[:, segment.start : segment.start + segment.length] // model.tokens_per_frame
-    # static masks keep the same number in every frame of every clip
+    frames = tokens[:, segment.start : segment.stop] // model.tokens_per_frame
     return frames[:1] if masks.counts else frames
 
 

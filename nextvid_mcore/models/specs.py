@@ -12,26 +12,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import (
-    CrossAttention,
-    CrossAttentionSubmodules,
-    SelfAttention,
-    SelfAttentionSubmodules,
-)
+from megatron.core.transformer.attention import CrossAttentionSubmodules, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from nextvid_mcore.config import ConfigError, ModelConfig, TransformerShape
 from nextvid_mcore.models.adaln import AdaLNLayer, CrossAdaLNLayer
-from nextvid_mcore.models.attention import AttentionPattern, PatternAttention
+from nextvid_mcore.models.attention import PatternAttention
+from nextvid_mcore.models.layers import (
+    ContextLayer,
+    EncoderLayer,
+    FusedMLP,
+    PatternCrossAttention,
+    PatternSelfAttention,
+)
 from nextvid_mcore.models.norm import LocalLayerNorm
 
 
@@ -67,66 +67,16 @@ def get_backend(name: str) -> Backend:
     return Backend(te.TEColumnParallelLinear, te.TERowParallelLinear, te.TENorm)
 
 
-class CrossAttentionWithGroups(CrossAttention):
-    """CrossAttention whose linears get the tensor group (megatron-core builds them without it)."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: CrossAttentionSubmodules,
-        *args: Any,
-        pg_collection: ProcessGroupCollection,
-        pp_layer_offset: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        submodules = CrossAttentionSubmodules(
-            linear_q=functools.partial(submodules.linear_q, tp_group=pg_collection.tp),
-            linear_kv=functools.partial(submodules.linear_kv, tp_group=pg_collection.tp),
-            core_attention=submodules.core_attention,
-            linear_proj=submodules.linear_proj,
-        )
-        super().__init__(config, submodules, *args, pg_collection=pg_collection, **kwargs)
-
-
-class ContextLayer(TransformerLayer):
-    """Cross-attention and MLP, no self-attention: queries read a fixed context (Section 3.2).
-
-    The context is key and value of every layer and passes through unchanged.
-    """
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        context: Tensor | None = None,
-        rotary_pos_emb: tuple[Tensor, Tensor] | None = None,
-        attention_bias: AttentionPattern | None = None,
-        **unused: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """hidden_states [queries, rows, E] and context [keys, rows, E] -> the same two."""
-        attended = self.cross_attention(
-            self.pre_cross_attn_layernorm(hidden_states),
-            attention_mask=None,
-            key_value_states=context,
-            rotary_pos_emb=rotary_pos_emb,
-            attention_bias=attention_bias,
-        )
-        with self.bias_dropout_add_exec_handler():
-            hidden_states = self.cross_attn_bda(self.training, self.config.bias_dropout_fusion)(
-                attended, hidden_states, self.hidden_dropout
-            )
-        return self._forward_mlp(hidden_states), context
-
-
 def _mlp(backend: Backend) -> Any:
     return functools.partial(
-        MLP.as_mlp_submodule,
+        FusedMLP.as_mlp_submodule,
         submodules=MLPSubmodules(linear_fc1=backend.column, linear_fc2=backend.row),
     )
 
 
 def _self_attention(backend: Backend) -> ModuleSpec:
     return ModuleSpec(
-        module=SelfAttention,
+        module=PatternSelfAttention,
         params={"attn_mask_type": AttnMaskType.arbitrary},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column, core_attention=PatternAttention, linear_proj=backend.row
@@ -136,7 +86,7 @@ def _self_attention(backend: Backend) -> ModuleSpec:
 
 def _cross_attention(backend: Backend) -> ModuleSpec:
     return ModuleSpec(
-        module=CrossAttentionWithGroups,
+        module=PatternCrossAttention,
         params={"attn_mask_type": AttnMaskType.arbitrary},
         submodules=CrossAttentionSubmodules(
             linear_q=backend.column,
@@ -150,14 +100,12 @@ def _cross_attention(backend: Backend) -> ModuleSpec:
 def encoder_layer(backend: Backend) -> ModuleSpec:
     """Pre-norm ViT layer."""
     return ModuleSpec(
-        module=TransformerLayer,
+        module=EncoderLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=backend.norm,
             self_attention=_self_attention(backend),
-            self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=backend.norm,
             mlp=_mlp(backend),
-            mlp_bda=get_bias_dropout_add,
         ),
     )
 
@@ -169,10 +117,8 @@ def predictor_layer(backend: Backend) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             pre_cross_attn_layernorm=backend.norm,
             cross_attention=_cross_attention(backend),
-            cross_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=backend.norm,
             mlp=_mlp(backend),
-            mlp_bda=get_bias_dropout_add,
         ),
     )
 
@@ -183,9 +129,7 @@ def decoder_layer(backend: Backend) -> ModuleSpec:
         module=AdaLNLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=_self_attention(backend),
-            self_attn_bda=get_bias_dropout_add,
             mlp=_mlp(backend),
-            mlp_bda=get_bias_dropout_add,
         ),
     )
 
@@ -196,9 +140,7 @@ def cross_decoder_layer(backend: Backend, layer: type[CrossAdaLNLayer] = CrossAd
         module=layer,
         submodules=TransformerLayerSubmodules(
             cross_attention=_cross_attention(backend),
-            cross_attn_bda=get_bias_dropout_add,
             mlp=_mlp(backend),
-            mlp_bda=get_bias_dropout_add,
         ),
     )
 

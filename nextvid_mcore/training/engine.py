@@ -123,7 +123,7 @@ class Engine:
             patches = None
             if self.model.reference.first:
                 patches = microbatch.full_patches(self.config, clip, self.device).transpose(0, 1)
-            hidden = self.model.reference_features(patches, t)
+            hidden = self.model.reference_features(patches, t, len(clip.index))
             return hidden, lambda out, non_loss_data=False: out
 
         length = t * self.config.model.tokens_per_frame

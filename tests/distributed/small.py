@@ -79,7 +79,7 @@ def forward(model: NextVid, data_rank: int, data: int, step: int) -> torch.Tenso
         tau_samples=1,
         masks=masks,
         patches=visible_patches(patches, masks),
-        features=model.reference_features(patches.transpose(0, 1), T),
+        features=model.reference_features(patches.transpose(0, 1), T, len(patches)),
         latents=latents[list(mine)],
     )
     return model(batch).total(settings)

@@ -83,7 +83,7 @@ def save_run(folder: str, tensor: int, pipeline: int, precision: str) -> dict[st
     if pipeline > 1:
         return {}
     patches = patchify(video(), config.model).transpose(0, 1).contiguous()
-    sequence = full_sequence(config.model, 4, torch.device("cpu"))
+    sequence = full_sequence(config.model, 4, patches.shape[1], torch.device("cpu"))
     features = {}
     with torch.no_grad():
         for name, encoder in (("online", model.student.encoder), ("ema", model.reference)):

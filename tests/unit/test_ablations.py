@@ -140,7 +140,7 @@ def test_joint_sequence_is_as_long_as_the_layout_thinks(groups):
         config = switched(small(mode), context="joint")
         masks = draw_masks(config.mask, 8, T_TOKENS - 1, 0, [0])
         frames = T_TOKENS * config.model.tubelet_size
-        length = predictor_sequence(config.model, masks, T_TOKENS, CPU).angles.shape[0]
+        length = predictor_sequence(config.model, masks, T_TOKENS, CPU).rope.shape[1]
         assert sequences(config, frames)["predictor"] == length
         isolated = switched(config, context="isolated")
         queries = predictor_sequence(isolated.model, masks, T_TOKENS, CPU).queries

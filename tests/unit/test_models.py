@@ -74,7 +74,7 @@ def micro_batch(
         tau_samples=taus,
         masks=masks,
         patches=visible_patches(patches, masks),
-        features=model.reference_features(patches.transpose(0, 1), T_TOKENS),
+        features=model.reference_features(patches.transpose(0, 1), T_TOKENS, len(video)),
         latents=latents,
     )
 

@@ -1,0 +1,89 @@
+"""The attention kernels, and which of them a pattern gets.
+
+    masked    torch's scaled_dot_product_attention, stretch by stretch with a boolean mask: the reference, for
+              any pattern, anywhere.
+    flex      FlexAttention, all stretches in one call: no mask in memory, blocks that nobody sees are not
+              computed. CUDA, half precision, patterns that hold for every row.
+    plain     scaled_dot_product_attention without a mask, where every query sees every key.
+
+benchmarks/attention.py compares them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from nextvid_mcore.models import fused
+
+if TYPE_CHECKING:
+    from nextvid_mcore.models.attention import AttentionPattern, Stretch
+
+MIN_HEAD = 16  # FlexAttention takes no narrower heads
+BLOCK = 128
+SPAN = 1 << 16  # frame numbers lie below it
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, pattern: None = None) -> Tensor:
+    """Every query of a row sees every key of it; all [rows, A, s, d]."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+    """The reference: [rows, A, queries, d] from q of that shape and k, v [rows, A, keys, d]."""
+    parts = []
+    for x in pattern.stretches:
+        keys = slice(x.k_start, x.k_stop)
+        queries = q[:, :, x.q_start : x.q_stop]
+        parts.append(
+            F.scaled_dot_product_attention(queries, k[:, :, keys], v[:, :, keys], attn_mask=x.allowed)
+        )
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, fused.VARIANTS)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+    """The same as `masked` by FlexAttention; the result has q's strides."""
+    return _compiled_flex()(q, k, v, block_mask=pattern.blocks)
+
+
+def flex_blocks(stretches: Sequence[Stretch], block: int = BLOCK) -> BlockMask:
+    """FlexAttention's form of stretches that have a rule and the same frames in every row.
+
+    A key is numbered stretch * SPAN + frame; every rule lets a query see one range of these numbers.
+    """
+    keys, low, high = [], [], []
+    for i, x in enumerate(stretches):
+        q, k = x.query_frames[0], x.key_frames[0]
+        keys.append(k + i * SPAN)
+        first = q if x.rule == "isolated" else torch.zeros_like(q)
+        last = q - 1 if x.rule == "autoregressive" else q
+        low.append(first + i * SPAN)
+        high.append(last + i * SPAN)
+    keys, low, high = (torch.cat(x).int() for x in (keys, low, high))
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (low[query] <= keys[key]) & (keys[key] <= high[query])
+
+    return create_block_mask(visible, None, None, len(low), len(keys), device=keys.device, BLOCK_SIZE=block)
+
+
+def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]:
+    """The kernel for queries [rows, A, s, d]."""
+    if pattern is None:
+        return plain
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if pattern.blocks is not None and half and q.shape[-1] >= MIN_HEAD and fused.compiles(q):
+        return flex
+    return masked
