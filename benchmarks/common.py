@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,33 +21,66 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # so that it runs from a clone that isn't installed
 
-from nextvid_mcore.config import RunConfig
+from nextvid_mcore.config import ModelConfig, RunConfig
 from nextvid_mcore.data import ClipBatch
+from nextvid_mcore.models.nextvid import NextVid
 from nextvid_mcore.parallel.groups import seed_trackers
 from nextvid_mcore.parallel.placement import Placement, resolve_placement
 from nextvid_mcore.parallel.seats import build_seats
 from nextvid_mcore.schedule import Schedule
+from nextvid_mcore.targets import target_channels
+from nextvid_mcore.training import step as training_step
 from nextvid_mcore.training.step import StepResult, TrainStep
 
 PEAK_BF16 = 989e12  # dense FLOP/s of one H100 or H200
 
 
 class ResidentTarget:
-    """Latents that lie on the device: the step without its target's cost."""
+    """Random latents that lie on the device: the step without its target's cost."""
 
-    def __init__(self, latents: torch.Tensor) -> None:
-        self._latents, self.channels = latents, latents.shape[-1]
+    def __init__(self, model: ModelConfig, channels: int) -> None:
+        self.model, self.channels = model, channels
 
-    def latents(self, video: torch.Tensor, static: object = None, indices: object = None) -> torch.Tensor:
-        return self._latents[: video.shape[0]]
+    @functools.cache  # noqa: B019 (lives as long as the benchmark)
+    def _latents(self, clips: int, frames: int, device: torch.device) -> torch.Tensor:
+        shape = (clips, self.model.token_frames(frames), self.model.tokens_per_frame, self.channels)
+        return torch.randn(*shape, device=device)
+
+    def latents(
+        self, video: torch.Tensor, static: object = None, indices: object = None, first: int = 0
+    ) -> torch.Tensor:
+        return self._latents(video.shape[0], video.shape[2], video.device)[:, first:]
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("resident latents are random: there is no video behind them")
 
 
+def _draw_on_device(model: NextVid) -> None:
+    """Random weights of a fresh run's sizes, without a run's reproducible draws on the CPU."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.normal_(0.0, 0.0 if name.endswith("bias") else 0.02)
+
+
+@contextlib.contextmanager
+def quick_start(target: Callable[[RunConfig], Any] | None = None) -> Iterator[None]:
+    """A TrainStep built inside starts from weights drawn on the device, with `target` or resident latents."""
+
+    def resident(config: RunConfig, device: torch.device, dtype: torch.dtype) -> ResidentTarget:
+        return ResidentTarget(config.model, target_channels(config))
+
+    with (
+        mock.patch.object(training_step, "build_target", target or resident),
+        mock.patch.object(NextVid, "reset_parameters", _draw_on_device),
+    ):
+        yield
+
+
 @dataclass(frozen=True)
 class Measured:
-    """seconds: of a step, the median. gib: the most this rank's GPU has reserved; nan without one."""
+    """seconds: of a step, the mean of many in a row. gib: the most this GPU has reserved; nan without one."""
 
     seconds: float
     gib: float
@@ -71,10 +108,6 @@ class Bench:
         video = torch.randint(
             0, 256, (b, 3, stage.frames, size, size), dtype=torch.uint8, device=device, generator=generator
         )
-        if "decoder" in self.step.model.holds:
-            shape = (b, model.token_frames(stage.frames), model.tokens_per_frame, self.step.target.channels)
-            latents = torch.randn(*shape, device=device, generator=generator)
-            self.step.engine.target = ResidentTarget(latents)
         encoder = self.placement.encoder.layout
         wave = config.train.micro_batch * encoder.data
         return [
@@ -106,11 +139,11 @@ class Bench:
             self.take()
         if ready is not None:
             ready()
-        times, loss = [], math.nan
+        self.synchronize()
+        start, loss = time.perf_counter(), math.nan
         for _ in range(steps):
-            self.synchronize()
-            start = time.perf_counter()
-            loss = self.take().loss
-            times.append(time.perf_counter() - start)
+            loss = self.step.run(self.point, self.clips).loss
+        self.synchronize()
+        seconds = (time.perf_counter() - start) / steps
         gib = torch.cuda.max_memory_reserved() / 2**30 if self.cuda else math.nan
-        return Measured(sorted(times)[len(times) // 2], gib, loss)
+        return Measured(seconds, gib, loss)

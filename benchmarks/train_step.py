@@ -1,109 +1,186 @@
 """Clips per second of the whole training step, on clips and latents that already lie on the device.
 
-    python benchmarks/train_step.py vit_g --micro-batch 16 --backend local te
+    python benchmarks/train_step.py vit_g --micro-batch 16 --accumulate 2
+    python benchmarks/train_step.py vit_g --case "backend=te fp8=current" --case "backend=te tau=4 frames=16"
 
 The step is the real one (training/step.py): both masks, reference forward, predictor, decoder, losses,
-backward, clipping, AdamW, EMA. One row per backend and recomputation, compared as a ratio to the first.
-With torchrun the batch is split over the ranks and the row says clips/s per GPU.
+backward, clipping, AdamW, EMA; steps follow each other without waiting, as in a run. One row a case, compared
+as a ratio to the first. A case is a list of settings over those of the command line (`KEYS`). MFU counts the
+model FLOPs of what was really visible, without recomputation, over 989 TFLOP/s. Memory is what the allocator
+reserved. With torchrun the batch is split over the ranks and a row says clips/s per GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import gc
+import time
+import traceback
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import PEAK_BF16, Bench
+from common import PEAK_BF16, Bench, quick_start
+from parts import PARTS, kernels, shares
 
 from nextvid_mcore import flops, recipes
-from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig
+from nextvid_mcore.config import Fp8Config, RoleParallel, RunConfig
 from nextvid_mcore.parallel.groups import init_distributed
 
+KEYS = {
+    "recipe": str,
+    "backend": str,
+    "fp8": str,  # none, current, delayed, blockwise: of all roles, or role:recipe,role:recipe
+    "recompute": str,
+    "compile": int,
+    "precision": str,
+    "micro_batch": int,
+    "accumulate": int,  # micro-batches a step
+    "frames": int,
+    "tau": int,
+    "tensor": int,
+    "sequence": int,
+    "vae": int,  # 1: VA-VAE of random weights encodes the clips in every step
+}
 
-def configure(args: argparse.Namespace, backend: str, recompute: str, world: int) -> RunConfig:
-    config = recipes.get(args.recipe)
+
+def fp8_config(text: str) -> Fp8Config:
+    if ":" not in text:
+        return Fp8Config(all=text)
+    return Fp8Config(**dict(part.split(":") for part in text.split(",")))
+
+
+def configure(case: dict[str, Any], world: int) -> RunConfig:
+    config = recipes.get(case["recipe"])
     stage = dataclasses.replace(
         config.stages[0],
-        frames=args.frames,
-        tau_samples=args.tau,
-        batch=args.micro_batch * world // args.tensor,
+        frames=case["frames"],
+        tau_samples=case["tau"],
+        batch=case["micro_batch"] * case["accumulate"] * world // case["tensor"],
     )
     return dataclasses.replace(
         config,
         stages=(stage,),
-        model=dataclasses.replace(config.model, backend=backend),
-        target=dataclasses.replace(config.target, kind="pixels"),
+        model=dataclasses.replace(config.model, backend=case["backend"], compile=bool(case["compile"])),
+        target=dataclasses.replace(config.target, kind="va_vae"),
+        fp8=fp8_config(case["fp8"]),
         parallel=dataclasses.replace(
             config.parallel,
-            encoder=RoleParallel(tensor=args.tensor),
-            sequence=args.sequence,
-            recompute=recompute,
+            encoder=RoleParallel(tensor=case["tensor"]),
+            sequence=bool(case["sequence"]),
+            recompute=case["recompute"],
         ),
-        train=dataclasses.replace(config.train, micro_batch=args.micro_batch, precision=args.precision),
+        train=dataclasses.replace(config.train, micro_batch=case["micro_batch"], precision=case["precision"]),
     )
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[str, Any]]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", choices=recipes.names())
-    parser.add_argument("--backend", nargs="+", default=["local"], choices=["local", "te"])
-    parser.add_argument("--recompute", nargs="+", default=["none"], choices=["none", "core_attn", "full"])
+    parser.add_argument("--case", action="append", default=[], help='such as "backend=te tau=4"')
+    parser.add_argument("--backend", default="te", choices=["local", "te"])
+    parser.add_argument("--fp8", default="none")
+    parser.add_argument("--recompute", default="none", choices=["none", "core_attn", "full"])
+    parser.add_argument("--compile", type=int, default=1)
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
-    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--tau", type=int, default=1)
     parser.add_argument("--tensor", type=int, default=1)
-    parser.add_argument("--sequence", action="store_true")
+    parser.add_argument("--sequence", type=int, default=0)
+    parser.add_argument("--vae", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
-    args = parser.parse_args()
+    parser.add_argument("--kernels", type=int, default=0, help="print so many kernels of every case")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no case begins")
+    args = parser.parse_args(argv)
+    cases = []
+    for text in args.case or [""]:
+        case = {key: getattr(args, key) for key in KEYS}
+        for word in text.split():
+            key, _, value = word.partition("=")
+            if key not in KEYS or not value:
+                parser.error(f"--case: {word!r} is not KEY=VALUE with a KEY of {', '.join(KEYS)}")
+            case[key] = KEYS[key](value)
+        cases.append(case)
+    return args, cases
+
+
+def measure(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[str, Any]:
+    config = configure(case, world)
+    if case["vae"]:
+        from common import online_vae_target
+
+        start = quick_start(online_vae_target)
+    else:
+        start = quick_start()
+    with start:
+        bench = Bench(config)
+    found: dict[str, Any] = {"measured": bench.measure(args.steps, args.warmup)}
+    found["flops"] = flops.clip_flops(config, config.stages[0], executed=True).total
+    if bench.cuda:
+        found["shares"] = shares(bench.step, bench.take)
+        with contextlib.suppress(RuntimeError):  # a profiler that cannot record costs the gaps alone
+            found["idle"], found["kernels"] = kernels(bench.take)
+    return found
+
+
+def label(case: dict[str, Any], cases: list[dict[str, Any]]) -> str:
+    """What tells the case from the others."""
+    differing = [key for key in KEYS if len({each[key] for each in cases}) > 1]
+    return " ".join(f"{key}={case[key]}" for key in differing) or "as said"
+
+
+def main() -> None:
+    args, cases = parse()
+    begun = time.perf_counter()
     init_distributed()
-    world, rows = dist.get_world_size(), []
-    for backend in args.backend:
-        for recompute in args.recompute:
-            config = configure(args, backend, recompute, world)
-            try:
-                found = Bench(config).measure(args.steps, args.warmup)
-            except (ConfigError, torch.OutOfMemoryError) as error:
-                rows.append((backend, recompute, str(error).splitlines()[0][:80], None))
-                continue
-            finally:
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-            rows.append((backend, recompute, None, (config, found)))
-    if dist.get_rank() == 0:
-        report(args, rows, world)
-    dist.destroy_process_group()
-
-
-def report(args: argparse.Namespace, rows: list[tuple], world: int) -> None:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(
-        f"\n{args.recipe}, {args.frames} frames, tau {args.tau}, micro-batch {args.micro_batch}, "
-        f"{args.precision}"
+    world, first, lines = dist.get_world_size(), None, []
+    head = (
+        f"{'clips/s':>8} {'ms':>8} {'MFU':>6} {'GiB':>6} {'ratio':>6} "
+        + " ".join(f"{part[:6]:>6}" for part in (*PARTS, "other", "gaps"))
+        + "  case"
     )
-    print(f"{world} x {name}, torch {torch.__version__}, tensor {args.tensor}, sequence {args.sequence}")
-    print(
-        f"{'backend':<8} {'recompute':<10} {'clips/s/GPU':>11} {'ms':>8} {'MFU':>6} {'GiB':>6} {'ratio':>6} "
-        f"{'loss':>9}"
-    )
-    first = None
-    for backend, recompute, error, found in rows:
-        if found is None:
-            print(f"{backend:<8} {recompute:<10} {error}")
+    for case in cases:
+        if time.perf_counter() - begun > args.limit:
+            lines.append(f"not begun for want of time: {label(case, cases)}")
             continue
-        config, measured = found
-        rate = args.micro_batch / measured.seconds / args.tensor
+        try:
+            found = measure(args, case, world)
+        except Exception as error:  # one case must not cost the others
+            if dist.get_rank() == 0:
+                traceback.print_exc(limit=-6)
+            lines.append(f"{type(error).__name__}: {str(error).splitlines()[0][:90]!r} {label(case, cases)}")
+            continue
+        finally:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        measured = found["measured"]
+        rate = case["micro_batch"] * case["accumulate"] / measured.seconds / case["tensor"]
         first = first or rate
-        work = flops.clip_flops(config, config.stages[0], executed=True).total
-        mfu = f"{rate * work / PEAK_BF16:6.1%}" if torch.cuda.is_available() else "     -"
-        print(
-            f"{backend:<8} {recompute:<10} {rate:>11.2f} {1e3 * measured.seconds:>8.1f} {mfu} "
-            f"{measured.gib:>6.1f} {rate / first:>6.2f} {measured.loss:>9.4f}"
+        share = {**found.get("shares", {}), "gaps": found.get("idle", float("nan"))}
+        lines.append(
+            f"{rate:>8.2f} {1e3 * measured.seconds:>8.1f} {rate * found['flops'] / PEAK_BF16:>6.1%} "
+            f"{measured.gib:>6.1f} {rate / first:>6.2f} "
+            + " ".join(f"{share.get(part, float('nan')):>6.1%}" for part in (*PARTS, "other", "gaps"))
+            + f"  {label(case, cases)}"
         )
+        if dist.get_rank() == 0:
+            print(lines[-1], f"loss {measured.loss:.4f}, {time.perf_counter() - begun:.0f} s", flush=True)
+            for name, ms, calls in found.get("kernels", [])[: args.kernels]:
+                print(f"    {ms:>8.2f} ms {calls:>5} x  {name[:110]}")
+    if dist.get_rank() == 0:
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        print(f"\n{world} x {name}, torch {torch.__version__}; {args.steps} steps after {args.warmup}")
+        print({key: cases[0][key] for key in KEYS if len({each[key] for each in cases}) == 1})
+        print("\n".join([head, *lines]))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class ModelConfig:
     context: Literal["isolated", "joint"] = "isolated"  # Table 2, "C-Iso.": models/predictor.py
     condition: Literal["concat", "cross", "cross_self"] = "concat"  # Table 5: models/decoder.py
     backend: Literal["local", "te"] = "local"  # torch, or Transformer Engine (needs CUDA)
+    compile: bool = True  # on CUDA: fuse what stands between matrix products (models/fused.py)
 
     def __post_init__(self) -> None:
         require(self.patch_size > 0 and self.tubelet_size > 0, "patch and tubelet sizes must be positive")

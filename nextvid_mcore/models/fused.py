@@ -1,4 +1,4 @@
-"""The elementwise work between matrix products: each piece a function, fused into one kernel by torch.compile.
+"""The elementwise work between matrix products, each piece a function that torch.compile makes one kernel.
 
 On a GPU these pieces only move memory, so a chain of them costs as many passes as it has operations.
 Called on CUDA tensors a function here runs compiled; on a CPU, and inside `eager()`, the same function runs

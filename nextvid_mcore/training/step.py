@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from nextvid_mcore.config import RunConfig
 from nextvid_mcore.data import ClipBatch
+from nextvid_mcore.models import fused
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch, NextVid
 from nextvid_mcore.parallel import watchdog
 from nextvid_mcore.parallel.reference_edge import ReferenceEdge
@@ -62,6 +63,7 @@ class TrainStep:
         self.device = device = (
             torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         )
+        fused.use(config.model.compile)
         places = make_places(config, seats)
         generate = config.model.generate
         decodes = "decoder" in places and generate

@@ -1,0 +1,119 @@
+"""Where a step's time goes: shares of reference, student, predictor, decoder, VAE, optimizer, and gaps.
+
+Marks are CUDA events put into the stream where a part begins, in the forward pass by wrapping the parts'
+methods and in the backward pass by hooks on the tensors that part them; the time up to the next mark is the
+part's. Gaps are the time in which no kernel ran at all, from a recording of the device's activity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextvid_mcore.training.step import TrainStep
+
+PARTS = ("reference", "student", "predictor", "decoder", "VAE", "optimizer")
+
+
+class Parts:
+    """Marks of one step, as (part that begins, event)."""
+
+    def __init__(self, step: TrainStep) -> None:
+        self.step, self.marks = step, []
+
+    def mark(self, part: str) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append((part, event))
+
+    def _wrap(self, owner: Any, name: str, part: str, backward: str | None = None) -> Callable[[], None]:
+        """Mark `part` round `owner.name`, and `backward` when the gradient of its result is complete."""
+        inner = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before = self.marks[-1][0] if self.marks else "other"
+            self.mark(part)
+            out = inner(*args, **kwargs)
+            if backward and isinstance(out, Tensor) and out.requires_grad:
+                out.register_hook(lambda grad: self.mark(backward))
+            self.mark(before)
+            return out
+
+        setattr(owner, name, call)
+        return lambda: delattr(owner, name) if name in vars(owner) else None
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        step, model = self.step, self.step.model
+        undo = [
+            self._wrap(step.engine, "reference_features", "reference"),
+            self._wrap(model, "context", "student", backward="student"),
+            self._wrap(model, "predict", "predictor", backward="predictor"),
+            self._wrap(model, "alignment", "predictor"),
+            self._wrap(model, "flow_matching", "decoder"),
+            self._wrap(step.optimizers, "step", "optimizer"),
+            self._wrap(step.optimizers, "zero_grad", "optimizer"),
+        ]
+        if step.engine.target is not None:
+            undo.append(self._wrap(step.engine.target, "latents", "VAE"))
+        # the losses' mean and the backward pass that it starts begin with the decoder
+        losses = model.losses
+
+        def then_decoder(*args: Any, **kwargs: Any) -> Any:
+            out = losses(*args, **kwargs)
+            self.mark("decoder")
+            return out
+
+        model.losses = then_decoder
+        undo.append(lambda: delattr(model, "losses"))
+        try:
+            self.mark("other")
+            yield
+            self.mark("end")
+        finally:
+            for each in undo:
+                each()
+
+    def milliseconds(self) -> dict[str, float]:
+        torch.cuda.synchronize()
+        found: dict[str, float] = defaultdict(float)
+        for (part, start), (_, stop) in zip(self.marks, self.marks[1:], strict=False):
+            found[part] += start.elapsed_time(stop)
+        return dict(found)
+
+
+def shares(step: TrainStep, take: Callable[[], Any]) -> dict[str, float]:
+    """Each part's share of a step's time on the device; `other` is what no part claims."""
+    parts = Parts(step)
+    with parts.recording():
+        take()
+    found = parts.milliseconds()
+    total = sum(found.values())
+    return {part: found.get(part, 0.0) / total for part in (*PARTS, "other")}
+
+
+def kernels(take: Callable[[], Any], steps: int = 2) -> tuple[float, list[tuple[str, float, int]]]:
+    """Share of the time in which nothing ran, and (kernel, ms a step, calls a step), longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recording:
+        for _ in range(steps):
+            take()
+        torch.cuda.synchronize()
+    spans, times, calls = [], Counter(), Counter()
+    for event in recording.profiler.kineto_results.events():
+        if event.device_type() != torch.autograd.DeviceType.CUDA or event.duration_ns() == 0:
+            continue
+        spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+        times[event.name()] += event.duration_ns() / 1e6 / steps
+        calls[event.name()] += 1
+    spans.sort()
+    busy, end = 0, spans[0][0]
+    for start, stop in spans:
+        busy += max(0, stop - max(start, end))
+        end = max(end, stop)
+    idle = 1 - busy / (end - spans[0][0])
+    return idle, [(name, ms, calls[name] // steps) for name, ms in times.most_common()]
