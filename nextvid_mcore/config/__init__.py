@@ -9,6 +9,7 @@ from here.
 
 from nextvid_mcore.config.data import MOVING_DIGITS, DataConfig, SetConfig
 from nextvid_mcore.config.errors import ConfigError, require
+from nextvid_mcore.config.fp8 import Fp8Config
 from nextvid_mcore.config.model import MaskConfig, ModelConfig, TargetConfig, TransformerShape
 from nextvid_mcore.config.parallel import ParallelConfig, RoleParallel
 from nextvid_mcore.config.records import CheckpointConfig, EvalConfig, ProfileConfig, WandbConfig
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvalConfig",
+    "Fp8Config",
     "LossConfig",
     "MaskConfig",
     "ModelConfig",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from nextvid_mcore.config.data import DataConfig
 from nextvid_mcore.config.errors import require
+from nextvid_mcore.config.fp8 import Fp8Config
 from nextvid_mcore.config.model import MaskConfig, ModelConfig, TargetConfig
 from nextvid_mcore.config.parallel import ParallelConfig
 from nextvid_mcore.config.records import CheckpointConfig, EvalConfig, ProfileConfig, WandbConfig
@@ -28,6 +29,7 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
+    fp8: Fp8Config = Fp8Config()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -41,6 +43,7 @@ class RunConfig:
             self.model.token_frames(stage.frames)
         if self.mask.static:
             self.mask.counts(self.model.tokens_per_frame)
+        self._check_fp8()
         if self.profile.span is not None:
             steps = sum(stage.steps for stage in self.stages)
             steps = min(steps, self.train.steps or steps)
@@ -48,6 +51,25 @@ class RunConfig:
                 self.profile.span[1] <= steps,
                 f"profile steps {self.profile.steps} go past the run's last step, {steps}",
             )
+
+    def _check_fp8(self) -> None:
+        named = ", ".join(f"{role} {recipe}" for role, recipe in self.fp8.used.items())
+        if not named:
+            return
+        require(
+            self.model.backend == "te",
+            f"fp8 ({named}) runs in Transformer Engine's linears; use --model.backend te, not "
+            f"{self.model.backend}",
+        )
+        require(
+            self.train.precision == "bf16",
+            f"fp8 ({named}) goes with --train.precision bf16, not {self.train.precision}",
+        )
+        require(
+            self.mask.static,
+            f"fp8 ({named}) needs sequences of one length, a multiple of 16, and mask mode {self.mask.mode} "
+            "changes it from clip to clip; use --mask.mode fixed",
+        )
 
     def batch(self, stage: StageConfig) -> int:
         """Clips per step of a stage."""

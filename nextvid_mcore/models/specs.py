@@ -7,7 +7,7 @@ same layers, with the same parameter names, from Transformer Engine's modules an
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from nextvid_mcore.config import ConfigError, ModelConfig, TransformerShape
+from nextvid_mcore.models import fp8
 from nextvid_mcore.models.adaln import AdaLNLayer, CrossAdaLNLayer
 from nextvid_mcore.models.attention import PatternAttention
 from nextvid_mcore.models.layers import (
@@ -156,6 +157,7 @@ class Split:
     last_stage_layers: int | None = None  # encoder layers on the last of several pipeline stages
     dtype: torch.dtype = torch.float32
     exchange: bool = False  # its sequences cross to ranks of another layout
+    fp8: dict[str, Any] = field(default_factory=dict)  # models/fp8.py: settings of the role
 
 
 def local_layers(depth: int, split: Split, stage: int) -> int:
@@ -209,6 +211,7 @@ def transformer_config(shape: TransformerShape, model: ModelConfig, split: Split
         variable_seq_lengths=split.exchange,
         moe_token_dispatcher_type="alltoall",
         **recompute,
+        **split.fp8,
     )
 
 
@@ -222,6 +225,7 @@ def build_block(
     last: bool = True,
 ) -> TransformerBlock:
     """A TransformerBlock of `layers` local layers, with `norm` at its end on the last stage."""
+    fp8.reduce_over(config, groups.tp_dp_cp)
     return TransformerBlock(
         config=config,
         spec=TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm),

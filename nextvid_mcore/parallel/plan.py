@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from nextvid_mcore import flops
 from nextvid_mcore.config import RunConfig, TransformerShape, require
 from nextvid_mcore.parallel import memory, seating
+from nextvid_mcore.parallel.fp8_shapes import check_fp8
 from nextvid_mcore.parallel.placement import Placement, resolve_placement
 from nextvid_mcore.parallel.stages import last_stage_layers
 from nextvid_mcore.schedule import Schedule
@@ -28,6 +29,7 @@ def check(config: RunConfig, world_size: int, dry_run: bool = False) -> Placemen
 
     placement = resolve_placement(config, world_size)
     last_stage_layers(config, placement.encoder.layout.pipeline)
+    check_fp8(config, placement)
     Schedule(config)  # the start stage exists, the steps fit
     if config.model.generate:
         target_channels(config)
@@ -40,9 +42,11 @@ def _check_machine(config: RunConfig) -> None:
     """What a real start needs of this machine."""
     import torch
 
+    from nextvid_mcore.models import fp8
     from nextvid_mcore.models.specs import get_backend
 
     get_backend(config.model.backend)  # te: raises without CUDA or Transformer Engine
+    fp8.check_gpu(config.fp8)
     require(
         config.train.precision != "bf16" or not torch.cuda.is_available() or torch.cuda.is_bf16_supported(),
         "this GPU has no bf16; use --train.precision fp32",

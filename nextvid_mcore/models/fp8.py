@@ -1,0 +1,110 @@
+"""FP8 linears through Transformer Engine, inside megatron-core's blocks.
+
+megatron-core puts TE's autocast round its layers; what it leaves to its caller is here:
+
+    settings          a role's recipe in megatron-core's words
+    reduce_over       `delayed` takes the largest value over a group, which megatron-core reads from its
+                      global groups; without them TE would take every rank of the run
+    quantise_again    the linears keep their quantised weights until they are told that these have changed
+    update_scales     `delayed` renews its scales where a pass with gradients ends; the reference has none
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nextvid_mcore.config import ConfigError, Fp8Config
+
+AMAX_HISTORY = 64  # passes; every network's end of a pass counts as one for all (TE rolls them together)
+_NAMES = {"current": "tensorwise"}  # megatron-core's names where they are not ours
+_CAPABILITY = {"current": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+
+
+def settings(fp8: Fp8Config, role: str) -> dict[str, Any]:
+    """Fields of TransformerConfig for `role`; empty without FP8."""
+    recipe = fp8.of(role)
+    if recipe == "none":
+        return {}
+    out: dict[str, Any] = {"fp8": fp8.format, "fp8_recipe": _NAMES.get(recipe, recipe)}
+    if recipe == "delayed":
+        return out | {
+            "fp8_wgrad": fp8.wgrad,
+            "fp8_amax_history_len": AMAX_HISTORY,
+            "fp8_amax_compute_algo": "max",
+        }
+    return out | {
+        "first_last_layers_bf16": fp8.bf16_first + fp8.bf16_last > 0,
+        "num_layers_at_start_in_bf16": fp8.bf16_first,
+        "num_layers_at_end_in_bf16": fp8.bf16_last,
+    }
+
+
+def check_gpu(fp8: Fp8Config) -> None:
+    """Raise ConfigError where this machine's GPU, which is there, has no such arithmetic."""
+    if not fp8.used:
+        return
+    have, name = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
+    cuda = tuple(int(x) for x in (torch.version.cuda or "0.0").split(".")[:2])
+    for role, recipe in fp8.used.items():
+        needs = _CAPABILITY[recipe]
+        reason = None
+        if have < needs:
+            reason = f"it needs compute capability {needs[0]}.{needs[1]} or higher"
+        elif recipe == "mxfp8" and have >= (12, 0):
+            reason = "Transformer Engine has it for compute capability 10 and 11 alone"
+        elif recipe == "blockwise" and cuda < (12, 9):
+            reason = f"it needs CUDA 12.9, and torch was built with {torch.version.cuda}"
+        if reason is not None:
+            there = [other for other, least in _CAPABILITY.items() if have >= least and other != recipe]
+            way = f"use --fp8.{role} {there[0]} or none" if there else f"use --fp8.{role} none (bf16)"
+            raise ConfigError(
+                f"fp8 {role} {recipe} does not run on {name} (compute capability {have[0]}.{have[1]}): "
+                f"{reason}; {way}"
+            )
+
+
+def reduce_over(config: TransformerConfig, group: dist.ProcessGroup) -> None:
+    """Let `delayed` reduce over `group`, which must hold the same layers on every rank."""
+    if config.fp8 is None or config.fp8_recipe != "delayed":
+        return
+    from megatron.core.transformer import transformer_block
+
+    config.amax_group = group
+    transformer_block.get_fp8_context = _context
+
+
+def _context(config: TransformerConfig, layer_no: int = -1, is_init: bool = False) -> AbstractContextManager:
+    """megatron-core's get_fp8_context, with the configuration's own group."""
+    from megatron.core import fp8_utils
+
+    if is_init or not hasattr(config, "amax_group"):
+        return fp8_utils.get_fp8_context(config, layer_no, is_init)
+    from transformer_engine.pytorch import autocast
+
+    return autocast(
+        enabled=True,
+        recipe=fp8_utils.get_fp8_recipe(config),
+        amax_reduction_group=config.amax_group,
+    )
+
+
+def quantise_again(networks: Iterable[MegatronModule]) -> None:
+    """The weights have changed: quantise them in the next forward pass, then keep that."""
+    for network in networks:
+        network.set_is_first_microbatch()  # does nothing without FP8
+
+
+def update_scales(network: MegatronModule) -> None:
+    """After a pass without gradient: take over the largest values that `delayed` has seen."""
+    if network.config.fp8 is None or network.config.fp8_recipe != "delayed":
+        return
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=True)

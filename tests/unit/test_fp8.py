@@ -1,0 +1,198 @@
+"""FP8 without a GPU: what is refused and why, and what megatron-core is told."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from nextvid_mcore import cli, recipes
+from nextvid_mcore.config import ConfigError, Fp8Config
+from nextvid_mcore.models import fp8, specs
+from nextvid_mcore.parallel.plan import check
+
+
+def plan(line: str, world: int = 1):
+    config, _ = cli.parse([*line.split(), "--dry-run"])
+    return check(config, world, dry_run=True)
+
+
+TE = "--model.backend te"
+
+
+def test_one_flag_switches_all_roles_and_each_can_differ():
+    config, _ = cli.parse(f"vit_l --dry-run {TE} --fp8.all current --fp8.decoder none".split())
+    assert config.fp8.used == {"student": "current", "reference": "current", "predictor": "current"}
+    config, _ = cli.parse(f"vit_l --dry-run {TE} --fp8.reference delayed".split())
+    assert config.fp8.used == {"reference": "delayed"}
+    assert recipes.get("vit_l").fp8.used == {}
+
+
+@pytest.mark.parametrize("recipe", ["current", "delayed", "blockwise", "mxfp8"])
+@pytest.mark.parametrize(
+    ("run", "world"),
+    [
+        ("vit_g", 1),
+        ("vit_h", 1),
+        ("vit_l", 1),
+        ("vit_g --parallel.encoder.tensor 2 --parallel.sequence --parallel.encoder.pipeline 2", 4),
+        ("vit_l --model.context joint --model.condition cross_self", 1),
+    ],
+)
+def test_the_papers_shapes_are_fit_for_fp8(run: str, world: int, recipe: str):
+    plan(f"{run} {TE} --fp8.all {recipe} --train.micro-batch 4", world)
+
+
+@pytest.mark.parametrize(
+    ("line", "world", "said"),
+    [
+        ("vit_l --fp8.student current", 1, "fp8 (student current) runs in Transformer Engine's linears; use"),
+        (f"vit_l {TE} --fp8.all current --train.precision fp32", 1, "goes with --train.precision bf16"),
+        (f"vit_l {TE} --fp8.all current --mask.mode packed", 1, "mask mode packed changes it"),
+        (f"vit_l {TE} --fp8.all delayed --fp8.bf16-first 1", 1, "fp8 bf16_first 1: recipe delayed"),
+        (f"vit_l {TE} --fp8.all current --no-fp8.wgrad", 1, "option of recipe delayed alone, not of current"),
+        (f"vit_l {TE} --fp8.all current --fp8.bf16-last 13", 1, "more than the predictor's 12 layers"),
+        (f"vit_l {TE} --fp8.all current --fp8.bf16-last -1", 1, "must be 0 or more layers, got -1"),
+        (
+            f"tiny {TE} --fp8.predictor current --train.precision bf16 --predictor-width",
+            1,
+            "fp8 predictor current: width 40 over tensor parallel 1 is 40 on a rank, which is no multi",
+        ),
+        (
+            f"vit_g {TE} --fp8.student mxfp8 --parallel.encoder.tensor 2 --parallel.sequence "
+            "--train.micro-batch 1",
+            2,
+            "fp8 student mxfp8, stage warmup: 1 clip of 504 student tokens on a rank make 504, no multiple "
+            "of "
+            "32; use a micro-batch (in the held-out loss: eval batch and samples) that is a multiple of 4",
+        ),
+        (
+            f"vit_g {TE} --fp8.all current --parallel.encoder.tensor 2 --parallel.sequence "
+            "--train.micro-batch 2 --eval.every 10 --eval.batch 4 --eval.samples 9",
+            2,
+            "fp8 student current, the held-out loss: 1 clip of 504 student tokens on a rank make 504, no",
+        ),
+        (
+            f"vit_g {TE} --fp8.all current --mask.keep 0.375 0.19140625 --train.micro-batch 4",
+            1,
+            "fp8 student current, stage warmup: 4 clips of 1015 student tokens on a rank make 4060, no",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_numbers(line: str, world: int, said: str):
+    if "--predictor-width" in line:
+        line = line.replace("--predictor-width", "--model.predictor.width 40 --model.decoder.width 40")
+    with pytest.raises(ConfigError) as error:
+        plan(line, world)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def on(monkeypatch, name: str, capability: tuple[int, int], cuda: str = "13.0") -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpu", "said"),
+    [
+        (
+            "current",
+            ("NVIDIA A100", (8, 0)),
+            "A100 (compute capability 8.0): it needs compute capability 8",
+        ),
+        ("current", ("NVIDIA A100", (8, 0)), "use --fp8.student none (bf16)"),
+        ("mxfp8", ("NVIDIA H100", (9, 0)), "fp8 student mxfp8 does not run on NVIDIA H100 (compute capa"),
+        ("mxfp8", ("NVIDIA H100", (9, 0)), "use --fp8.student current or none"),
+        ("mxfp8", ("NVIDIA RTX", (12, 0)), "for compute capability 10 and 11 alone"),
+        ("blockwise", ("NVIDIA L40", (8, 9)), "it needs compute capability 9.0"),
+        ("blockwise", ("NVIDIA H100", (9, 0), "12.8"), "needs CUDA 12.9, and torch was built with 12.8"),
+    ],
+)
+def test_a_gpu_that_cannot_is_named(monkeypatch, recipe: str, gpu: tuple, said: str):
+    on(monkeypatch, *gpu)
+    with pytest.raises(ConfigError) as error:
+        fp8.check_gpu(Fp8Config(student=recipe))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_gpu_that_can_is_not_refused(monkeypatch):
+    on(monkeypatch, "NVIDIA H100", (9, 0))
+    fp8.check_gpu(Fp8Config(all="current", reference="delayed", predictor="blockwise"))
+    on(monkeypatch, "NVIDIA B200", (10, 0))
+    fp8.check_gpu(Fp8Config(all="mxfp8"))
+
+
+def test_without_cuda_or_te_a_start_is_refused(monkeypatch):
+    from megatron.core.extensions import transformer_engine as te
+
+    config, _ = cli.parse(f"vit_l --dry-run {TE} --fp8.all current --target.kind pixels".split())
+    monkeypatch.setattr(te, "HAVE_TE", False)
+    specs.get_backend.cache_clear()
+    with pytest.raises(ConfigError, match="needs Transformer Engine, which is not installed"):
+        check(config, 1)
+    monkeypatch.setattr(te, "HAVE_TE", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="needs a CUDA GPU and none is visible"):
+        check(config, 1)
+    specs.get_backend.cache_clear()
+
+
+@pytest.mark.parametrize("recipe", ["none", "current", "delayed", "blockwise", "mxfp8"])
+def test_megatron_core_is_told_the_recipe(recipe: str):
+    run = recipes.get("vit_l")
+    split = specs.Split(dtype=torch.bfloat16, fp8=fp8.settings(Fp8Config(student=recipe), "student"))
+    config = specs.transformer_config(run.model.encoder, run.model, split)
+    names = {"none": None, "current": "tensorwise"}
+    assert config.fp8 == (None if recipe == "none" else "hybrid")
+    assert recipe == "none" or config.fp8_recipe == names.get(recipe, recipe)
+    assert not config.fp8_param  # weights stay bf16
+    assert fp8.settings(Fp8Config(student=recipe), "decoder") == {}
+
+
+def test_layers_that_stay_in_bf16():
+    found = fp8.settings(Fp8Config(all="current", bf16_first=1, bf16_last=2), "decoder")
+    run = recipes.get("vit_l")
+    config = specs.transformer_config(run.model.decoder, run.model, specs.Split(fp8=found))
+    from megatron.core.fp8_utils import is_first_last_bf16_layer
+
+    kept = [layer for layer in range(12) if is_first_last_bf16_layer(config, layer)]
+    assert kept == [0, 10, 11]
+
+
+def test_delayed_reduces_over_the_roles_own_group(monkeypatch):
+    """TE would take the whole world where megatron-core's global groups are not set."""
+    from megatron.core import fp8_utils
+    from megatron.core.transformer import transformer_block
+
+    seen = {}
+    te = ModuleType("transformer_engine.pytorch")
+    te.autocast = lambda **given: seen.update(given) or "context"
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", te)
+    monkeypatch.setattr(fp8_utils, "get_fp8_recipe", lambda config: "recipe")
+    monkeypatch.setattr(transformer_block, "get_fp8_context", transformer_block.get_fp8_context)
+    run = recipes.get("vit_l")
+    for recipe, wanted in (("delayed", "group"), ("current", None)):
+        seen.clear()
+        split = specs.Split(fp8=fp8.settings(Fp8Config(all=recipe), "student"))
+        config = specs.transformer_config(run.model.encoder, run.model, split)
+        fp8.reduce_over(config, "group")
+        transformer_block.get_fp8_context(config)
+        assert seen.get("amax_reduction_group") == wanted
+
+
+def test_weights_are_quantised_again_every_step():
+    """megatron-core's schedule tells a model so; it does not know ours, which hides in a StageModel."""
+    from megatron.core.transformer.module import MegatronModule
+
+    class Linear(torch.nn.Module):
+        is_first_microbatch = False
+
+    network = MegatronModule(SimpleNamespace(fp8="hybrid", fp4=None))
+    network.linear = Linear()
+    plain = MegatronModule(SimpleNamespace(fp8=None, fp4=None))
+    plain.linear = Linear()
+    fp8.quantise_again([network, plain])
+    assert network.linear.is_first_microbatch and not plain.linear.is_first_microbatch
