@@ -64,7 +64,9 @@ def configure(case: dict[str, Any], world: int) -> RunConfig:
         config,
         stages=(stage,),
         model=dataclasses.replace(config.model, backend=case["backend"], compile=bool(case["compile"])),
-        target=dataclasses.replace(config.target, kind="va_vae"),
+        target=dataclasses.replace(
+            config.target, kind="va_vae" if config.model.patch_size == 16 else "pixels"
+        ),
         fp8=fp8_config(case["fp8"]),
         parallel=dataclasses.replace(
             config.parallel,

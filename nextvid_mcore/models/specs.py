@@ -203,7 +203,8 @@ def transformer_config(shape: TransformerShape, model: ModelConfig, split: Split
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        # Transformer Engine's weight gradients add themselves to the fp32 buffer
+        gradient_accumulation_fusion=model.backend == "te",
         apply_rope_fusion=False,
         persist_layer_norm=False,
         attention_softmax_in_fp32=False,
