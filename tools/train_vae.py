@@ -1,6 +1,6 @@
 """Train a small autoencoder of VA-VAE's interface on a manifest's clips, for latent runs without a download.
 
-    python tools/train_vae.py --manifest data/demo/manifest --out runs/vae
+    python tools/train_vae.py --manifest data/demo/manifest --out runs/vae      (or moving-digits)
         [--size 64] [--width 32] [--multipliers 1,2,2,4] [--blocks 1] [--latent 8]
         [--steps 2000] [--batch 8] [--frames 2] [--lr 1e-3] [--kl 1e-6] [--seed 0] [--device cpu]
 
@@ -35,9 +35,11 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from nextvid_mcore.config import ConfigError, DataConfig, require  # noqa: E402
+from nextvid_mcore.data.digits_source import DigitClips  # noqa: E402
 from nextvid_mcore.data.guard import DataError  # noqa: E402
 from nextvid_mcore.data.loader import ClipDataset, iterate  # noqa: E402
 from nextvid_mcore.data.manifest import Manifest  # noqa: E402
+from nextvid_mcore.data.moving_digits import parse_source  # noqa: E402
 from nextvid_mcore.data.sampler import build_mixture  # noqa: E402
 from nextvid_mcore.data.transforms import normalize  # noqa: E402
 from nextvid_mcore.rng import key, numpy_rng  # noqa: E402
@@ -88,12 +90,19 @@ class Settings:
         return self.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def clips(settings: Settings) -> ClipDataset | DigitClips:
+    """What the pictures are frames of."""
+    made = parse_source(settings.manifest)
+    if made is not None:
+        return DigitClips("train", settings.size, settings.seed, side=made[1])
+    manifest = Manifest.open(settings.manifest)
+    data = DataConfig(manifest=settings.manifest)
+    return ClipDataset(data, settings.size, manifest, build_mixture(manifest), settings.seed, train=True)
+
+
 def pictures(settings: Settings, first: int, steps: int, workers: int):  # noqa: ANN201 (an iterator)
     """(global sample indices, frames [batch * frames, 3, size, size] in [-1, 1]) of `steps` steps."""
-    manifest = Manifest.open(settings.manifest)
-    mixture = build_mixture(manifest)
-    data = DataConfig(manifest=settings.manifest)
-    dataset = ClipDataset(data, settings.size, manifest, mixture, settings.seed, train=True)
+    dataset = clips(settings)
     wanted = [
         (settings.frames, tuple(range(step * settings.batch, (step + 1) * settings.batch)))
         for step in range(first, first + steps)

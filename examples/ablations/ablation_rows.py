@@ -10,10 +10,11 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nextvid_mcore import recipes
-from nextvid_mcore.config import RunConfig, require
+from nextvid_mcore.config import MOVING_DIGITS, RunConfig, TransformerShape, require
 from nextvid_mcore.evaluation.presets import ProbeConfig, preset
 from nextvid_mcore.recipes import digits
 
@@ -29,6 +30,11 @@ class Budget:
     peak: float = digits.PEAK
     image: int = 32
     patch: int = 8
+    side: int = 0  # of the digits in pixels; 0: 28 / 64 of the frame, as MNIST's own are
+    frames: int = 16
+    peak_flow: float = digits.PEAK_FLOW  # learning rate of the decoder
+    other: str = "192x3"  # predictor's and decoder's width and depth
+    vae: str = ""  # folder of tools/train_vae.py, whose latents are then the target instead of pixels
     init_std: float = 0.06
     pixel_scale: float = 1.0
     ema: float = 0.998
@@ -49,10 +55,16 @@ class Run:
     kind: str
     config: RunConfig
     probe: ProbeConfig
+    until: float | None = None  # train to this time.time(), and run through the schedule by the clock
 
     @property
     def name(self) -> str:
         return f"{self.row} seed {self.seed}"
+
+    @property
+    def source(self) -> str:
+        """Of the clips, as pretraining names it."""
+        return self.config.data.manifest
 
     @property
     def steps(self) -> int:
@@ -68,11 +80,16 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """All that the result depends on."""
         config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in OUTSIDE}
-        return json.loads(json.dumps({"config": config, "probe": dataclasses.asdict(self.probe)}))
+        facts = {"config": config, "source": self.source, "probe": dataclasses.asdict(self.probe)}
+        return json.loads(json.dumps(facts))
 
     @property
     def key(self) -> str:
         facts = {"kind": self.kind, "config": set_fields(self.config), "probe": set_fields(self.probe)}
+        if self.source != MOVING_DIGITS:
+            facts["source"] = self.source
+        if self.until is not None:
+            facts["until"] = self.until
         text = json.dumps(facts, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -98,13 +115,39 @@ def part(config: RunConfig, name: str, **changes: Any) -> RunConfig:
     return dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **changes)})
 
 
+def generator_shape(text: str) -> TransformerShape:
+    """WIDTHxDEPTH with heads of 32 and an MLP of four times the width."""
+    width, x, depth = text.partition("x")
+    require(
+        bool(x) and width.isdecimal() and depth.isdecimal() and int(width) % 32 == 0,
+        f"--other {text}: write WIDTHxDEPTH, e.g. 192x3, with a width that 32 divides",
+    )
+    return TransformerShape(int(width), int(depth), int(width) // 32, 4 * int(width))
+
+
 def base(budget: Budget, size: str = "m", share: float = 1.0) -> RunConfig:
     """The full model, over `share` of the budget's steps."""
     config = digits.make(
-        size, max(10, round(budget.steps * share)), budget.batch, budget.peak, budget.image, budget.patch
+        size,
+        max(10, round(budget.steps * share)),
+        budget.batch,
+        budget.peak,
+        budget.image,
+        budget.patch,
+        budget.frames,
+        budget.peak_flow,
     )
-    config = part(config, "model", init_std=budget.init_std)
-    config = part(config, "target", pixel_scale=budget.pixel_scale)
+    other = generator_shape(budget.other)
+    config = part(config, "model", init_std=budget.init_std, predictor=other, decoder=other)
+    if budget.vae:
+        files = [str(Path(budget.vae, name)) for name in ("autoencoder.pt", "latents_stats.pt")]
+        config = part(
+            config, "target", kind="va_vae", checkpoint=files[0], statistics=files[1], pixel_scale=1.0
+        )
+    else:
+        config = part(config, "target", pixel_scale=budget.pixel_scale)
+    if budget.side:
+        config = part(config, "data", manifest=f"{MOVING_DIGITS}:{budget.image}:{budget.side}")
     config = part(config, "optim", ema=budget.ema)
     config = part(config, "loss", flow=budget.flow, align=budget.align)
     return part(config, "train", precision=budget.precision, micro_batch=budget.batch)
@@ -132,20 +175,7 @@ def variants(budget: Budget) -> dict[str, tuple[str, RunConfig]]:
         for share in (0.25, 0.5, 1.0):
             if (size, share) != ("m", 1.0):  # that one is `full`
                 out[f"scale_{size}_{share:g}"] = "pretrain", base(budget, size, share)
-    for label, changes in SEARCH.items():
-        out[label] = "pretrain", base(dataclasses.replace(budget, **changes))
     return out
-
-
-# Tried before the table, each against `full`: which settings learn in a budget this small.
-SEARCH: dict[str, dict[str, Any]] = {
-    "search_lr_0.0002": {"peak": 2e-4},
-    "search_lr_0.001": {"peak": 1e-3},
-    "search_ema_0.99": {"ema": 0.99},
-    "search_flow_1_align_0.1": {"flow": 1.0, "align": 0.1},
-    "search_init_0.02": {"init_std": 0.02},
-    "search_patch_4": {"patch": 4},
-}
 
 
 _SCALES = [f"scale_{size}_{share}" for size in digits.SIZES for share in ("0.25", "0.5", "1")]
@@ -158,6 +188,23 @@ ORDER: list[tuple[str, int]] = [
     *[(row, 0) for row in _SCALES if row != "scale_m_1"],
     *[(f"table2_{row}", seed) for seed in (1, 2) for row in ("gen", "gen_ciso", "align", "align_ciso")],
 ]
+
+
+def probe_of(budget: Budget, kind: str, seed: int) -> ProbeConfig:
+    """How a run is probed: on other clips than pretraining's."""
+    return preset(
+        "moving_digits",
+        method="linear" if kind == "pixels" else "attentive",
+        train_items=budget.probe_train,
+        val_items=budget.probe_test,
+        epochs=budget.probe_epochs,
+        lrs=(3e-3, 1e-3),
+        weight_decays=(0.01,),
+        size=budget.image,
+        frames=budget.frames,
+        holdout=0.1,
+        seed=100 + seed,
+    )
 
 
 def table(budget: Budget, rows: list[str] | None = None, seeds: list[int] | None = None) -> list[Run]:
@@ -175,17 +222,6 @@ def table(budget: Budget, rows: list[str] | None = None, seeds: list[int] | None
         if seeds is not None and seed not in seeds:
             continue
         kind, config = every[row]
-        probe = preset(
-            "moving_digits",
-            method="linear" if kind == "pixels" else "attentive",
-            train_items=budget.probe_train,
-            val_items=budget.probe_test,
-            epochs=budget.probe_epochs,
-            lrs=(3e-3, 1e-3),
-            weight_decays=(0.01,),
-            size=budget.image,
-            holdout=0.1,
-            seed=100 + seed,  # other clips than pretraining's
-        )
+        probe = probe_of(budget, kind, seed)
         out.append(Run(row, seed, kind, part(config, "train", seed=seed), probe))
     return out

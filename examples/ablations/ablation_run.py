@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,10 +17,10 @@ import torch.nn.functional as F
 from ablation_rows import Run
 from torch import Tensor, nn
 
-from nextvid_mcore.config import RunConfig
+from nextvid_mcore.config import RunConfig, require
 from nextvid_mcore.data.digits_source import DigitClips
 from nextvid_mcore.data.loader import ClipBatch
-from nextvid_mcore.data.moving_digits import TASKS
+from nextvid_mcore.data.moving_digits import TASKS, parse_source
 from nextvid_mcore.evaluation import sweep
 from nextvid_mcore.evaluation.datasets import PLAIN, DigitData, Request
 from nextvid_mcore.evaluation.encoders import LAST, Encoder, HubEncoder, PixelEncoder
@@ -54,6 +55,12 @@ def clip_batch(clips: DigitClips, indices: Sequence[int], frames: int) -> ClipBa
     )
 
 
+def source(config: RunConfig, split: str, seed: int, where: torch.device) -> DigitClips:
+    """The clips that a run names, of either split of MNIST's digits."""
+    _, side = parse_source(config.data.manifest)
+    return DigitClips(split, config.model.image_size, seed, where, side=side)
+
+
 # Pretraining -------------------------------------------------------------------------------------
 
 
@@ -84,9 +91,13 @@ def _short(row: dict[str, Any]) -> str:
 
 
 def pretrain(
-    config: RunConfig, steps: int | None = None, name: str = "run"
+    config: RunConfig, steps: int | None = None, name: str = "run", until: float | None = None
 ) -> tuple[Encoder, dict[str, Any]]:
-    """The EMA encoder after `steps` (None: all) of the schedule, and what to report."""
+    """The EMA encoder after `steps` (None: all) of the schedule, and what to report.
+
+    until: train to this time.time() instead, in as many steps as fit; the learning rates run through their
+        schedule by the clock.
+    """
     from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
     from nextvid_mcore.parallel.placement import resolve_placement
     from nextvid_mcore.parallel.seats import build_seats
@@ -96,12 +107,16 @@ def pretrain(
     seats = build_seats(resolve_placement(config, 1))
     seed_trackers(config.train.seed, seats.home)
     train, schedule = TrainStep(config, seats), Schedule(config)
-    clips = DigitClips("train", config.model.image_size, config.train.seed, train.device)
+    clips = source(config, "train", config.train.seed, train.device)
     steps = schedule.total_steps if steps is None else steps
     rows, skipped, timed = [], 0, []
-    for number in range(steps):
+    start = time.time()
+    require(until is None or until > start, f"{name} begins {start - (until or 0):.0f} s after its end")
+    number, share = 0, 0.0
+    while number < steps if until is None else share < 1:
         began = time.perf_counter()
-        point = schedule.at(number)
+        point = schedule.at(number if until is None else int(share * steps))
+        point = dataclasses.replace(point, samples_before=number * point.batch)
         indices = range(point.samples_before, point.samples_before + point.batch)
         micro = config.train.micro_batch
         result = train.run(
@@ -111,8 +126,11 @@ def pretrain(
         found = {"flow": result.loss_flow, "align": result.loss_align, **result.monitors}
         rows.append({"step": number + 1, "loss": result.loss, "grad_norm": result.grad_norm, **found})
         timed.append(time.perf_counter() - began)
-        if (number + 1) % max(1, steps // 4) == 0:
-            print(f"    {name} step {number + 1}: {_short(rows[-1])}, {1e3 * timed[-1]:.0f} ms", flush=True)
+        number += 1
+        before, share = share, number / steps if until is None else (time.time() - start) / (until - start)
+        if int(4 * share) > int(4 * before):
+            print(f"    {name} step {number}: {_short(rows[-1])}, {1e3 * timed[-1]:.0f} ms", flush=True)
+    steps = number
     last = rows[-max(1, steps // 20) :]
     mean = {
         key: sum(row[key] for row in last) / len(last)
@@ -123,12 +141,15 @@ def pretrain(
     facts = {
         "final": mean,
         "skipped": skipped,
+        "steps": steps,
+        "clips": steps * config.stages[0].batch,
         "curve": [rows[round(i * (steps - 1) / (CURVE - 1))] for i in range(CURVE)]
         if steps >= CURVE
         else rows,
         "step_ms": round(1e3 * sorted(timed)[len(timed) // 2], 2) if timed else None,
         "parameters": sum(p.numel() for p in encoder.parameters()),
         "feature_std": None,
+        "gigabytes": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
     }
     return HubEncoder("pretrained" if steps else "random", encoder), facts
 
@@ -156,7 +177,7 @@ def probe_data(run: Run, split: str, where: torch.device) -> DigitData:
     """Clips drawn as in pretraining, of another seed; "test": of digits that no training has seen."""
     config = run.probe
     data = DigitData(split, config.train_items if split == "train" else config.val_items, config, where)
-    data.clips = DigitClips(split, config.size, config.seed, where)
+    data.clips = source(run.config, split, config.seed, where)
     return data
 
 
@@ -219,7 +240,7 @@ def supervised(run: Run) -> dict[str, Any]:
         model.parameters(), lr=0.0, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay
     )
     schedule = Schedule(config)
-    clips = DigitClips("train", config.model.image_size, config.train.seed, where)
+    clips = source(config, "train", config.train.seed, where)
     curve = []
     for number in range(schedule.total_steps):
         point = schedule.at(number)
@@ -265,7 +286,7 @@ def execute(run: Run) -> dict[str, Any]:
         if run.kind == "pixels":
             encoder: Encoder = PixelEncoder(PIXELS)
         else:
-            encoder, facts = pretrain(run.config, None if run.kind == "pretrain" else 0, run.name)
+            encoder, facts = pretrain(run.config, None if run.kind == "pretrain" else 0, run.name, run.until)
         trained = time.perf_counter()
         facts |= probe(encoder, run)
         seconds = {"train": trained - began, "probe": time.perf_counter() - trained}

@@ -117,7 +117,7 @@ def drain(
     pool = [Worker(serve) for _ in range(min(workers, len(todo)))]
 
     def fits(run: Run) -> bool:
-        need = min(rates) * max(run.steps, 1) if rates else 0.0
+        need = min(rates) * max(run.steps, 1) if rates and run.until is None else 0.0
         return time.monotonic() - began + need < seconds
 
     def next_run() -> Run | None:
@@ -154,7 +154,7 @@ def drain(
                 else:
                     append(file, row | {"commit": mark})
                     left.remove(run)
-                    if run.kind == "pretrain":
+                    if run.kind == "pretrain" and run.until is None:
                         rates.append(took / run.steps)
                     scores = ", ".join(f"{task} {each['top1']:.1f}" for task, each in row["probe"].items())
                     say(f"{time.monotonic() - began:6.0f} s  {run.name}: {scores}  ({took:.0f} s)")

@@ -33,10 +33,11 @@ class DigitClips(MovingDigits):
 
 
 def build(config: RunConfig, source: str, train: bool) -> DigitClips:
-    """The clips of a run whose manifest is `source`, moving-digits[:SIZE]."""
-    size, asked = config.model.image_size, source.partition(":")[2]
+    """The clips of a run whose manifest is `source`, moving-digits[:SIZE[:SIDE]]."""
+    size = config.model.image_size
+    asked, side = parse_source(source)
     require(
-        not asked or parse_source(source) == size,
+        ":" not in source or asked == size,
         f"{source}: the model reads frames of {size} pixels; write moving-digits or moving-digits:{size}",
     )
-    return DigitClips("train" if train else "test", size, config.train.seed if train else 0)
+    return DigitClips("train" if train else "test", size, config.train.seed if train else 0, side=side)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nextvid_mcore.config import ConfigError, require
+from nextvid_mcore.config import MOVING_DIGITS, ConfigError, require
 from nextvid_mcore.data.guard import DataError
 from nextvid_mcore.data.loader import ClipBatch
 from nextvid_mcore.rng import numpy_rng
@@ -112,7 +112,8 @@ class Motion:
 class MovingDigits(Dataset):
     """Clips by index; also a dataset of `ClipBatch`es for the loader, asked with (frames, indices).
 
-    A `ClipBatch`'s label is digit * 8 + direction. `size` other than 64 scales digits and speeds.
+    A `ClipBatch`'s label is digit * 8 + direction. `size` other than 64 scales digits and speeds; `side`
+    makes the digits another size than 28 / 64 of a frame, and leaves the speeds.
     """
 
     def __init__(
@@ -122,13 +123,15 @@ class MovingDigits(Dataset):
         seed: int = 0,
         device: torch.device | str = "cpu",
         hold: int = HOLD,
+        side: int | None = None,
     ) -> None:
         require(split in SPLITS, f"moving digits have splits {', '.join(SPLITS)}, not {split!r}")
         require(size >= 16, f"moving digits of {size} pixels: give a frame of 16 or more")
         require(hold >= 1, f"moving digits that move every {hold} frames: give 1 or more")
         self.split, self.size, self.seed, self.hold = split, size, seed, hold
         self.device = torch.device(device)
-        self.side = max(1, round(SIDE * size / FRAME))
+        self.side = round(SIDE * size / FRAME) if side is None else side
+        require(1 <= self.side < size, f"digits of {self.side} pixels need a larger frame than {size}")
         self._digits: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -193,11 +196,15 @@ class MovingDigits(Dataset):
         )
 
 
-def parse_source(text: str) -> int | None:
-    """The frame size of a data source called moving-digits[:SIZE]; None for anything else (a path)."""
-    name, _, size = text.partition(":")
-    if name != "moving-digits":
+def parse_source(text: str) -> tuple[int, int | None] | None:
+    """Frame size and side of the digits (None: 28 / 64 of it) of a data source moving-digits[:SIZE[:SIDE]].
+
+    None for anything else (a path).
+    """
+    name, *numbers = text.split(":")
+    if name != MOVING_DIGITS:
         return None
-    if size and not size.isdecimal():
-        raise ConfigError(f"{text}: write moving-digits or moving-digits:SIZE, e.g. moving-digits:{FRAME}")
-    return int(size or FRAME)
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        raise ConfigError(f"{text}: write moving-digits[:SIZE[:SIDE]], e.g. moving-digits:{FRAME}:{SIDE}")
+    size, side = (*numbers, None, None)[:2]
+    return int(size or FRAME), None if side is None else int(side)

