@@ -1,0 +1,130 @@
+"""Our training step beside V-JEPA 2's own, in one run on one GPU; prints the ratio of clips per second.
+
+    git clone https://github.com/facebookresearch/vjepa2 ../vjepa2
+    python benchmarks/vs_vjepa2.py --checkout ../vjepa2 vit_g --model.backend te --train.micro-batch 32
+
+Both take whole steps on clips that lie on the device (benchmarks/vjepa2_step.py says how theirs is run),
+in bf16, each at a batch of its own: theirs is the first of --batch that fits, with the activation
+checkpointing of --config. `--modes eager compiled` runs theirs with its option `compile_model` too, which
+takes minutes to compile. Everything after RECIPE is a setting of ours, as of nextvid_mcore.pretrain; our
+latents are random and resident, since V-JEPA 2 has no generation target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import vjepa2_step
+from common import Bench, Measured
+
+from nextvid_mcore import cli
+from nextvid_mcore.config import ConfigError, RunConfig, TargetConfig, require
+from nextvid_mcore.parallel.groups import init_distributed
+
+CONFIG = "configs/train/{}16/pretrain-256px-16f.yaml"
+
+
+def ours(argv: list[str], frames: int, size: int) -> RunConfig:
+    """The run that the arguments after RECIPE describe, as one step of `frames` frames on one GPU."""
+    config, _ = cli.parse([*argv, "--dry-run", "--world-size", "1"])
+    require(
+        config.model.image_size == size,
+        f"V-JEPA 2's configuration has {size} pixels and ours {config.model.image_size}; compare like with "
+        f"like: --model.image-size {size} or another --config",
+    )
+    stage = dataclasses.replace(config.stages[0], frames=frames, batch=config.train.micro_batch)
+    return dataclasses.replace(config, stages=(stage,), target=TargetConfig("pixels"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    name: str
+    batch: int
+    found: Measured
+
+    @property
+    def rate(self) -> float:
+        return self.batch / self.found.seconds
+
+
+def measure_theirs(args: argparse.Namespace, checkout: Path, settings: dict, compiled: bool) -> Row:
+    """At the first batch that fits."""
+    name = f"V-JEPA 2, {'compiled' if compiled else 'eager'}"
+    for batch in args.batch:
+        start = time.perf_counter()
+        try:
+            found = vjepa2_step.measure(
+                checkout, settings, batch, args.steps, args.warmup, compiled, args.masks
+            )
+        except torch.OutOfMemoryError:
+            print(f"{name}: {batch} clips do not fit", flush=True)
+            continue
+        finally:
+            vjepa2_step.free()
+        print(f"{name}: {time.perf_counter() - start:.0f} s in all", flush=True)
+        return Row(name, batch, found)
+    raise ConfigError(f"V-JEPA 2's step fits with none of --batch {' '.join(map(str, args.batch))}")
+
+
+def report(rows: list[Row], title: str) -> None:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"\n{title}\n1 x {device}, torch {torch.__version__}")
+    print(f"{'':<22} {'batch':>5} {'clips/s':>8} {'ms':>8} {'GiB':>6} {'ratio':>6} {'loss':>9}")
+    for row in rows:
+        print(
+            f"{row.name:<22} {row.batch:>5} {row.rate:>8.2f} {1e3 * row.found.seconds:>8.1f} "
+            f"{row.found.gib:>6.1f} {row.rate / rows[0].rate:>6.2f} {row.found.loss:>9.4f}"
+        )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--checkout", type=Path, required=True, help="a clone of facebookresearch/vjepa2")
+    parser.add_argument("--config", help="a file in it; default: pretraining at 256 pixels of RECIPE's size")
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compiled"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 24, 16], help="V-JEPA 2's, to try")
+    parser.add_argument("--masks", type=int, default=4, help="batches of V-JEPA 2's masks, taken in turn")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("recipe", help="ours, followed by its settings")
+    args, settings_of_ours = parser.parse_known_args(argv)
+    try:
+        checkout = vjepa2_step.check_checkout(args.checkout)
+        name = args.config or CONFIG.format(args.recipe.replace("_", ""))
+        settings = vjepa2_step.read_settings(checkout, name)
+        config = ours([args.recipe, *settings_of_ours], *vjepa2_step.frames_and_size(settings))
+        init_distributed()
+        require(
+            dist.get_world_size() == 1, f"this compares on one GPU; started {dist.get_world_size()} processes"
+        )
+    except ConfigError as error:
+        cli.fail(error)
+    rows = []
+    for mode in args.modes:
+        try:
+            rows.append(measure_theirs(args, checkout, settings, mode == "compiled"))
+        except Exception:  # the other measurements are still worth having
+            traceback.print_exc()
+    try:
+        found = Bench(config).measure(args.steps, args.warmup)
+        rows.append(Row(f"ours, {config.model.backend}", config.train.micro_batch, found))
+    except Exception:
+        traceback.print_exc()
+    frames, size = vjepa2_step.frames_and_size(settings)
+    if rows:
+        report(rows, f"{args.recipe} and {name}: {frames} frames of {size} pixels")
+    dist.destroy_process_group()
+    return 0 if len(rows) == len(args.modes) + 1 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
