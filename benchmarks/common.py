@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ from nextvid_mcore.parallel.placement import Placement, resolve_placement
 from nextvid_mcore.parallel.seats import build_seats
 from nextvid_mcore.schedule import Schedule
 from nextvid_mcore.targets import target_channels
+from nextvid_mcore.targets.autoencoder import AutoencoderKL
+from nextvid_mcore.targets.va_vae import VA_VAE, VaVae
 from nextvid_mcore.training import step as training_step
 from nextvid_mcore.training.step import StepResult, TrainStep
 
@@ -76,6 +80,17 @@ def quick_start(target: Callable[[RunConfig], Any] | None = None) -> Iterator[No
         mock.patch.object(NextVid, "reset_parameters", _draw_on_device),
     ):
         yield
+
+
+def online_vae_target(config: RunConfig, device: torch.device, dtype: torch.dtype) -> VaVae:
+    """VA-VAE with random weights of its shape, read from files as a run's is: for `quick_start`."""
+    with tempfile.TemporaryDirectory() as folder:
+        weights, statistics = Path(folder, "va_vae.pt"), Path(folder, "latents_stats.pt")
+        torch.save({"state_dict": AutoencoderKL().state_dict()}, weights)
+        numbers = {"mean": torch.zeros(VA_VAE.latent), "std": torch.ones(VA_VAE.latent)}
+        torch.save(numbers, statistics)
+        files = dataclasses.replace(config.target, checkpoint=str(weights), statistics=str(statistics))
+        return VaVae.from_files(dataclasses.replace(config, target=files), device, dtype)
 
 
 @dataclass(frozen=True)

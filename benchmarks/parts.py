@@ -50,6 +50,8 @@ class Parts:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         step, model = self.step, self.step.model
+        ahead, stream = step.engine.ahead, step.engine.ahead.stream
+        ahead.stream = None  # one part at a time: the target's network in line
         undo = [
             self._wrap(step.engine, "reference_features", "reference"),
             self._wrap(model, "context", "student", backward="student"),
@@ -76,6 +78,7 @@ class Parts:
             yield
             self.mark("end")
         finally:
+            ahead.stream = stream
             for each in undo:
                 each()
 

@@ -123,7 +123,8 @@ def clip_flops(config: RunConfig, stage: StageConfig, executed: bool = False) ->
 def target_flops(config: RunConfig, stage: StageConfig) -> float:
     """FLOPs of the frozen target's encoder for one clip: VA-VAE's convolutions, nothing for pixels.
 
-    Not a number for a target whose cost isn't known here.
+    Of the predicted frames alone: frame 0's latents are never asked for. Not a number for a target whose
+    cost isn't known here.
     """
     if config.target.kind == "pixels" or not config.model.generate:
         return 0.0
@@ -141,7 +142,7 @@ def target_flops(config: RunConfig, stage: StageConfig) -> float:
     total += 2 * attention  # one behind each residual block of the last level
     total += 2 * _residual(width, width, side) + attention
     total += _convolution(width, 2 * VAE_CHANNELS, side) + 2 * (2 * VAE_CHANNELS) ** 2 * side**2
-    return total * stage.frames
+    return total * (stage.frames - config.model.tubelet_size)
 
 
 def _linear(inputs: int, outputs: int) -> int:

@@ -159,6 +159,7 @@ class TargetConfig:
     checkpoint: str | None = None  # va_vae: its checkpoint; siglip2, cosmos: the published folder
     statistics: str | None = None  # va_vae: its latents_stats.pt; siglip2, cosmos: instead of their own
     sample_posterior: bool = False  # False: the posterior's mode
+    compile: bool = True  # va_vae: torch.compile its encoder where there is CUDA
     pixel_scale: float = 1.0  # pixels: times this, so that data as flat as moving digits has unit variance
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ class MicroBatch:
     masks: ClipMasks  # over frames 0 .. t-2: the last frame's context is never used
     patches: Tensor | None = None  # visible patches [s, rows, patch_dim]
     features: Tensor | None = None  # of the reference encoder, [t * n, B, D]
-    latents: Tensor | None = None  # [B, t, n, C]
+    latents: Tensor | None = None  # of the predicted frames 1 .. t-1, [B, p, n, C]
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class NextVid(MegatronModule):
 
     def flow_matching(self, z: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
         """Eq. 8: `flow` and its `tau`; z: [n (/ tp), M, p, B, E]."""
-        latents, place = batch.latents[:, 1:], self.places["decoder"]  # [B, p, n, C]
+        latents, place = batch.latents, self.places["decoder"]
         tau, noise = flow.draw(
             batch.seed,
             batch.index,

@@ -26,13 +26,18 @@ class Target(Protocol):
     """C, channels of a target token."""
 
     def latents(
-        self, video: Tensor, static: Tensor | None = None, indices: Sequence[int] | None = None
+        self,
+        video: Tensor,
+        static: Tensor | None = None,
+        indices: Sequence[int] | None = None,
+        first: int = 0,
     ) -> Tensor:
-        """video [B, 3, T, H, W] float in [-1, 1] -> [B, t, n, C] float32, without gradient.
+        """video [B, 3, T, H, W] float in [-1, 1] -> [B, t - first, n, C] float32, without gradient.
 
         `static`: bool [B] on the CPU, True for clips whose T frames are identical (images): a cue that
         may save work and never changes the result. `indices`: the clips' global sample indices; only
-        targets that draw random numbers need them.
+        targets that draw random numbers need them. `first`: token frames before it are left out (the
+        first is never predicted); the others are what they are without it.
         """
         ...
 

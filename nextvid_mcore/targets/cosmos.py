@@ -105,15 +105,23 @@ class Cosmos:
 
     @torch.no_grad()
     def latents(
-        self, video: Tensor, static: Tensor | None = None, indices: Sequence[int] | None = None
+        self,
+        video: Tensor,
+        static: Tensor | None = None,
+        indices: Sequence[int] | None = None,
+        first: int = 0,
     ) -> Tensor:
-        """[B, 3, T, H, W] in [-1, 1] -> normalised [B, t, n, C]; `static`, `indices` make no difference."""
+        """[B, 3, T, H, W] in [-1, 1] -> normalised [B, t - first, n, C].
+
+        `static` and `indices` make no difference. The frames left out are encoded all the same: the later
+        ones see them.
+        """
         check_video(video, self.model)
         video = video.to(self.device, self.dtype)
         slow = torch.cat((video[:, :, :1], video.repeat_interleave(self.repeat, dim=2)), dim=2)
         # Clip by clip: a slowed clip of 16 frames at 256 x 256 is 65 frames.
         values = torch.cat([self.autoencoder.encode(clip[None]).latent_dist.mode().float() for clip in slow])[
-            :, :, 1:
+            :, :, 1 + first :
         ]  # [B, z, t, h * side, w * side]
         values = (values - self.mean) / self.std
         return rearrange(values, "b z t (h y) (w x) -> b t (h w) (y x z)", y=self.side, x=self.side)

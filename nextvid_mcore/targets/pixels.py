@@ -31,12 +31,16 @@ class Pixels:
 
     @torch.no_grad()
     def latents(
-        self, video: Tensor, static: Tensor | None = None, indices: Sequence[int] | None = None
+        self,
+        video: Tensor,
+        static: Tensor | None = None,
+        indices: Sequence[int] | None = None,
+        first: int = 0,
     ) -> Tensor:
-        """[B, 3, T, H, W] in [-1, 1] -> [B, t, n, C]; `static` and `indices` make no difference here."""
+        """[B, 3, T, H, W] in [-1, 1] -> [B, t - first, n, C]; `static`, `indices` make no difference."""
         check_video(video, self.model)
         return rearrange(
-            video.float() * self.scale,
+            video[:, :, first * self.model.tubelet_size :].float() * self.scale,
             "b c (t dt) (h dy) (w dx) -> b t (h w) (c dt dy dx)",
             dt=self.model.tubelet_size,
             dy=self.model.patch_size,

@@ -111,11 +111,16 @@ class Siglip2:
 
     @torch.no_grad()
     def latents(
-        self, video: Tensor, static: Tensor | None = None, indices: Sequence[int] | None = None
+        self,
+        video: Tensor,
+        static: Tensor | None = None,
+        indices: Sequence[int] | None = None,
+        first: int = 0,
     ) -> Tensor:
-        """[B, 3, T, H, W] in [-1, 1] -> [B, t, n, C]; only the first tubelet of static clips is encoded."""
+        """[B, 3, T, H, W] in [-1, 1] -> [B, t - first, n, C]; static clips' frames are encoded once."""
         check_video(video, self.model)
         B, k = len(video), self.model.tubelet_size
+        video = video[:, :, first * k :]
         still = static is not None and bool(static.all())
         frames = rearrange(video[:, :, :1] if still else video, "b c t h w -> (b t) c h w")
         values = torch.cat([self._encode(part) for part in frames.split(self.chunk)])  # [B * T, n, hidden]

@@ -40,11 +40,13 @@ class VaVae:
         sample_posterior: bool = False,
         seed: int = 0,
         chunk: int = 32,
+        compiled: bool = False,
     ) -> None:
         """`autoencoder` is where and in the dtype it is to run; mean, std: [latent], per channel.
 
         `chunk` frames go through the network at a time: 32 frames of 256 x 256 need about 0.5 GB an
-        activation in bf16.
+        activation in bf16. `compiled`: torch.compile the encoder, for chunks of one size; `decode` and
+        without it everything runs eagerly, and is the reference.
         """
         require(chunk > 0, f"frames per chunk must be positive, got {chunk}")
         self.model = model
@@ -55,7 +57,10 @@ class VaVae:
         self.mean, self.std = (
             part.detach().to(self.device, torch.float32).reshape(1, -1, 1, 1) for part in (mean, std)
         )
-        self.sample_posterior, self.seed, self.chunk = sample_posterior, seed, chunk
+        self.sample_posterior, self.seed = sample_posterior, seed
+        self.chunk, self.compiled = chunk, compiled
+        encode = self.autoencoder.encode
+        self._network = torch.compile(encode, dynamic=False) if compiled else encode
 
     @staticmethod
     def channels_for(model: ModelConfig, shape: AutoencoderShape = VA_VAE) -> int:
@@ -96,18 +101,25 @@ class VaVae:
             std,
             sample_posterior=target.sample_posterior,
             seed=config.train.seed,
+            compiled=target.compile and torch.device(device).type == "cuda",
         )
 
     @torch.no_grad()
     def latents(
-        self, video: Tensor, static: Tensor | None = None, indices: Sequence[int] | None = None
+        self,
+        video: Tensor,
+        static: Tensor | None = None,
+        indices: Sequence[int] | None = None,
+        first: int = 0,
     ) -> Tensor:
-        """[B, 3, T, H, W] in [-1, 1] -> normalised [B, t, n, C].
+        """[B, 3, T, H, W] in [-1, 1] -> normalised [B, t - first, n, C].
 
-        Only the first frame of a static clip goes through the network. With `sample_posterior` every
+        Only one frame of a static clip goes through the network. With `sample_posterior` every
         frame gets its own noise, a function of (seed, index of the clip), static or not.
         """
         check_video(video, self.model)
+        skipped = first * self.model.tubelet_size
+        video = video[:, :, skipped:]
         B, _, T = video.shape[:3]
         needed = torch.ones(B, T, dtype=torch.bool)
         if static is not None:
@@ -116,12 +128,17 @@ class VaVae:
                 f"static must be bool [{B}], got {static.dtype} {tuple(static.shape)}",
             )
             needed[static.cpu(), 1:] = False
-        clips, frames = (self._to_device(part) for part in needed.nonzero(as_tuple=True))
+        places = needed.nonzero()  # [frames to encode, (clip, frame)]
+        count = len(places)
+        if self.compiled:  # chunks of one size: the last is filled up with copies of a frame
+            places = torch.cat([places, places[-1:].expand(-count % self.chunk, -1)])
+        clips, frames = self._to_device(places.T.contiguous())
         by_frame = video.transpose(1, 2)  # [B, T, 3, H, W]
         mean, logvar = self._chunks(
-            lambda i: self.autoencoder.encode(self._prepare(by_frame[clips[i], frames[i]])), len(clips)
+            lambda i: self._encode(self._prepare(by_frame[clips[i], frames[i]])), len(places)
         )
-        if len(clips) < B * T:
+        mean, logvar = mean[:count], logvar[:count]
+        if count < B * T:
             # A static clip's later frames do not advance the count: they point at its first frame.
             slots = self._to_device(needed.flatten().cumsum(0) - 1)
             mean, logvar = mean[slots], logvar[slots]
@@ -131,7 +148,7 @@ class VaVae:
                 indices is not None and len(indices) == B,
                 f"sampling the posterior needs the global index of each of the {B} clips, got {indices}",
             )
-            values = mean + (0.5 * logvar).exp() * self._noise(indices, mean.shape)
+            values = mean + (0.5 * logvar).exp() * self._noise(indices, T, skipped, mean.shape)
         values = (values - self.mean) / self.std
         return rearrange(values, "(b t k) z h w -> b t (h w) (k z)", b=B, k=self.model.tubelet_size)
 
@@ -154,6 +171,15 @@ class VaVae:
         parts = [work(slice(start, start + self.chunk)) for start in range(0, count, self.chunk)]
         return tuple(torch.cat([part.float() for part in column]) for column in zip(*parts, strict=True))
 
+    def _encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        # With one shape of input cuDNN may try its kernels once and keep the fastest.
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = before or self.compiled
+        try:
+            return self._network(frames)
+        finally:
+            torch.backends.cudnn.benchmark = before
+
     def _prepare(self, frames: Tensor) -> Tensor:
         return frames.to(self.device, self.dtype, memory_format=torch.channels_last)
 
@@ -162,13 +188,16 @@ class VaVae:
         pinned = index.pin_memory() if self.device.type == "cuda" else index
         return pinned.to(self.device, non_blocking=True)
 
-    def _noise(self, indices: Sequence[int], shape: torch.Size) -> Tensor:
-        """Standard normal [B * T, latent, h, w], drawn clip by clip on the CPU: the same on any device."""
-        size = (shape[0] // len(indices), *shape[1:])
+    def _noise(self, indices: Sequence[int], T: int, skipped: int, shape: torch.Size) -> Tensor:
+        """Standard normal [B * T, latent, h, w], drawn clip by clip on the CPU: the same on any device.
+
+        What the `skipped` frames before would have got is drawn and dropped.
+        """
+        size = (skipped + T, *shape[1:])
         draws = [
             numpy_rng(self.seed, "posterior", int(i)).standard_normal(size, dtype="float32") for i in indices
         ]
-        return torch.cat([torch.from_numpy(draw) for draw in draws]).to(self.device)
+        return torch.cat([torch.from_numpy(draw[skipped:]) for draw in draws]).to(self.device)
 
 
 def read_tensors(path: str, flag: str) -> dict[str, Tensor]:

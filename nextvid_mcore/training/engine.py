@@ -33,6 +33,7 @@ from nextvid_mcore.parallel.seats import Seats
 from nextvid_mcore.schedule import StagePoint
 from nextvid_mcore.targets import Target
 from nextvid_mcore.training import microbatch
+from nextvid_mcore.training.ahead import Ahead, Pending
 
 Watch = Callable[[LossTerms, MicroBatch], None]
 
@@ -72,6 +73,8 @@ class Engine:
         self.schedule = get_forward_backward_func(self.groups.layout.pipeline, None)
         source, home = seats.placement.encoder.layout, seats.placement.seats[-1].layout
         self.shares = 1 if seats.placement.separate else home.data // source.data
+        self.share_number = self.groups.tensor_rank // (self.groups.layout.tensor // self.shares)
+        self.ahead = Ahead(self.device)
         self.traffic = edges.Traffic()
 
     def gradients(self, point: StagePoint, clips: Sequence[ClipBatch], watch: Watch) -> None:
@@ -81,14 +84,16 @@ class Engine:
         """
         fp8.quantise_again(self.model.children())
         watchdog.enter("reference pass")
+        latents = [self.latents(clip) for clip in clips]
         features = self.reference_features(clips)
         watchdog.enter("forward and backward")
 
         def works() -> Iterator[Work]:
             for i, clip in enumerate(clips):
-                work = self.work(clip, point.stage.tau_samples, features[i] if features else None)
+                work = self.work(clip, point.stage.tau_samples, features[i] if features else None, latents[i])
+                latents[i] = None  # free as soon as it is used
                 if features:
-                    features[i] = None  # free as soon as it is used
+                    features[i] = None
                 yield work
 
         self.students(works(), len(clips), len(clips[0].index), watch)
@@ -102,7 +107,7 @@ class Engine:
         """
         fp8.quantise_again(self.model.children())
         features = self.reference_features([clip])
-        work = self.work(clip, tau_samples, features[0] if features else None, seed)
+        work = self.work(clip, tau_samples, features[0] if features else None, self.latents(clip), seed)
         found: list[tuple[list[int], LossTerms]] = []
         encoder = self.model.reference if ema and "student" in self.model.holds else None
 
@@ -176,8 +181,26 @@ class Engine:
             context = scatter_to_sequence_parallel_region(context, target.groups.tp)
         return context
 
+    def latents(self, clip: ClipBatch) -> Pending | None:
+        """The target's latents of this rank's share of a clip batch, where it has the decoder."""
+        if "decoder" not in self.model.holds:
+            return None
+        share = self.share(clip)
+        return self.ahead.start(lambda: microbatch.predicted_latents(share, self.target, self.device))
+
+    def share(self, clip: ClipBatch) -> ClipBatch:
+        """The clips that this rank's predictor and decoder take."""
+        if self.shares == 1:
+            return clip
+        return microbatch.clip_share(clip, self.shares, self.share_number)
+
     def work(
-        self, clip: ClipBatch, tau_samples: int, features: Tensor | None, seed: int | None = None
+        self,
+        clip: ClipBatch,
+        tau_samples: int,
+        features: Tensor | None,
+        latents: Pending | None,
+        seed: int | None = None,
     ) -> Work:
         """What this rank's networks read of a clip batch."""
         student = microbatch.make_micro_batch(self.config, clip, tau_samples, self.device, seed)
@@ -188,13 +211,12 @@ class Engine:
             return Work(student, student)
         generator = student
         if self.shares > 1:
-            i = self.groups.tensor_rank // (self.groups.layout.tensor // self.shares)
-            clip = microbatch.clip_share(clip, self.shares, i)
-            generator = microbatch.make_micro_batch(self.config, clip, tau_samples, self.device, seed)
-            features = None if features is None else features.chunk(self.shares, dim=1)[i]
-        if "decoder" in self.model.holds:
-            generator = microbatch.with_latents(generator, clip, self.target, self.device)
-        return Work(student, dataclasses.replace(generator, features=features))
+            generator = microbatch.make_micro_batch(
+                self.config, self.share(clip), tau_samples, self.device, seed
+            )
+            features = None if features is None else features.chunk(self.shares, dim=1)[self.share_number]
+        made = latents() if latents else None
+        return Work(student, dataclasses.replace(generator, features=features, latents=made))
 
     def run(
         self,

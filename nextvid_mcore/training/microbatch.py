@@ -58,7 +58,7 @@ def with_patches(batch: MicroBatch, patches: Tensor) -> MicroBatch:
 
 
 @torch.no_grad()
-def with_latents(batch: MicroBatch, clip: ClipBatch, target: Target, device: torch.device) -> MicroBatch:
-    """Add the target's latents [B, t, n, C]."""
+def predicted_latents(clip: ClipBatch, target: Target, device: torch.device) -> Tensor:
+    """The target's latents of frames 1 .. t-1, [B, p, n, C]."""
     video = normalize(clip.video.to(device, non_blocking=True))
-    return dataclasses.replace(batch, latents=target.latents(video, clip.static, batch.index))
+    return target.latents(video, clip.static, clip.index.tolist(), first=1)

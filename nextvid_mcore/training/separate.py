@@ -33,6 +33,7 @@ from nextvid_mcore.parallel import edges
 from nextvid_mcore.parallel.placement import Seat
 from nextvid_mcore.parallel.seats import Seats
 from nextvid_mcore.targets import Target
+from nextvid_mcore.training.ahead import Pending
 from nextvid_mcore.training.engine import Engine, StageModel, Watch, Work
 
 DIMS = {"s": 0, "b": 1, "h": 2}
@@ -180,11 +181,16 @@ class SeparateEngine(Engine):
         return layouts[self.before].data / self.seat.layout.data
 
     def work(
-        self, clip: ClipBatch, tau_samples: int, features: Tensor | None, seed: int | None = None
+        self,
+        clip: ClipBatch,
+        tau_samples: int,
+        features: Tensor | None,
+        latents: Pending | None,
+        seed: int | None = None,
     ) -> Work:
         if self.in_turn and self.config.model.align:
             features = super().reference_features([clip])[0]
-        work = super().work(clip, tau_samples, features, seed)
+        work = super().work(clip, tau_samples, features, latents, seed)
         if self.model.last:
             return work
         return Work(_with_features(work.student, features), work.generator)

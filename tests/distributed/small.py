@@ -67,7 +67,7 @@ def forward(model: NextVid, data_rank: int, data: int, step: int) -> torch.Tenso
     device = next(model.parameters()).device
     video = (torch.rand(CLIPS, 3, T * 2, size, size, generator=generator) * 2 - 1).to(device)
     n = settings.model.tokens_per_frame
-    latents = torch.randn(CLIPS, T, n, CHANNELS, generator=generator).to(device)
+    latents = torch.randn(CLIPS, T - 1, n, CHANNELS, generator=generator).to(device)
     mine = range(CLIPS)[data_rank * CLIPS // data : (data_rank + 1) * CLIPS // data]
     index = [1000 * step + i for i in mine]
     patches = patchify(video[list(mine)], settings.model)

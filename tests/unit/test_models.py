@@ -66,7 +66,8 @@ def micro_batch(
     index = list(range(10, 10 + len(video)))
     masks = draw_masks(config.mask, config.model.grid, mask_frames, config.train.seed, index)
     generator = torch.Generator().manual_seed(5)
-    latents = torch.randn(len(video), T_TOKENS, config.model.tokens_per_frame, CHANNELS, generator=generator)
+    shape = (len(video), T_TOKENS - 1, config.model.tokens_per_frame, CHANNELS)
+    latents = torch.randn(shape, generator=generator)
     return MicroBatch(
         index=index,
         seed=config.train.seed,

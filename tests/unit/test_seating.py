@@ -166,7 +166,7 @@ def test_the_papers_split_balances():
 
 def test_warnings_name_what_is_better():
     config, placement, text = read("reference")
-    assert "WARNING: over 20%: encoder waits 33% of warmup" in text
+    assert "WARNING: over 20%: encoder waits 31% of warmup" in text
     better, speed = best_split(config, placement.world)
     said = " ".join(text.split())
     assert flags(better) in said and f"Better balanced, {speed:.2f}" in said

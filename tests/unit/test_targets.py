@@ -55,6 +55,11 @@ def test_pixels_are_exactly_invertible(tubelet: int):
     assert torch.equal(target.decode(tokens), video)
 
 
+def test_pixels_of_later_frames_alone():
+    target, video = Pixels(model(), scale=2.0), clip((2, 3, 6, 24, 24))
+    assert torch.equal(target.latents(video, first=1), target.latents(video)[:, 1:])
+
+
 def test_pixels_carry_no_gradient_and_ignore_the_static_cue():
     target = Pixels(model())
     video = clip((2, 3, 1, 24, 24)).expand(2, 3, 4, 24, 24)

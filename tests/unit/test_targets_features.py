@@ -106,6 +106,11 @@ def test_a_cosmos_token_never_depends_on_later_frames(cosmos):
     assert (before[:, 2] - after[:, 2]).abs().max() > 1e-3
 
 
+def test_cosmos_latents_without_the_first_are_the_same(cosmos):
+    target, video = build_target(run("cosmos", cosmos), "cpu", torch.float32), clip()
+    assert torch.equal(target.latents(video, first=1), target.latents(video)[:, 1:])
+
+
 def test_cosmos_decodes_to_the_clips_size(cosmos):
     target = build_target(run("cosmos", cosmos), "cpu", torch.float32)
     latents = target.latents(clip(frames=6))
@@ -181,6 +186,14 @@ def test_siglip_latents_are_the_networks_own_patch_features(siglip):
         shapes = torch.tensor([[4, 4]] * 2)
         features = network(patches, torch.ones(2, 16, dtype=torch.int32), shapes).last_hidden_state
     assert torch.allclose(found[:, 1, :, 32:], F.layer_norm(features.detach(), (32,)), atol=1e-4)
+
+
+def test_siglip_latents_without_the_first_are_the_same(siglip):
+    target, video = build_target(run("siglip2", siglip), "cpu", torch.float32), clip()
+    torch.testing.assert_close(target.latents(video, first=1), target.latents(video)[:, 1:])
+    video[:] = video[:, :, :1]
+    static = torch.tensor([True, True])
+    torch.testing.assert_close(target.latents(video, static, first=1), target.latents(video)[:, 1:])
 
 
 def test_siglip_images_are_encoded_once_with_the_same_result(siglip):

@@ -7,6 +7,7 @@ shape and count.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, ModelConfig, TargetConfig, TransformerShape
 from nextvid_mcore.targets import Target, build_target, target_channels
-from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
+from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape, norm_by_rows
 from nextvid_mcore.targets.va_vae import VaVae, load_autoencoder, load_statistics, shape_of
 
 NARROW = AutoencoderShape(width=32, latent=4)
@@ -318,6 +319,68 @@ def test_chunks_change_nothing(narrow):
     video = clip((2, 3, 4, 64, 64))
     small, large = (VaVae(model(), narrow, MEAN, STD, chunk=c) for c in (3, 64))
     torch.testing.assert_close(small.latents(video), large.latents(video), rtol=1e-5, atol=1e-5)
+
+
+def test_frames_left_out_are_not_encoded_and_change_nothing(narrow):
+    video = clip((2, 3, 6, 64, 64))
+    video[1] = video[1][:, :1]
+    static = torch.tensor([False, True])
+    target = VaVae(model(), narrow, MEAN, STD, sample_posterior=True, chunk=64)
+    whole = target.latents(video, static, indices=[3, 4])
+    frames = []
+    handle = narrow.encoder.conv_in.register_forward_hook(lambda _m, args, _o: frames.append(len(args[0])))
+    try:
+        rest = target.latents(video, static, indices=[3, 4], first=1)
+    finally:
+        handle.remove()
+    assert frames == [4 + 1] and rest.shape[1] == 2
+    torch.testing.assert_close(rest, whole[:, 1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_the_norm_for_compilation_is_group_norm(offset):
+    """Also where the mean is large against the spread: more than this bf16 can't hold."""
+    generator = torch.Generator().manual_seed(0)
+    norm = torch.nn.GroupNorm(32, 64, 1e-6)
+    with torch.no_grad():
+        norm.weight.normal_(1, 0.2, generator=generator)
+        norm.bias.normal_(0, 0.2, generator=generator)
+    x = (
+        torch.randn(3, 64, 8, 16, generator=generator) * (0.5 + torch.rand(64, 1, 1, generator=generator))
+        + offset
+    )
+    for dtype, tolerance in ((torch.float32, 1e-5 if offset == 0 else 1e-3), (torch.bfloat16, 2e-2)):
+        inputs = x.to(dtype, memory_format=torch.channels_last)
+        got, wanted = norm_by_rows(inputs, norm), norm(inputs.float())
+        assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(got.float(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_the_compiled_encoder_runs_chunks_of_one_size_and_agrees(narrow, monkeypatch):
+    """Traced and run as torch.compile does, without generating code, which takes minutes on a CPU."""
+    shapes, norms = [], []
+
+    def backend(graph, inputs):
+        norms.append(sum("group_norm" in str(node.target) for node in graph.graph.nodes))
+
+        def call(*arguments):
+            shapes.append(
+                next(tuple(a.shape) for a in arguments if a.ndim == 4 and a.shape[1:] == (3, 64, 64))
+            )
+            return graph(*arguments)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    target = VaVae(model(), narrow, MEAN, STD, chunk=5, compiled=True)
+    video = clip((3, 3, 4, 64, 64))
+    static = torch.tensor([False, True, False])
+    video[1] = video[1][:, :1]
+    got = target.latents(video, static)
+    wanted = VaVae(model(), narrow, MEAN, STD, chunk=5).latents(video, static)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert shapes == [(5, 3, 64, 64)] * 2 and norms == [0]  # 9 frames, one graph
+    assert torch.equal(target.decode(got), VaVae(model(), narrow, MEAN, STD, chunk=5).decode(got))
 
 
 def test_posterior_samples_depend_on_seed_and_index_alone(narrow):

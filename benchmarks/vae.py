@@ -1,0 +1,163 @@
+"""VA-VAE online: what its encoder takes alone, and what the training step keeps of its rate with it.
+
+    python benchmarks/vae.py vit_g --model.backend te --train.micro-batch 16
+
+Random weights of the true shape, frames that lie on the device, the clips' predicted frames alone, as in
+the step. First the encoder by itself, eager and compiled, with its kernels' time by kind; then whole steps
+with latents that lie on the device, with the encoder on the step's own stream, and beside it on its own
+(training/ahead.py). Everything after RECIPE is a setting of the run, as of nextvid_mcore.pretrain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from common import PEAK_BF16, Bench, ResidentTarget, online_vae_target, quick_start
+from torch.profiler import ProfilerActivity, profile
+
+from nextvid_mcore import cli, flops
+from nextvid_mcore.config import ConfigError, RunConfig, TargetConfig
+from nextvid_mcore.parallel.groups import init_distributed
+from nextvid_mcore.targets.va_vae import VaVae
+
+KINDS = {"norms and sums (triton)": ("triton",), "convolutions": ("conv", "fprop", "cudnn", "xmma")}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def median(work: Callable[[], object], times: int) -> float:
+    """Seconds of a call, the median, after one."""
+    found = []
+    for _ in range(times + 1):
+        synchronize()
+        start = time.perf_counter()
+        work()
+        synchronize()
+        found.append(time.perf_counter() - start)
+    return sorted(found[1:])[times // 2]
+
+
+def kernels(work: Callable[[], object]) -> None:
+    """Print the GPU's time in one call by kind of kernel, and the ten that take most."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        work()
+        synchronize()
+    times: Counter[str] = Counter()
+    for event in found.events():
+        times[event.name] += event.device_time
+    kinds: Counter[str] = Counter()
+    for name, spent in times.items():
+        kinds[next((k for k, words in KINDS.items() if any(w in name for w in words)), "other")] += spent
+    total = max(sum(kinds.values()), 1e-9)
+    print("  ".join(f"{kind}: {spent / 1e3:.1f} ms, {spent / total:.0%}" for kind, spent in kinds.items()))
+    for name, spent in times.most_common(10):
+        print(f"    {spent / 1e3:8.2f} ms  {name[:100]}")
+
+
+def alone(config: RunConfig, chunks: list[int], times: int) -> None:
+    """The encoder by itself, at the batch of a micro-batch."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stage, batch, size = config.stages[0], config.train.micro_batch, config.model.image_size
+    loaded = online_vae_target(config, device, torch.bfloat16)
+    video = torch.rand(batch, 3, stage.frames, size, size, device=device) * 2 - 1
+    work = batch * flops.target_flops(config, stage)
+    print(f"\nVA-VAE's encoder: {batch} clips of {stage.frames} frames, {work / batch / 1e12:.2f} TFLOP each")
+    print(f"{'':<14} {'chunk':>5} {'ms/clip':>8} {'TFLOP/s':>8} {'of peak':>7} {'GiB':>6} {'error':>8}")
+    first = None
+    for compiled, chunk in [(False, chunks[0]), *((True, c) for c in chunks)]:
+        compiled = compiled and device.type == "cuda"
+        target = VaVae(
+            config.model, loaded.autoencoder, loaded.mean.flatten(), loaded.std.flatten(), chunk=chunk,
+            compiled=compiled,
+        )  # fmt: skip
+        start = time.perf_counter()
+        got = target.latents(video, first=1)
+        synchronize()
+        ready = time.perf_counter() - start
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        seconds = median(lambda target=target: target.latents(video, first=1), times)
+        gib = (torch.cuda.max_memory_allocated() - before) / 2**30 if device.type == "cuda" else 0.0
+        first = got if first is None else first
+        error = float((got - first).abs().max() / first.abs().max())
+        print(
+            f"{'compiled' if compiled else 'eager':<14} {chunk:>5} {1e3 * seconds / batch:>8.2f} "
+            f"{work / seconds / 1e12:>8.0f} {work / seconds / PEAK_BF16:>7.0%} {gib:>6.1f} {error:>8.1e}   "
+            f"(first call {ready:.0f} s)",
+            flush=True,
+        )
+        if device.type == "cuda":
+            kernels(lambda target=target: target.latents(video, first=1))
+
+
+def in_the_step(config: RunConfig, steps: int, warmup: int) -> None:
+    """Whole steps, one set of networks for all rows."""
+    with quick_start(online_vae_target):
+        bench = Bench(config)
+    engine, clips = bench.step.engine, config.train.micro_batch
+    target, stream = engine.target, engine.ahead.stream
+    model, frames = config.model, config.stages[0].frames
+    resident = ResidentTarget(model, target.channels)
+    rates = []
+    tau = config.stages[0].tau_samples
+    print(f"\n{config.recipe}, {frames} frames, tau {tau}, micro-batch {clips}, {model.backend}")
+    for name, beside in (("latents resident", False), ("VAE in line", False), ("VAE beside", True)):
+        engine.target = resident if name == "latents resident" else target
+        engine.ahead.stream = stream if beside else None
+        found = bench.measure(steps, warmup)
+        rates.append(clips / found.seconds)
+        print(
+            f"{name:<18} {rates[-1]:>7.2f} clips/s {1e3 * found.seconds:>8.1f} ms {found.gib:>6.1f} GiB  "
+            f"kept {rates[-1] / rates[0]:.1%}  loss {found.loss:.4f}",
+            flush=True,
+        )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--parts", nargs="+", default=["alone", "step"], choices=["alone", "step"])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[32])
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--tau", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("recipe", help="followed by its settings")
+    args, settings = parser.parse_known_args(argv)
+    try:
+        config, _ = cli.parse([args.recipe, *settings, "--dry-run", "--world-size", "1"])
+        init_distributed()
+    except ConfigError as error:
+        cli.fail(error)
+    batch = config.train.micro_batch
+    stage = dataclasses.replace(config.stages[0], frames=args.frames, tau_samples=args.tau, batch=batch)
+    config = dataclasses.replace(config, stages=(stage,), target=TargetConfig("va_vae"))
+    failed = 0
+    for part in args.parts:
+        try:
+            if part == "alone":
+                alone(config, args.chunks, args.steps)
+            else:
+                in_the_step(config, args.steps, args.warmup)
+        except Exception:  # the other part is still worth having
+            traceback.print_exc()
+            failed = 1
+    dist.destroy_process_group()
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
