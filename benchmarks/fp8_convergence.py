@@ -52,7 +52,12 @@ def make_config(args: argparse.Namespace, recipe: str, seed: int) -> Any:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
-            config.model, encoder=encoder, predictor=other, decoder=other, backend=args.backend
+            config.model,
+            encoder=encoder,
+            predictor=other,
+            decoder=other,
+            backend=args.backend,
+            compile=args.compile,
         ),
         data=data,
         target=target,
@@ -197,6 +202,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--backend", default="te", choices=("te", "local"))
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("--compile", action="store_true", help="slower to start, and in every process")
     parser.add_argument("--manifest", help="real clips instead of moving digits")
     parser.add_argument("--workers", type=int, default=12, help="runs at a time")
     parser.add_argument("--seconds", type=float, default=600.0, help="then what is not done is ended")

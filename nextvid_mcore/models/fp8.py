@@ -7,6 +7,10 @@ megatron-core puts TE's autocast round its layers; what it leaves to its caller 
                       global groups; without them TE would take every rank of the run
     quantise_again    the linears keep their quantised weights until they are told that these have changed
     update_scales     `delayed` renews its scales where a pass with gradients ends; the reference has none
+    rehearsals        `delayed` starts from scales of 1, with which small gradients vanish
+
+Scales are not saved: they follow from what is seen, whatever the layout. A run that goes on finds those of
+`delayed` again by rehearsing its first step; its history of largest values starts anew.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nextvid_mcore.config import ConfigError, Fp8Config
 
 AMAX_HISTORY = 64  # passes; every network's end of a pass counts as one for all (TE rolls them together)
+REHEARSALS = 3  # the residual stream brings every layer its gradient at once, a layer's branch takes three
 _NAMES = {"current": "tensorwise"}  # megatron-core's names where they are not ours
 _CAPABILITY = {"current": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
@@ -108,3 +113,8 @@ def update_scales(network: MegatronModule) -> None:
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=True)
+
+
+def rehearsals(fp8: Fp8Config) -> int:
+    """Passes without an update before a process's first step."""
+    return REHEARSALS if "delayed" in fp8.used.values() else 0

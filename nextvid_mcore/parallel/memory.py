@@ -66,18 +66,22 @@ def rank_memory(config: RunConfig, placement: Placement, rank: int, point: Stage
 def _seat(config: RunConfig, placement: Placement, seat: Seat, rank: int, point: StageConfig) -> RankMemory:
     layout, stage = seat.layout, seat.coordinates(rank)["pipeline"]
     size = 2 if config.train.precision == "bf16" else 4
-    parameters = sum(trained(config, seat, stage).values())
+    by_role = trained(config, seat, stage)
+    parameters = sum(by_role.values())
+    quantised = sum(2 * number for role, number in by_role.items() if role in config.fp8.used)
     count = flops.parameters(config.model, flops.target_channels(config))
     layers = stage_layers(config, layout.pipeline)
     encoder = count.encoder * layers[stage] / sum(layers) / layout.tensor
     ema = encoder if "student" in seat.roles else 0.0
     master = 4 if size == 2 else 0  # fp32 weights are their own master copy
     return RankMemory(
-        weights=parameters * size,
+        weights=parameters * size + quantised,
         gradients=parameters * 4,
         optimizer=(parameters * (master + 8) + ema * 4) / layout.data,
         # where the student is, its EMA is made, whoever runs it
-        reference=encoder * size if {"student", "reference"} & set(seat.roles) else 0.0,
+        reference=encoder * (size + ("reference" in seat.roles and "reference" in config.fp8.used))
+        if {"student", "reference"} & set(seat.roles)
+        else 0.0,
         features=_features(config, placement, seat, stage, point) * size,
         activations=_activations(config, placement, seat, stage, point) * size,
     )
@@ -184,6 +188,8 @@ def _note(config: RunConfig, placement: Placement) -> str:
     )
     if placement.seat_of("student") is not placement.seat_of("reference"):
         note += "The encoder's ranks keep a reference too: the EMA is made there. "
+    if config.fp8.used:
+        note += "Weights in FP8 beside them, for two directions (the reference's for one). "
     if config.parallel.recompute == "full":
         note += "Activations: one width a token and layer (recompute full), over the micro-batches in flight."
     else:

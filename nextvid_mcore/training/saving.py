@@ -73,7 +73,7 @@ def _reason(error: BaseException) -> str:
 def weight_tensors(module: MegatronModule, prefix: str, groups: RoleGroups) -> dict[str, ShardedTensor]:
     """Sharded tensors of a module's weights by state-dict name, keys starting with `prefix`.
 
-    Transformer Engine's `_extra_state` (FP8 scales, rebuilt in a few steps) is left out: it is a pickle.
+    Transformer Engine's `_extra_state` (FP8 scales, found again: models/fp8.py) is left out: it is a pickle.
     """
     state = module.sharded_state_dict(
         prefix=prefix, metadata={"dp_cp_group": groups.collection.dp_cp, "singleton_local_shards": False}

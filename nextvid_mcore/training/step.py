@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from nextvid_mcore.config import RunConfig
 from nextvid_mcore.data import ClipBatch
-from nextvid_mcore.models import fused
+from nextvid_mcore.models import fp8, fused
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch, NextVid
 from nextvid_mcore.parallel import watchdog
 from nextvid_mcore.parallel.reference_edge import ReferenceEdge
@@ -86,6 +86,7 @@ class TrainStep:
         engine = SeparateEngine if seats.placement.separate else Engine
         self.engine = engine(self.model, seats, self.target)
         self.losses = [name for name, on in (("flow", generate), ("align", config.model.align)) if on]
+        self.rehearsals = fp8.rehearsals(config.fp8)
 
     def _reference_edge(self) -> ReferenceEdge | None:
         """Brings the reference to the generator's ranks, where it is run there."""
@@ -124,6 +125,14 @@ class TrainStep:
         Returns:
             The losses that there are (flow, align), means over the step, and the monitors; on every rank.
         """
+        while self.rehearsals:  # a process's first step: passes whose gradients are dropped
+            self.rehearsals -= 1
+            self._pass(point, clips)
+        return self._pass(point, clips)
+
+    def _pass(
+        self, point: StagePoint, clips: Sequence[ClipBatch]
+    ) -> tuple[dict[str, float], dict[str, float]]:
         collapse = Collapse(self.config.model.align)
         found: dict[str, list[torch.Tensor]] = {name: [] for name in self.losses}
 

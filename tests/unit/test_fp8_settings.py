@@ -11,6 +11,7 @@ import torch
 from nextvid_mcore import cli, recipes
 from nextvid_mcore.config import ConfigError, Fp8Config
 from nextvid_mcore.models import fp8, specs
+from nextvid_mcore.parallel.memory import rank_memory
 from nextvid_mcore.parallel.plan import check
 
 
@@ -196,3 +197,20 @@ def test_weights_are_quantised_again_every_step():
     plain.linear = Linear()
     fp8.quantise_again([network, plain])
     assert network.linear.is_first_microbatch and not plain.linear.is_first_microbatch
+
+
+def test_quantised_weights_are_counted():
+    """ViT-L's encoder has 303.9M parameters: two bytes more for the student's, one for the reference's."""
+
+    def held(line: str):
+        config, _ = cli.parse(f"vit_l --dry-run {TE} {line}".split())
+        return rank_memory(config, check(config, 1, dry_run=True), 0, config.stages[0])
+
+    plain, quantised = held(""), held("--fp8.student current --fp8.reference current")
+    assert quantised.weights - plain.weights == pytest.approx(2 * 303.9e6, rel=0.01)
+    assert quantised.reference - plain.reference == pytest.approx(303.9e6, rel=0.01)
+
+
+def test_only_delayed_rehearses_its_first_step():
+    assert fp8.rehearsals(Fp8Config(all="current", reference="delayed")) > 0
+    assert fp8.rehearsals(Fp8Config(all="blockwise")) == fp8.rehearsals(Fp8Config()) == 0
