@@ -18,6 +18,8 @@ from nextvid_mcore.config import MOVING_DIGITS, RunConfig, TransformerShape, req
 from nextvid_mcore.evaluation.presets import ProbeConfig, preset
 from nextvid_mcore.recipes import digits
 
+REAL = "real-clips:"  # before the path of a file of real_clips.py
+REAL_FRAMES = 8
 KINDS = ("pretrain", "random", "pixels", "supervised")
 
 
@@ -34,7 +36,9 @@ class Budget:
     frames: int = 16
     peak_flow: float = digits.PEAK_FLOW  # learning rate of the decoder
     other: str = "192x3"  # predictor's and decoder's width and depth
-    vae: str = ""  # folder of tools/train_vae.py, whose latents are then the target instead of pixels
+    target: str = "pixels"  # or vae: what every run but Table 3's generates
+    vae: str = ""  # folder of tools/train_vae.py, whose latents those are
+    real: str = ""  # file of real_clips.py
     init_std: float = 0.06
     pixel_scale: float = 1.0
     ema: float = 0.998
@@ -67,6 +71,19 @@ class Run:
         return self.config.data.manifest
 
     @property
+    def real(self) -> bool:
+        """On real clips."""
+        return self.source.startswith(REAL)
+
+    def missing(self) -> str | None:
+        """What it can't run without and doesn't have."""
+        if self.real and not Path(self.source.removeprefix(REAL)).is_file():
+            return "--real FILE of real_clips.py"
+        if self.config.target.checkpoint and not Path(self.config.target.checkpoint).is_file():
+            return "--vae DIR of tools/train_vae.py"
+        return None
+
+    @property
     def steps(self) -> int:
         return (
             sum(stage.steps for stage in self.config.stages) if self.kind in ("pretrain", "supervised") else 0
@@ -85,9 +102,13 @@ class Run:
 
     @property
     def key(self) -> str:
-        facts = {"kind": self.kind, "config": set_fields(self.config), "probe": set_fields(self.probe)}
+        target = self.config.target
+        files = {name: getattr(target, name) for name in ("checkpoint", "statistics")}
+        files = {name: file and Path(file).name for name, file in files.items()}  # wherever they lie
+        config = part(self.config, "target", **files)
+        facts = {"kind": self.kind, "config": set_fields(config), "probe": set_fields(self.probe)}
         if self.source != MOVING_DIGITS:
-            facts["source"] = self.source
+            facts["source"] = REAL if self.real else self.source
         if self.until is not None:
             facts["until"] = self.until
         text = json.dumps(facts, sort_keys=True)
@@ -125,6 +146,22 @@ def generator_shape(text: str) -> TransformerShape:
     return TransformerShape(int(width), int(depth), int(width) // 32, 4 * int(width))
 
 
+def with_target(config: RunConfig, budget: Budget, kind: str) -> RunConfig:
+    """Table 3: pixels, or latents of the small VAE."""
+    require(kind in ("pixels", "vae"), f"--target {kind}: it is pixels or vae")
+    if kind == "pixels":
+        return part(config, "target", pixel_scale=budget.pixel_scale)
+    files = {"checkpoint": "autoencoder.pt", "statistics": "latents_stats.pt"}
+    files = {name: str(Path(budget.vae, file)) for name, file in files.items()}
+    return part(config, "target", kind="va_vae", pixel_scale=1.0, **files)
+
+
+def real(budget: Budget) -> RunConfig:
+    """The full model on windows of real clips: 8 frames, of unit deviation as pixels are."""
+    config = base(dataclasses.replace(budget, side=0, frames=REAL_FRAMES, target="pixels", pixel_scale=2.0))
+    return part(config, "data", manifest=REAL + budget.real)
+
+
 def base(budget: Budget, size: str = "m", share: float = 1.0) -> RunConfig:
     """The full model, over `share` of the budget's steps."""
     config = digits.make(
@@ -139,13 +176,7 @@ def base(budget: Budget, size: str = "m", share: float = 1.0) -> RunConfig:
     )
     other = generator_shape(budget.other)
     config = part(config, "model", init_std=budget.init_std, predictor=other, decoder=other)
-    if budget.vae:
-        files = [str(Path(budget.vae, name)) for name in ("autoencoder.pt", "latents_stats.pt")]
-        config = part(
-            config, "target", kind="va_vae", checkpoint=files[0], statistics=files[1], pixel_scale=1.0
-        )
-    else:
-        config = part(config, "target", pixel_scale=budget.pixel_scale)
+    config = with_target(config, budget, budget.target)
     if budget.side:
         config = part(config, "data", manifest=f"{MOVING_DIGITS}:{budget.image}:{budget.side}")
     config = part(config, "optim", ema=budget.ema)
@@ -167,6 +198,11 @@ def variants(budget: Budget) -> dict[str, tuple[str, RunConfig]]:
         out[row] = "pretrain", recipes.ablate(full, row)
     for row in ("table4_no_mask", "table5_cross", "table5_cross_self", "table11_tau4"):
         out[row] = "pretrain", recipes.ablate(full, row)
+    for target in ("pixels", "vae"):
+        out[f"table3_{target}"] = "pretrain", with_target(full, budget, target)
+    for kind in ("pretrain", "random", "supervised"):
+        out["real_full" if kind == "pretrain" else f"real_{kind}"] = kind, real(budget)
+    out["real_align"] = "pretrain", recipes.ablate(real(budget), "table2_align_ciso")
     out["align_raw"] = "pretrain", part(full, "model", align_target="none")
     for mode in ("packed", "truncate"):
         out[f"mask_{mode}"] = "pretrain", part(full, "mask", mode=mode)
@@ -184,13 +220,15 @@ ORDER: list[tuple[str, int]] = [
     *[(row, 0) for row in ("table2_gen", "table2_gen_ciso", "table2_align", "table2_align_ciso")],
     *[("table12_no_ema", 0), ("full", 1), ("table12_no_ema", 1), ("full", 2), ("table12_no_ema", 2)],
     *[("random", 1), ("random", 2), ("table4_no_mask", 0), ("table5_cross", 0), ("table5_cross_self", 0)],
-    *[(row, 0) for row in ("table11_tau4", "align_raw", "mask_packed", "mask_truncate")],
+    *[(row, 0) for row in ("table3_pixels", "table3_vae", "table11_tau4", "align_raw")],
+    *[(row, 0) for row in ("real_full", "real_random", "real_align", "real_supervised")],
+    *[(row, 0) for row in ("mask_packed", "mask_truncate")],
     *[(row, 0) for row in _SCALES if row != "scale_m_1"],
     *[(f"table2_{row}", seed) for seed in (1, 2) for row in ("gen", "gen_ciso", "align", "align_ciso")],
 ]
 
 
-def probe_of(budget: Budget, kind: str, seed: int) -> ProbeConfig:
+def probe_of(budget: Budget, kind: str, seed: int, real_: bool = False) -> ProbeConfig:
     """How a run is probed: on other clips than pretraining's."""
     return preset(
         "moving_digits",
@@ -201,7 +239,7 @@ def probe_of(budget: Budget, kind: str, seed: int) -> ProbeConfig:
         lrs=(3e-3, 1e-3),
         weight_decays=(0.01,),
         size=budget.image,
-        frames=budget.frames,
+        frames=REAL_FRAMES if real_ else budget.frames,
         holdout=0.1,
         seed=100 + seed,
     )
@@ -217,11 +255,13 @@ def table(budget: Budget, rows: list[str] | None = None, seeds: list[int] | None
     require(not unknown, f"no row {', '.join(unknown)}; there are {', '.join(every)}")
     order = ORDER if rows is None else [(row, seed) for row, seed in ORDER if row in rows]
     order += [(row, 0) for row in rows or () if (row, 0) not in order]
+    same = f"table3_{budget.target}"  # is `full` under another name
+    order = [(row, seed) for row, seed in order if row != same]
     out = []
     for row, seed in order:
         if seeds is not None and seed not in seeds:
             continue
         kind, config = every[row]
-        probe = probe_of(budget, kind, seed)
+        probe = probe_of(budget, kind, seed, row.startswith("real_"))
         out.append(Run(row, seed, kind, part(config, "train", seed=seed), probe))
     return out

@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+import real_clips
 import torch
 import torch.nn.functional as F
 from ablation_rows import Run
+from real_clips import RealClips
 from torch import Tensor, nn
 
 from nextvid_mcore.config import RunConfig, require
 from nextvid_mcore.data.digits_source import DigitClips
 from nextvid_mcore.data.loader import ClipBatch
-from nextvid_mcore.data.moving_digits import TASKS, parse_source
+from nextvid_mcore.data.moving_digits import parse_source
 from nextvid_mcore.evaluation import sweep
-from nextvid_mcore.evaluation.datasets import PLAIN, DigitData, Request
+from nextvid_mcore.evaluation.datasets import PLAIN, ProbeBatch, Request
 from nextvid_mcore.evaluation.encoders import LAST, Encoder, HubEncoder, PixelEncoder
 from nextvid_mcore.evaluation.features import Extractor, Rows, chunks
 from nextvid_mcore.evaluation.ranks import Ranks
@@ -35,6 +37,9 @@ CURVE = 25  # points of a run's loss curve that are kept
 PIXELS = 32  # side of the frames of raw pixels
 
 
+Clips = DigitClips | RealClips
+
+
 def device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -43,22 +48,29 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
-def clip_batch(clips: DigitClips, indices: Sequence[int], frames: int) -> ClipBatch:
+def clip_batch(clips: Clips, indices: Sequence[int], frames: int) -> ClipBatch:
     """What the loader gives for the same indices, made where the model is."""
     video, labels = clips.clips(indices, frames)
+    label = torch.zeros_like(labels[:, 0])
+    for column, classes in enumerate(clips.tasks.values()):
+        label = label * classes + labels[:, column]
     return ClipBatch(
         video=video,
         index=torch.tensor(list(indices), dtype=torch.int64),
-        label=labels[:, 0] * TASKS["direction"] + labels[:, 1],
+        label=label,
         static=torch.zeros(len(indices), dtype=torch.bool),
         items=[""] * len(indices),
     )
 
 
-def source(config: RunConfig, split: str, seed: int, where: torch.device) -> DigitClips:
-    """The clips that a run names, of either split of MNIST's digits."""
-    _, side = parse_source(config.data.manifest)
-    return DigitClips(split, config.model.image_size, seed, where, side=side)
+def source(config: RunConfig, split: str, seed: int, where: torch.device, labelled: bool = False) -> Clips:
+    """The clips that a run names, of either split; `labelled`: as a probe wants them."""
+    name, size = config.data.manifest, config.model.image_size
+    if name.startswith(real_clips.PREFIX):
+        file = name.removeprefix(real_clips.PREFIX)
+        return RealClips(file, split, size, seed, where, labelled)
+    _, side = parse_source(name)
+    return DigitClips(split, size, seed, where, side=side)
 
 
 # Pretraining -------------------------------------------------------------------------------------
@@ -173,32 +185,46 @@ class Memory:
             yield Rows(*(column[where] for column in self.rows))
 
 
-def probe_data(run: Run, split: str, where: torch.device) -> DigitData:
-    """Clips drawn as in pretraining, of another seed; "test": of digits that no training has seen."""
-    config = run.probe
-    data = DigitData(split, config.train_items if split == "train" else config.val_items, config, where)
-    data.clips = source(run.config, split, config.seed, where)
-    return data
+class MadeData:
+    """Clips made as they are asked for, of another seed than pretraining's, with all their labels.
+
+    "test": of digits, or of parts of a shot, that no training has seen.
+    """
+
+    def __init__(self, run: Run, split: str, where: torch.device) -> None:
+        self.config = run.probe
+        self.items = run.probe.train_items if split == "train" else run.probe.val_items
+        self.clips = source(run.config, split, run.probe.seed, where, labelled=True)
+        self.tasks = dict(self.clips.tasks)
+        self.identity = f"{run.source} {split} {self.items} {run.probe.seed}"
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __getitem__(self, request: Request) -> ProbeBatch:
+        video, label = self.clips.clips(request.indices, self.config.frames)
+        return ProbeBatch(video[:, None, None], label, torch.ones(len(label), dtype=torch.bool))
 
 
 def probe(encoder: Encoder, run: Run) -> dict[str, Any]:
-    """Scores of both labels on clips of MNIST's test digits; the sweep is judged on training clips."""
+    """Scores of all labels on held-out clips; the sweep is judged on training clips."""
     config, where = run.probe, device()
     encoder.module.to(where)
     ranks = Ranks(0, 1, where)
     reduce = "tokens" if config.method == "attentive" else "mean"
-    data = [probe_data(run, split, where) for split in ("train", "test")]
+    data = [MadeData(run, split, where) for split in ("train", "test")]
+    tasks = data[0].tasks
     half = where.type == "cuda"
     train, test = (
         Memory(Extractor(encoder, each, LAST, ranks, reduce=reduce, encode_batch=100, half=half))
         for each in data
     )
-    trained = sweep.Sweep(config, dict(TASKS), train.rows.features.shape[-1], ranks)
+    trained = sweep.Sweep(config, tasks, train.rows.features.shape[-1], ranks)
     kept, held = sweep.split(config.train_items, config)
     sweep.train(trained, train, sweep.Plan(config, kept, config.batch, ranks))
     judged = sweep.judge(trained.members, train, held, PLAIN, config.batch, ranks)
     chosen = []
-    for task in range(len(TASKS)):
+    for task in range(len(tasks)):
         own = [i for i, member in enumerate(trained.members) if member.task == task]
         chosen.append(own[sweep.best([judged[i] for i in own])])
     members = [trained.members[i] for i in chosen]
@@ -206,7 +232,7 @@ def probe(encoder: Encoder, run: Run) -> dict[str, Any]:
     out = {
         task: score(result.correct, result.items, 0, classes)
         | {"lr": trained.members[i].lr, "holdout_top1": judged[i].top1}
-        for (task, classes), result, i in zip(TASKS.items(), final, chosen, strict=True)
+        for (task, classes), result, i in zip(tasks.items(), final, chosen, strict=True)
     }
     features = train.rows.features[:200].float()
     return {"tasks": out, "feature_std": float(features.flatten(0, 2).std(0).mean())}
@@ -218,10 +244,10 @@ def probe(encoder: Encoder, run: Run) -> dict[str, Any]:
 class Labelled(nn.Module):
     """The encoder with a linear classifier a label on the mean of its tokens."""
 
-    def __init__(self, encoder: VisionTransformer, width: int) -> None:
+    def __init__(self, encoder: VisionTransformer, width: int, tasks: dict[str, int]) -> None:
         super().__init__()
         self.encoder, self.norm = encoder, nn.LayerNorm(width)
-        self.heads = nn.ModuleList(nn.Linear(width, classes) for classes in TASKS.values())
+        self.heads = nn.ModuleList(nn.Linear(width, classes) for classes in tasks.values())
 
     def forward(self, video: Tensor) -> list[Tensor]:
         mean = self.norm(self.encoder(video).float().mean(1))
@@ -233,14 +259,16 @@ def supervised(run: Run) -> dict[str, Any]:
     config, where = run.config, device()
     torch.manual_seed(config.train.seed)
     half = torch.autocast(where.type, torch.bfloat16, enabled=config.train.precision == "bf16")
-    model = Labelled(hub_encoder(config, None), config.model.encoder.width).to(where).train()
+    test = MadeData(run, "test", where)
+    tasks = test.tasks
+    model = Labelled(hub_encoder(config, None), config.model.encoder.width, tasks).to(where).train()
     parameters = sum(p.numel() for p in model.encoder.parameters())
     optim = config.optim
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=0.0, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay
     )
     schedule = Schedule(config)
-    clips = source(config, "train", config.train.seed, where)
+    clips = source(config, "train", config.train.seed, where, labelled=True)
     curve = []
     for number in range(schedule.total_steps):
         point = schedule.at(number)
@@ -257,8 +285,7 @@ def supervised(run: Run) -> dict[str, Any]:
         optimizer.step()
         if number % max(1, schedule.total_steps // CURVE) == 0:
             curve.append({"step": number + 1, "loss": float(loss.detach())})
-    test = probe_data(run, "test", where)
-    right = torch.zeros(len(TASKS), dtype=torch.int64)
+    right = torch.zeros(len(tasks), dtype=torch.int64)
     model.eval()
     for part in chunks(range(len(test)), 100):
         batch = test[Request(PLAIN, part)]
@@ -266,10 +293,10 @@ def supervised(run: Run) -> dict[str, Any]:
             logits = model(batch.video[:, 0, 0].float() / 127.5 - 1)
         guesses = torch.stack([x.argmax(1) for x in logits], dim=1)
         right += (guesses == batch.label).sum(0).cpu()
-    tasks = {
-        task: score(int(right[i]), len(test), 0, classes) for i, (task, classes) in enumerate(TASKS.items())
+    scores = {
+        task: score(int(right[i]), len(test), 0, classes) for i, (task, classes) in enumerate(tasks.items())
     }
-    return {"tasks": tasks, "curve": curve, "parameters": parameters}
+    return {"tasks": scores, "curve": curve, "parameters": parameters}
 
 
 # A run -------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from nextvid_mcore.config import ConfigError, require
 
 BEGIN, END = "<!-- tables: results_table.py -->", "<!-- end of tables -->"
 TASKS = ("digit", "direction")
+REAL_TASKS = ("shot", "backwards", "speed")
 LABEL = {
     "full": "Generation, alignment, context isolation: the full model",
     "random": "Random encoder",
@@ -35,6 +36,12 @@ LABEL = {
     "table5_cross": "Cross attention",
     "table11_tau4": "4 tau samples",
     "table12_no_ema": "Without EMA",
+    "table3_pixels": "Pixels",
+    "table3_vae": "Latents of a small VAE trained on the same clips (the paper: VA-VAE)",
+    "real_full": "The full model",
+    "real_random": "Random encoder",
+    "real_align": "Alignment, context isolation",
+    "real_supervised": "Supervised from scratch",
     "align_raw": "Alignment target as it is, not layer-normed",
     "mask_packed": "Masks: packed, whatever the blocks leave",
     "mask_truncate": "Masks: cut at the smallest count of the batch",
@@ -57,6 +64,11 @@ SECTIONS: list[tuple[str, str, list[tuple[str, str, str | None]]]] = [
         "Table 12: momentum reference",
         "IN1K / SSv2",
         [("table12_no_ema", "< 10 / < 10", None), ("full", "75.1 / 63.8", "With EMA: the full model")],
+    ),
+    (
+        "Table 3: what is generated",
+        "IN1K / SSv2",
+        [("table3_pixels", "73.5 / 62.4", None), ("table3_vae", "75.1 / 63.8", None)],
     ),
     (
         "Table 4: masking (no alignment)",
@@ -83,6 +95,7 @@ SECTIONS: list[tuple[str, str, list[tuple[str, str, str | None]]]] = [
         [(row, "", None) for row in ("full", "align_raw", "mask_packed", "mask_truncate")],
     ),
 ]
+REAL_ROWS = ("real_random", "real_full", "real_align", "real_supervised")
 SIZES = (("s", "0.8M"), ("m", "3.3M"), ("l", "5.1M"))
 SHARES = ("0.25", "0.5", "1")
 
@@ -106,15 +119,18 @@ def tables(runs: Sequence[Run], have: dict[str, dict[str, Any]]) -> str:
     for run in runs:
         if run.key in have:
             found.setdefault(run.row, []).append(have[run.key])
+    same = {"table3_pixels", "table3_vae"} - {run.row for run in runs}  # left out: `full` is that run
     out: list[str] = []
-    for title, columns, rows in SECTIONS:
-        head = ["run", *TASKS, "seeds", "clips"] + ([f"paper: {columns}"] if columns else [])
+    sections = [(*section, TASKS) for section in SECTIONS]
+    sections.append(("Real clips", "", [(row, "", None) for row in REAL_ROWS], REAL_TASKS))
+    for title, columns, rows, tasks in sections:
+        head = ["run", *tasks, "seeds", "clips"] + ([f"paper: {columns}"] if columns else [])
         out += [f"### {title}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for row, paper, label in rows:
-            mine = found.get(row, [])
+            mine = found.get("full" if row in same else row, [])
             seeds = ", ".join(str(each["seed"]) for each in mine) or "-"
             clips = f"{mine[0]['clips']:,}" if mine else "-"
-            cells = [label or LABEL[row], *(cell(mine, task) for task in TASKS), seeds, clips]
+            cells = [label or LABEL[row], *(cell(mine, task) for task in tasks), seeds, clips]
             out.append("| " + " | ".join(cells + ([paper or "-"] if columns else [])) + " |")
         out.append("")
     clips = {run.row: run.clips for run in runs}

@@ -202,6 +202,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(text: str) -> None:
         print(text, flush=True)
 
+    lacking = {run.name: run.missing() for run in runs if run.missing()}
+    for name, what in lacking.items():
+        say(f"{name} is left out: it needs {what}")
+    runs = [run for run in runs if run.name not in lacking]
     return 3 if drain(runs, args.results, 60 * args.minutes, args.workers, say=say) else 0
 
 

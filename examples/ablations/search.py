@@ -51,7 +51,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "random_side_14": {"side": 14},
     "random_patch_4": {"patch": 4, "frames": 8},
     "random_init_0.06": {"init_std": 0.06},
-    "vae": {"vae": ""},  # --vae
+    "vae": {"target": "vae", "vae": ""},  # --vae
 }
 
 

@@ -116,6 +116,8 @@ class MovingDigits(Dataset):
     makes the digits another size than 28 / 64 of a frame, and leaves the speeds.
     """
 
+    tasks = TASKS
+
     def __init__(
         self,
         split: str,
