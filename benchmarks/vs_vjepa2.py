@@ -31,7 +31,7 @@ from nextvid_mcore.parallel.groups import init_distributed
 CONFIG = "configs/train/{}16/pretrain-256px-16f.yaml"
 
 
-def ours(argv: list[str], frames: int, size: int) -> RunConfig:
+def ours(argv: list[str], tau: int, frames: int, size: int) -> RunConfig:
     """The run that the arguments after RECIPE describe, as one step of `frames` frames on one GPU."""
     config, _ = cli.parse([*argv, "--dry-run", "--world-size", "1"])
     require(
@@ -39,7 +39,8 @@ def ours(argv: list[str], frames: int, size: int) -> RunConfig:
         f"V-JEPA 2's configuration has {size} pixels and ours {config.model.image_size}; compare like with "
         f"like: --model.image-size {size} or another --config",
     )
-    stage = dataclasses.replace(config.stages[0], frames=frames, batch=config.train.micro_batch)
+    batch = config.train.micro_batch
+    stage = dataclasses.replace(config.stages[0], frames=frames, tau_samples=tau, batch=batch)
     target = TargetConfig("va_vae" if config.model.patch_size == 16 else "pixels")
     return dataclasses.replace(config, stages=(stage,), target=target)
 
@@ -69,7 +70,8 @@ def measure_theirs(args: argparse.Namespace, checkout: Path, settings: dict, com
             continue
         finally:
             vjepa2_step.free()
-        print(f"{name}: {time.perf_counter() - start:.0f} s in all", flush=True)
+        held = torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        print(f"{name}: {time.perf_counter() - start:.0f} s in all; {held:.1f} GiB still held", flush=True)
         return Row(name, batch, found)
     raise ConfigError(f"V-JEPA 2's step fits with none of --batch {' '.join(map(str, args.batch))}")
 
@@ -94,6 +96,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compiled"])
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 24, 16], help="V-JEPA 2's, to try")
     parser.add_argument("--masks", type=int, default=4, help="batches of V-JEPA 2's masks, taken in turn")
+    parser.add_argument("--tau", type=int, default=1, help="samples of tau, of our flow loss")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("recipe", help="ours, followed by its settings")
@@ -102,7 +105,7 @@ def main(argv: list[str]) -> int:
         checkout = vjepa2_step.check_checkout(args.checkout)
         name = args.config or CONFIG.format(args.recipe.replace("_", ""))
         settings = vjepa2_step.read_settings(checkout, name)
-        config = ours([args.recipe, *settings_of_ours], *vjepa2_step.frames_and_size(settings))
+        config = ours([args.recipe, *settings_of_ours], args.tau, *vjepa2_step.frames_and_size(settings))
         init_distributed()
         require(
             dist.get_world_size() == 1, f"this compares on one GPU; started {dist.get_world_size()} processes"
@@ -124,7 +127,7 @@ def main(argv: list[str]) -> int:
         traceback.print_exc()
     frames, size = vjepa2_step.frames_and_size(settings)
     if rows:
-        report(rows, f"{args.recipe} and {name}: {frames} frames of {size} pixels")
+        report(rows, f"{args.recipe}, tau {args.tau}, and {name}: {frames} frames of {size} pixels")
     dist.destroy_process_group()
     return 0 if len(rows) == len(args.modes) + 1 else 1
 
