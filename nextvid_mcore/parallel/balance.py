@@ -33,6 +33,7 @@ class Link:
     ahead: float  # in the reference's own pass
     forward: float
     backward: float
+    warm_up: int  # forward passes ahead of the first backward pass
 
     @property
     def work(self) -> float:
@@ -118,6 +119,7 @@ def chain(
                 each * reference * own_pass,
                 each * (trained / 3 + reference * (not own_pass) + fixed),
                 each * trained * (2 / 3 + again),
+                placement.warm_up(encoder, stage, config.parallel.edge),
             )
         )
     for seat in placement.seats[1:] if placement.separate else ():
@@ -133,6 +135,7 @@ def chain(
                 0.0,
                 each * (trained / 3 + fixed),
                 each * trained * (2 / 3 + again),
+                placement.warm_up(seat, 0, config.parallel.edge),
             )
         )
     return tuple(links)
@@ -144,7 +147,7 @@ def _generator(roles: set[str], work: flops.RoleFlops) -> float:
 
 def span(links: Sequence[Link], count: int) -> float:
     """The time of `count` micro-batches, in FLOPs of a rank."""
-    steady = 4 * len(links) + 8  # from here on every further one costs the same
+    steady = 4 * (links[0].warm_up + 1) + 8  # from here on every further one costs the same
     if count > steady:
         most = _simulate(links, steady)
         return most + (count - steady) * (most - _simulate(links, steady - 1))
@@ -160,7 +163,7 @@ def _simulate(links: Sequence[Link], count: int) -> float:
             for k in range(count):
                 clock[i] = arrival[k] = max(clock[i], arrival[k]) + link.ahead
     done: dict[tuple[str, int, int], float] = {}  # (kind, link, micro-batch) -> when
-    todo = [_order(len(links) - 1 - i, count) for i in range(len(links))]
+    todo = [_order(link.warm_up, count) for link in links]
     while any(todo):
         for i, link in enumerate(links):
             while todo[i]:
@@ -174,9 +177,9 @@ def _simulate(links: Sequence[Link], count: int) -> float:
     return max(clock)
 
 
-def _order(behind: int, count: int) -> list[tuple[str, int]]:
-    """What a link with `behind` links after it does, in its order."""
-    warm = min(behind, count)
+def _order(warm_up: int, count: int) -> list[tuple[str, int]]:
+    """What a link that takes `warm_up` forward passes first does, in its order."""
+    warm = min(warm_up, count)
     order = [("F", k) for k in range(warm)]
     for k in range(count - warm):
         order += [("F", warm + k), ("B", k)]

@@ -16,6 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class Message(dict[str, Tensor]):
+    """What megatron-core's schedule carries between seats, by the seat it comes from.
+
+    `features` cross beside it, and no gradient returns for them; None: there are none, or they are packed
+    with the rest (megatron-core's bridge takes one tensor an edge).
+    """
+
+    def __init__(self, tensors: dict[str, Tensor] | None = None, features: Tensor | None = None) -> None:
+        super().__init__(tensors or {})
+        self.features = features
+
+
 @dataclass
 class Traffic:
     """Bytes that this rank has sent to other seats since `reset`."""
@@ -26,9 +38,10 @@ class Traffic:
     def reset(self) -> None:
         self.forward = self.backward = 0
 
-    def goes(self, x: Tensor, leads: bool) -> None:
-        """x is sent to the next seat. leads: by this rank, of the tensor ranks that hold it."""
-        self.forward += x.nbytes if leads else 0
+    def goes(self, message: Message, leads: bool) -> None:
+        """Sent to the next seat. leads: this rank, of the tensor ranks that hold it, counts it."""
+        parts = [*message.values(), *([] if message.features is None else [message.features])]
+        self.forward += sum(x.nbytes for x in parts) if leads else 0
 
     def returns(self, x: Tensor, leads: bool) -> None:
         """x came from the seat before; its gradient, once there is one, is sent back."""
@@ -102,23 +115,11 @@ def batch_share(x: Tensor, shares: int, group: dist.ProcessGroup) -> Tensor:
     return x if shares == 1 else _BatchShare.apply(x, shares, group)
 
 
-def pack(context: Tensor, features: Tensor | None) -> Tensor:
-    """Context [s, B, E] and, if they cross, features [p * n, B, D] as one row a clip: [B, values].
-
-    megatron-core's bridge carries one tensor an edge. The features are detached: no gradient returns
-    for them.
-    """
-    parts = [context.transpose(0, 1).flatten(1)]
-    if features is not None:
-        parts.append(features.detach().transpose(0, 1).flatten(1).to(context.dtype))
-    return torch.cat(parts, dim=1)
+def rows(x: Tensor) -> Tensor:
+    """x [s, B, E] as one row a clip: [B, s * E]."""
+    return x.transpose(0, 1).flatten(1)
 
 
-def unpack(packed: Tensor, tokens: int, width: int, feature_width: int) -> tuple[Tensor, Tensor | None]:
-    """`pack`'s inverse: context [tokens, B, width] and features [.., B, feature_width] or None."""
-    clips, size = packed.shape[0], tokens * width
-    context = packed[:, :size].reshape(clips, tokens, width).transpose(0, 1).contiguous()
-    if packed.shape[1] == size:
-        return context, None
-    features = packed[:, size:].detach().reshape(clips, -1, feature_width).transpose(0, 1).contiguous()
-    return context, features
+def tokens(rows: Tensor, width: int) -> Tensor:
+    """`rows`' inverse: [B, s * width] as [s, B, width]."""
+    return rows.reshape(rows.shape[0], -1, width).transpose(0, 1).contiguous()

@@ -89,11 +89,8 @@ def _seat(config: RunConfig, placement: Placement, seat: Seat, rank: int, point:
 
 def _in_flight(config: RunConfig, placement: Placement, seat: Seat, stage: int, point: StageConfig) -> int:
     """Micro-batches whose backward a stage of the chain still waits for, under 1F1B."""
-    if seat is placement.encoder:
-        behind = seat.layout.pipeline - 1 - stage + (len(placement.seats) - 1) * placement.separate
-    else:
-        behind = len(placement.seats) - 1 - placement.seats.index(seat)
-    return min(behind + 1, micro_batches(config, placement, point))
+    ahead = placement.warm_up(seat, stage, config.parallel.edge)
+    return min(ahead + 1, micro_batches(config, placement, point))
 
 
 def _features(config: RunConfig, placement: Placement, seat: Seat, stage: int, point: StageConfig) -> float:

@@ -75,6 +75,14 @@ class Placement:
         """Clips of a micro-batch in one replica of `seat`."""
         return self.micro_batch * self.encoder.layout.data // seat.layout.data
 
+    def warm_up(self, seat: Seat, stage: int, edge: str) -> int:
+        """Forward passes that pipeline stage `stage` of `seat` takes ahead of its first backward pass.
+
+        1F1B: one for every stage behind it. An edge of the kind "direct" counts as one of them.
+        """
+        behind = (len(self.seats) - 1 - self.seats.index(seat)) * self.separate
+        return seat.layout.pipeline - 1 - stage + behind * (2 if edge == "direct" else 1)
+
     def seats_of_rank(self, rank: int) -> list[Seat]:
         return [seat for seat in self.seats if rank in seat.ranks]
 

@@ -1,10 +1,12 @@
 """The engine for roles in groups of their own: encoder | predictor and decoder, or three groups.
 
-On megatron-core's own pieces: MultiModulePipelineCommunicator carries one tensor over each edge, and the
-1F1B schedule runs over the chain of seats as over pipeline stages. Forward, the encoder's edge carries the
-context, already projected to the predictor's width, and the reference's features, in one row a clip; the
-predictor's edge carries z. Backward, their gradients return, scaled by the ratio of the data replicas
-(parallel/edges.py). Masks never cross: every seat draws them from (seed, index).
+megatron-core's 1F1B schedule runs over the chain of seats as over pipeline stages. Forward, the encoder's edge
+carries the context, already projected to the predictor's width, and the reference's features, in one row a
+clip; the predictor's edge carries z. Backward, the gradients of context and z return, scaled by the ratio of
+the data replicas (parallel/edges.py). Masks never cross: every seat draws them from (seed, index).
+
+The edges are our own (parallel/direct_edge.py) or, with `parallel.edge bridge`, megatron-core's
+MultiModulePipelineCommunicator, to compare with.
 
 A reference that is not pipelined is run micro-batch by micro-batch, just before its features are needed: a
 pass of its own over the whole step would keep the other seats waiting for it.
@@ -13,6 +15,7 @@ pass of its own over the whole step would keep the other seats waiting for it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,7 +32,9 @@ from torch import Tensor
 from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.models.encoder import Encoder
 from nextvid_mcore.models.nextvid import LossTerms, NextVid
-from nextvid_mcore.parallel import edges
+from nextvid_mcore.parallel import edges, watchdog
+from nextvid_mcore.parallel.direct_edge import DirectCommunicator, Sizes
+from nextvid_mcore.parallel.edges import Message
 from nextvid_mcore.parallel.placement import Seat
 from nextvid_mcore.parallel.seats import Seats
 from nextvid_mcore.targets import Target
@@ -45,10 +50,12 @@ class _Seat(StageModel):
     def __init__(self, config: Any, encoder: Encoder | None) -> None:
         self.config, self.encoder = config, encoder
         self.arrived: dict[str, Tensor] = {}
+        self.features: Tensor | None = None
 
     def set_input_tensor(self, tensor: Any) -> None:
         tensor = tensor[0] if isinstance(tensor, list) else tensor
         self.arrived = {k: v[0] if isinstance(v, list) else v for k, v in (tensor or {}).items()}
+        self.features = getattr(tensor, "features", None)
         if self.encoder is not None and not self.encoder.first:
             self.encoder.set_input_tensor(self.arrived["encoder"])
 
@@ -65,13 +72,18 @@ class SeparateEngine(Engine):
         self.leads = seats.home.tensor_rank == 0  # of a replica's tensor ranks only one sends
         self.in_turn = "reference" in self.seat.roles and self.seat.layout.pipeline == 1
         self.features_cross = self.config.model.align and placement.seat_of("reference").name == "encoder"
-        self.communicator = MultiModulePipelineCommunicator(
-            module_to_grid_map={seat.name: seats.groups[seat.name].grid for seat in placement.seats},
-            topology={name: names[i + 1 : i + 2] for i, name in enumerate(names)},
-            config=model.config,
-            dim_mapping=DIMS,
-            module_output_ndim={"encoder": 2},
-        )
+        self.direct = self.config.parallel.edge == "direct"
+        if self.direct:
+            timeout = watchdog.collective_timeout(self.config.parallel.timeout)
+            self.communicator = DirectCommunicator(seats, model.config, self.device, timeout)
+        else:
+            self.communicator = MultiModulePipelineCommunicator(
+                module_to_grid_map={seat.name: seats.groups[seat.name].grid for seat in placement.seats},
+                topology={name: names[i + 1 : i + 2] for i, name in enumerate(names)},
+                config=model.config,
+                dim_mapping=DIMS,
+                module_output_ndim={name: 2 for name in names},
+            )
         self.collection = MultiModuleProcessGroupCollection(
             module_pgs={self.seat.name: seats.groups[self.seat.name].collection},
             language_model_module_name=self.seat.name if self.seat.name == names[-1] else None,
@@ -95,22 +107,25 @@ class SeparateEngine(Engine):
         """The pass that carries context, z and their gradients over the chain of seats."""
         stand = self.model.student.encoder if "student" in self.model.holds else None
         stage = _Seat(self.model.config, encoder or stand)
+        first = next(works)
+        if self.direct:
+            self._begin(first, count, size, forward_only)
 
         def step(iterator: Iterator[Work], stage: _Seat) -> tuple[Any, Callable]:
             work = next(iterator)
             if stage.encoder is not None:
-                return {self.seat.name: self._encode(work, encoder)}, _nothing
+                return self._encode(work, encoder), _nothing
             if "predictor" in self.model.holds:
-                out = self._predict(stage.arrived[self.before], work, watch, count)
+                out = self._predict(stage, work, watch, count)
             else:
-                out = self._decode(stage.arrived[self.before], work, watch)
+                out = self._decode(stage, work, watch)
             if isinstance(out, dict):
                 return out, _nothing
             return out, lambda loss, non_loss_data=False: (loss, {})
 
         forward_backward_pipelining_without_interleaving(
             forward_step_func=step,
-            data_iterator=works,
+            data_iterator=itertools.chain([first], works),
             model=stage,
             num_microbatches=count,
             seq_length=0,  # lengths travel with the tensors
@@ -119,12 +134,27 @@ class SeparateEngine(Engine):
             p2p_communicator=self.communicator,
             pg_collection=self.collection,
         )
+        if self.direct:
+            self.communicator.finish()
 
-    def _encode(self, work: Work, encoder: Encoder | None) -> Tensor:
+    def _begin(self, first: Work, count: int, size: int, forward_only: bool) -> None:
+        """Tell the edges what the pass will carry: every micro-batch is as long as the first."""
+        model, names = self.config.model, [seat.name for seat in self.seats.placement.seats]
+        context, frames = first.generator.masks.tokens.shape[1], first.generator.token_frames - 1
+        features = frames * model.tokens_per_frame * model.encoder.width if self.features_cross else 0
+        z = self.config.mask.masks * frames * model.tokens_per_frame
+        sizes = [Sizes(0), Sizes(context * model.predictor.width, features), Sizes(z * model.predictor.width)]
+        here, layout = names.index(self.seat.name), self.seat.layout
+        length = context // (layout.tensor if layout.sequence else 1)
+        hidden = (length, size, model.encoder.width)
+        after = sizes[here + 1] if here + 1 < len(names) else Sizes(0)
+        self.communicator.begin(count, size, sizes[here], after, hidden, forward_only)
+
+    def _encode(self, work: Work, encoder: Encoder | None) -> Message:
         """Hidden states for the next pipeline stage, or what crosses to the predictor."""
         out = self.model.context(work.student, encoder)
         if not self.model.student.encoder.last:
-            return out
+            return Message({self.seat.name: out})
         place = self.model.places["student"]
         if place.sequence:  # the edge wants it whole, and returns the whole gradient to every tensor rank
             out = gather_from_sequence_parallel_region(
@@ -133,19 +163,32 @@ class SeparateEngine(Engine):
         features = None
         if self.features_cross:  # only predicted frames are compared
             features = work.student.features[self.config.model.tokens_per_frame :]
-        packed = edges.pack(out, features)
-        self.traffic.goes(packed, self.leads)
-        return packed
+        return self._leaves(out, features)
 
-    def _predict(self, packed: Tensor, work: Work, watch: Watch, count: int) -> Any:
+    def _leaves(self, x: Tensor, features: Tensor | None = None) -> Message:
+        """x [s, B, E] and features [.., B, D] for the next seat."""
+        rows = edges.rows(x)
+        beside = None if features is None else edges.rows(features.detach()).to(rows.dtype)
+        if beside is not None and not self.direct:
+            rows, beside = torch.cat([rows, beside], dim=1), None
+        message = Message({self.seat.name: rows}, beside)
+        self.traffic.goes(message, self.leads)
+        return message
+
+    def _arrives(self, stage: _Seat, width: int, length: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """`_leaves`' inverse, with x's gradient scaled. length: of x, where features may be packed with it."""
+        rows, beside = stage.arrived[self.before], stage.features
+        self.traffic.returns(rows, self.leads)
+        if length is not None and rows.shape[1] > length * width:
+            rows, beside = rows[:, : length * width], rows[:, length * width :].detach()
+        x = edges.scale_gradient(edges.tokens(rows, width), self._ratio())
+        return x, None if beside is None else edges.tokens(beside, self.config.model.encoder.width)
+
+    def _predict(self, stage: _Seat, work: Work, watch: Watch, count: int) -> Any:
         """The loss where the decoder sits here too, else z for its seat, with alignment's gradient."""
         batch, model = work.generator, self.config.model
         place = self.model.places["predictor"]
-        self.traffic.returns(packed, self.leads)
-        context, features = edges.unpack(
-            packed, batch.masks.tokens.shape[1], model.predictor.width, model.encoder.width
-        )
-        context = edges.scale_gradient(context, self._ratio())
+        context, features = self._arrives(stage, model.predictor.width, batch.masks.tokens.shape[1])
         if place.sequence:
             context = scatter_to_sequence_parallel_region(context, place.groups.tp)
         if features is not None:  # frame 0's are never compared, and did not cross
@@ -163,14 +206,13 @@ class SeparateEngine(Engine):
             weight = self.config.loss.align / count
             z = edges.add_loss(z, found["align"].mean(), weight)
         watch(LossTerms(**found), batch)
-        self.traffic.goes(z, self.leads)
-        return {self.seat.name: z}
+        return self._leaves(z)
 
-    def _decode(self, z: Tensor, work: Work, watch: Watch) -> Tensor:
-        """The flow loss from z [queries, B, E]."""
+    def _decode(self, stage: _Seat, work: Work, watch: Watch) -> Tensor:
+        """The flow loss from z."""
         batch = work.generator
-        self.traffic.returns(z, self.leads)
-        z = self.model.shares("decoder", edges.scale_gradient(z, self._ratio()), batch)
+        z, _ = self._arrives(stage, self.config.model.predictor.width)
+        z = self.model.shares("decoder", z, batch)
         terms = LossTerms(**self.model.flow_matching(z, batch))
         watch(terms, batch)
         return terms.total(self.config)

@@ -38,6 +38,7 @@ class Case:
     micro: int = 1  # clips of a micro-batch of one encoder replica
     placement: str = "colocated"
     reference_at: str = "encoder"
+    edge: str = "direct"
     generator: tuple[int | None, int | None] = (None, None)  # tensor, data
     predictor: tuple[int | None, int | None] = (None, None)
     decoder: tuple[int | None, int | None] = (None, None)
@@ -72,6 +73,7 @@ LAYOUTS = {
     "two-1-1-reference": Case(2, placement="two-groups", reference_at="generator"),
     "two-tp2-1": Case(3, tensor=2, placement="two-groups"),
     "two-dp2-1": Case(3, placement="two-groups"),
+    "two-dp2-dp2": Case(4, placement="two-groups", generator=(1, 2)),
     "two-dp1-dp2": Case(3, micro=2, placement="two-groups", generator=(1, 2)),
     "two-tp2-sp-dp2": Case(4, tensor=2, sequence=True, micro=2, placement="two-groups", generator=(1, 2)),
     "two-tp2-tp2-sp": Case(4, tensor=2, sequence=True, placement="two-groups", generator=(2, 1)),
@@ -88,6 +90,12 @@ LAYOUTS = {
     "three-1-1-tp2-reference": Case(
         4, sequence=True, placement="three-groups", decoder=(2, 1), reference_at="generator"
     ),
+    "bridge-1-1": Case(2, placement="two-groups", edge="bridge"),
+    "bridge-dp1-dp2": Case(3, micro=2, placement="two-groups", generator=(1, 2), edge="bridge"),
+    "bridge-tp2-sp-dp2": Case(
+        4, tensor=2, sequence=True, micro=2, placement="two-groups", generator=(1, 2), edge="bridge"
+    ),
+    "bridge-1-1-2": Case(4, micro=2, placement="three-groups", decoder=(1, 2), edge="bridge"),
     "no-generation": Case(1, rows=NO_GENERATION),
     "no-generation-tp2": Case(2, tensor=2, rows=NO_GENERATION),
     "no-alignment": Case(1, rows=NO_ALIGNMENT),
@@ -107,6 +115,7 @@ def configure(case: Case) -> RunConfig:
         encoder=RoleParallel(tensor=case.tensor, pipeline=case.pipeline),
         placement=case.placement,
         reference=case.reference_at,
+        edge=case.edge,
         sequence=case.sequence,
         recompute=case.recompute,
         **{
@@ -283,14 +292,16 @@ def test_bytes_between_seats(name: str) -> None:
     for step, stage in enumerate([config.stages[0]] * 2 + [config.stages[1]]):
         t = model.token_frames(stage.frames)
         values = (t - 1) * sum(config.mask.counts(n)) * model.predictor.width  # the projected context
+        features = 0
         if model.align and case.reference_at == "encoder":
-            values += (t - 1) * n * model.encoder.width  # features of the predicted frames
+            features = (t - 1) * n * model.encoder.width  # of the predicted frames
         if case.placement == "three-groups":
             values += config.mask.masks * (t - 1) * n * model.predictor.width  # z
+        back = values + (features if case.edge == "bridge" else 0)
         away = model.align and case.reference_at == "generator"
         for each in runs(case.ranks):
             assert each[name]["results"][step]["crossed"] == {
-                "edge_bytes_per_clip": {"forward": 4 * values, "backward": 4 * values},
+                "edge_bytes_per_clip": {"forward": 4 * (values + features), "backward": 4 * back},
                 "reference_bytes": 4 * whole if away else 0,
             }
 

@@ -137,14 +137,17 @@ def test_encoder_stages_are_equal_when_the_generator_sits_elsewhere():
     ],
 )
 def test_span_of_a_chain(forward, backward, count, expected):
-    links = [Link("x", None, 1, 0.0, f, b) for f, b in zip(forward, backward, strict=True)]
+    links = [
+        Link("x", None, 1, 0.0, f, b, len(forward) - 1 - i)
+        for i, (f, b) in enumerate(zip(forward, backward, strict=True))
+    ]
     assert span(links, count) == pytest.approx(expected)
 
 
 def test_a_pass_ahead_keeps_the_others_waiting():
     """The same work inside the micro-batch overlaps with the next seat's."""
-    ahead = [Link("a", None, 1, 2.0, 1.0, 2.0), Link("b", None, 1, 0.0, 2.0, 3.0)]
-    inside = [Link("a", None, 1, 0.0, 3.0, 2.0), Link("b", None, 1, 0.0, 2.0, 3.0)]
+    ahead = [Link("a", None, 1, 2.0, 1.0, 2.0, 1), Link("b", None, 1, 0.0, 2.0, 3.0, 0)]
+    inside = [Link("a", None, 1, 0.0, 3.0, 2.0, 1), Link("b", None, 1, 0.0, 2.0, 3.0, 0)]
     assert span(ahead, 50) == pytest.approx(100 + 1 + 250 + 2)
     assert span(inside, 50) <= 250 + 10
 
