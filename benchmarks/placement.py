@@ -1,12 +1,15 @@
+# ruff: noqa: E402 (the clock starts before anything heavy is imported)
 """Colocated roles against groups of their own: clips per second per GPU, and who waits.
 
     torchrun --nproc-per-node 4 --max-restarts 20 benchmarks/placement.py vit_l vit_g --tau 1 4 --out FILE
     torchrun --nproc-per-node 2 benchmarks/placement.py tiny --split "--parallel.placement two-groups"
 
-Every combination of recipe, tau and placement is a case: the real training step on clips and latents that lie
-on the device. A placement is given as settings of the command line; without --split a few that fit the number
-of ranks. Results go to FILE, a line a case. A case that fails (out of memory, most often) ends all processes;
-torchrun's --max-restarts, or the same command again, goes on with the next one.
+A case is a recipe in a placement, measured for one tau after the other: the real training step on clips and
+latents that lie on the device (64 channels, as VA-VAE's), from weights drawn there. A placement is given as
+settings of the command line; without --split those that fit the number of ranks, the most telling first.
+Results go to FILE, a line a case and tau. A case that fails (out of memory, most often) or lasts over --limit
+seconds ends all processes, with everyone's stack; torchrun's --max-restarts, or the same command again, goes
+on with the next one. No case is begun after --seconds.
 
 Columns. ratio: to the first case of the same recipe and tau, colocated data parallelism. ceiling: the ratio
 if all ranks were equally fast and waited for lack of work alone; bubble: and the chain had to fill and drain;
@@ -16,158 +19,166 @@ waiting: sends and receives of the schedule, the reference's weights, the first 
 
 from __future__ import annotations
 
+import time
+
+START = time.time()
+
 import argparse
+import contextlib
 import dataclasses
 import datetime
+import faulthandler
 import functools
 import gc
 import json
 import math
 import os
 import sys
-import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from common import Bench
+from common import Bench, ResidentTarget
+from stopwatch import watch_exchanges
 
 from nextvid_mcore import cli, pretrain, recipes
 from nextvid_mcore.config import ConfigError, RunConfig
+from nextvid_mcore.models.nextvid import NextVid
 from nextvid_mcore.parallel.balance import balance
 from nextvid_mcore.parallel.groups import init_distributed
 from nextvid_mcore.parallel.placement import resolve_placement
+from nextvid_mcore.schedule import Schedule
+from nextvid_mcore.targets import target_channels
+from nextvid_mcore.training import step as training_step
 
 TWO, THREE = "--parallel.placement two-groups", "--parallel.placement three-groups"
+GENERATOR, BRIDGE = "--parallel.reference generator", "--parallel.edge bridge"
 PATIENCE = 180.0  # seconds for one collective
 ANY_BATCH = math.lcm(*range(1, 65))  # any number of replicas can share it
 
 
-class Stopwatch:
-    """Time inside some methods, as the device sees it: between events on a GPU's stream."""
-
-    def __init__(self, cuda: bool) -> None:
-        self.cuda, self.depth = cuda, 0
-        self.spans: list[tuple[Any, Any]] = []
-
-    def watch(self, owner: Any, name: str) -> None:
-        """Time every call of `owner.name`; calls inside others count once."""
-        inner: Callable = getattr(owner, name)
-
-        @functools.wraps(inner)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if self.depth:
-                return inner(*args, **kwargs)
-            self.depth, begin = 1, self._now()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self.depth = 0
-                self.spans.append((begin, self._now()))
-
-        setattr(owner, name, timed)
-
-    def _now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self) -> float:
-        """In all, after the device has finished."""
-        if self.cuda:
-            torch.cuda.synchronize()
-            return sum(a.elapsed_time(b) for a, b in self.spans) / 1e3
-        return sum(b - a for a, b in self.spans)
-
-
-def watch_exchanges(bench: Bench) -> Stopwatch:
-    """A stopwatch on everything in which this rank may wait for another seat."""
-    watch, step = Stopwatch(bench.cuda), bench.step
-    if bench.placement.separate:
-        communicator = step.engine.communicator
-        for name in dir(communicator):
-            if name.startswith(("send_", "recv_")):
-                watch.watch(communicator, name)
-        watch.watch(step, "_mean_losses")
-        if step.optimizers.send_reference is not None:
-            watch.watch(step.optimizers, "send_reference")
-    return watch
+def say(what: str) -> None:
+    """A line with the seconds since this process began, from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{time.time() - START:7.1f} s  {what}", file=sys.stderr, flush=True)
 
 
 def splits(world: int) -> list[str]:
-    """Placements to try: few ranks for the generator, half with the reference, the encoder pipelined."""
-    found = ["", "--parallel.encoder.tensor 2"] if world % 2 == 0 else [""]
+    """Placements to try, those first that answer the most."""
+    found, half = [""], f"--parallel.generator.data {world // 2} " if world > 2 else ""
     if world >= 2:
-        half = max(world // 2, 1)
-        found.append(f"{TWO} --parallel.generator.data {half} --parallel.reference generator")
+        found.append(f"{TWO} {half}{GENERATOR}")
+    if world == 2:
+        found.append(TWO)
     if world >= 4:
         quarter = world // 4
         found.append(f"{TWO} --parallel.generator.data {quarter}")
-        found.append(f"{TWO} --parallel.encoder.pipeline 2 --parallel.generator.data {half}")
-        rest = f"--parallel.predictor.data {quarter} --parallel.decoder.data {quarter}"
-        found.append(f"{THREE} {rest} --parallel.reference generator")
+        found.append(
+            f"{THREE} --parallel.predictor.data {quarter} --parallel.decoder.data {quarter} {GENERATOR}"
+        )
+    if world >= 2:
+        found.append(f"{TWO} {half}{GENERATOR} {BRIDGE}")
+    if world % 2 == 0:
+        found.append("--parallel.encoder.tensor 2 --parallel.sequence")
+    if world == 2:
+        found.append(f"{TWO} {BRIDGE}")
+    if world >= 4:
+        found.append(f"{TWO} --parallel.encoder.pipeline 2 {half}".strip())
     return found
 
 
-def configure(args: argparse.Namespace, recipe: str, tau: int, split: str, world: int) -> RunConfig:
+def configure(args: argparse.Namespace, recipe: str, split: str, world: int) -> RunConfig:
+    """A run whose stages differ in tau alone."""
     line = [recipe, "--dry-run", "--train.micro-batch", str(args.micro_batch), *split.split()]
-    if args.sequence:
-        line.append("--parallel.sequence")
     config, _ = cli.parse(line)
-    stage = dataclasses.replace(
-        config.stages[0],
-        frames=args.frames or config.stages[0].frames,
-        tau_samples=tau,
-        batch=ANY_BATCH * args.micro_batch,
+    stages = tuple(
+        dataclasses.replace(
+            config.stages[0],
+            name=f"tau {tau}",
+            steps=1,
+            frames=args.frames or config.stages[0].frames,
+            tau_samples=tau,
+            batch=ANY_BATCH * args.micro_batch,
+        )
+        for tau in args.tau
     )
     config = dataclasses.replace(
         config,
-        stages=(stage,),
+        stages=stages,
         model=dataclasses.replace(config.model, backend=args.backend),
-        target=dataclasses.replace(config.target, kind="pixels"),
         train=dataclasses.replace(config.train, precision=args.precision),
         parallel=dataclasses.replace(config.parallel, recompute=args.recompute),
     )
     # The same number of clips per GPU and step in every placement, or the next above that can be shared.
     wave = args.micro_batch * resolve_placement(config, world).encoder.layout.data
     batch = max(round(args.micro_batch * args.micro_batches * world / wave), 1) * wave
-    return dataclasses.replace(config, stages=(dataclasses.replace(stage, batch=batch),))
+    return dataclasses.replace(config, stages=tuple(dataclasses.replace(s, batch=batch) for s in stages))
 
 
-def run_case(config: RunConfig, steps: int, warmup: int) -> dict[str, Any]:
-    """Measure one placement; the same on every rank."""
-    bench = Bench(config)
+def draw_on_device(model: NextVid) -> None:
+    """Weights of the usual size, in a moment: a run draws them on the CPU, by seed and name."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            parameter.data.fill_(1.0)
+        elif name.endswith("bias"):
+            parameter.data.zero_()
+        else:
+            parameter.data.normal_(0.0, 0.02)
+
+
+@contextlib.contextmanager
+def quick_start() -> Iterator[None]:
+    """A training step without a target's files and without a run's first weights."""
+
+    def resident(config: RunConfig, device: torch.device, dtype: torch.dtype) -> ResidentTarget:
+        return ResidentTarget(torch.empty(0, target_channels(config), device=device))
+
+    with (
+        mock.patch.object(training_step, "build_target", resident),
+        mock.patch.object(NextVid, "reset_parameters", draw_on_device),
+    ):
+        yield
+
+
+def run_case(config: RunConfig, steps: int, warmup: int) -> Iterator[dict[str, Any]]:
+    """Measure one placement, stage by stage; the same on every rank."""
+    with quick_start():
+        bench = Bench(config)
     watch = watch_exchanges(bench)
-    measured = bench.measure(steps, warmup, ready=watch.spans.clear)
-    mine = {
-        "seat": bench.step.seats.mine[-1].name,
-        "gib": measured.gib,
-        "idle": watch.seconds() / steps / measured.seconds,
-    }
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine)
-    seats = {}
-    for name in dict.fromkeys(rank["seat"] for rank in ranks):
-        here = [rank for rank in ranks if rank["seat"] == name]
-        seats[name] = {
-            "ranks": len(here),
-            "idle": sum(rank["idle"] for rank in here) / len(here),
-            "gib": max(rank["gib"] for rank in here),
+    say("  built")
+    for number, stage in enumerate(config.stages):
+        bench.point = Schedule(config).at(number)
+        measured = bench.measure(steps, warmup, ready=watch.spans.clear)
+        mine = {
+            "seat": bench.step.seats.mine[-1].name,
+            "gib": measured.gib,
+            "idle": watch.seconds() / steps / measured.seconds,
         }
-    ideal = balance(config, bench.placement, config.stages[0], target=False)
-    return {
-        "rate": bench.point.batch / measured.seconds / len(ranks),
-        "milliseconds": 1e3 * measured.seconds,
-        "loss": measured.loss,
-        "micro_batches": len(bench.clips),
-        "seats": seats,
-        "ceiling": ideal.ceiling,
-        "with_bubble": ideal.speed,
-    }
+        watch.spans.clear()
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, mine)
+        seats = {}
+        for name in dict.fromkeys(rank["seat"] for rank in ranks):
+            here = [rank for rank in ranks if rank["seat"] == name]
+            seats[name] = {
+                "ranks": len(here),
+                "idle": sum(rank["idle"] for rank in here) / len(here),
+                "gib": max(rank["gib"] for rank in here),
+            }
+        ideal = balance(config, bench.placement, stage, target=False)
+        yield {
+            "rate": bench.point.batch / measured.seconds / len(ranks),
+            "milliseconds": 1e3 * measured.seconds,
+            "loss": measured.loss,
+            "micro_batches": len(bench.clips),
+            "seats": seats,
+            "ceiling": ideal.ceiling,
+            "with_bubble": ideal.speed,
+        }
 
 
 class Results:
@@ -228,6 +239,17 @@ def leave() -> None:
         torch.cuda.empty_cache()
 
 
+def in_time(results: Results, seconds: float | None) -> bool:
+    """Whether another case may begin, by rank 0's clock; restarts count."""
+    if seconds is None:
+        return True
+    begun = [results.read().get("", {}).get("at", START) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(begun, src=0)
+    late = [time.time() - begun[0] > seconds if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(late, src=0)
+    return not late[0]
+
+
 def main() -> int:
     args = parse()
     world, rank = int(os.environ.get("WORLD_SIZE", "0")), os.environ.get("RANK")
@@ -235,41 +257,57 @@ def main() -> int:
         print("start it with torchrun --nproc-per-node N", file=sys.stderr)
         return 2
     pretrain.quiet()
-    results, cases = Results(args.out), {}
-    for recipe in args.recipes:
-        for tau in args.tau:
-            for split in args.split or splits(world):
-                cases[f"{recipe} tau {tau} {split}".strip()] = (recipe, tau, split)
+    say("imported")
+    results = Results(args.out)
+    setups = [(recipe, split) for split in args.split or splits(world) for recipe in args.recipes]
     done = results.read()  # before rank 0 writes
-    for number, (case, (recipe, tau, split)) in enumerate(cases.items()):
-        if "rate" in done.get(case, {}) or "error" in done.get(case, {}):
+    if rank == "0" and "" not in done:
+        results.add("", at=START)
+    for number, (recipe, split) in enumerate(setups):
+        names = [case_name(recipe, tau, split) for tau in args.tau]
+        rows = [done.get(name, {}) for name in names]
+        if all("rate" in row or "error" in row for row in rows):
             continue
-        if case in done:  # begun before a restart, and not finished
-            if rank == "0":
-                results.add(case, error="ended without a word")
+        if any(rows):  # begun before a restart, and not finished
+            for name in names if rank == "0" else ():
+                results.add(name, error="ended without a word")
             continue
         join(number)
-        if rank == "0":
-            results.add(case, begun=True)
-            print(f"{case} ...", file=sys.stderr, flush=True)
-        try:
-            config = configure(args, recipe, tau, split, world)
-        except ConfigError as error:  # on every rank
-            if rank == "0":
-                results.add(case, error=str(error))
+        if not in_time(results, args.seconds):
+            for name in names if rank == "0" else ():
+                results.add(name, error=f"not begun within {args.seconds:g} s")
             leave()
             continue
+        say(f"begins: {recipe} {short(split)}")
+        for name in names if rank == "0" else ():
+            results.add(name, begun=True)
         try:
-            found = run_case(config, args.steps, args.warmup)
+            config = configure(args, recipe, split, world)
+        except ConfigError as error:  # on every rank
+            for name in names if rank == "0" else ():
+                results.add(name, error=str(error))
+            leave()
+            continue
+        faulthandler.dump_traceback_later(args.limit, exit=True)
+        try:
+            for name, found in zip(names, run_case(config, args.steps, args.warmup), strict=True):
+                if rank == "0":
+                    results.add(name, **found)
+                say(f"  {name}: {found['rate']:.2f} clips/s/GPU")
         except Exception as error:
-            results.add(case, error=f"rank {rank}: {str(error).splitlines()[0][:120]}")
+            traceback.print_exc()
+            for name in names:
+                results.add(name, error=f"rank {rank}: {str(error).splitlines()[0][:120]}")
             os._exit(1)  # the launcher ends the others
-        if rank == "0":
-            results.add(case, **found)
+        faulthandler.cancel_dump_traceback_later()
         leave()
     if rank == "0":
-        report(args, world, cases, results.read())
+        report(args, world, setups, results.read())
     return 0
+
+
+def case_name(recipe: str, tau: int, split: str) -> str:
+    return f"{recipe} tau {tau} {split}".strip()
 
 
 def parse() -> argparse.Namespace:
@@ -282,40 +320,43 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--backend", default="local", choices=["local", "te"])
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("--recompute", default="none", choices=["none", "core_attn", "full"])
-    parser.add_argument("--sequence", action="store_true", help="sequence parallelism inside tensor groups")
     parser.add_argument("--frames", type=int, help="default: the recipe's first stage's")
     parser.add_argument("--micro-batch", type=int, default=4, help="clips of an encoder replica")
     parser.add_argument("--micro-batches", type=int, default=8, help="of a step and GPU")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=120, help="seconds for one case")
+    parser.add_argument("--seconds", type=float, help="begin no case later than this")
     parser.add_argument("--out", type=Path, default=Path("placement.jsonl"))
     return parser.parse_args()
 
 
-def report(args: argparse.Namespace, world: int, cases: dict[str, tuple], done: dict[str, dict]) -> None:
+def report(
+    args: argparse.Namespace, world: int, setups: list[tuple[str, str]], done: dict[str, dict]
+) -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(
         f"\n{world} x {name}, torch {torch.__version__}, {args.backend}, {args.precision}, recompute "
-        f"{args.recompute}, micro-batch {args.micro_batch}"
+        f"{args.recompute}, micro-batch {args.micro_batch}, {args.micro_batches} of them a GPU and step"
     )
     names = ("ratio", 6), ("ceiling", 8), ("bubble", 7), ("of it", 6), ("GiB", 5)
     print(f"{'clips/s/GPU':>11}" + "".join(f" {n:>{w}}" for n, w in names) + "  placement (idle)")
-    heading, first = None, None
-    for case, (recipe, tau, split) in cases.items():
-        if heading != (recipe, tau):
-            heading, first = (recipe, tau), None
+    for recipe in args.recipes:
+        for tau in args.tau:
             print(f"{recipe}, tau {tau}")
-        found, shown = done.get(case, {}), short(split)
-        if "rate" not in found:
-            print(f"{'-':>11}  {shown}: {found.get('error', 'ended without a word')}")
-            continue
-        first = first or found["rate"]
-        ratio, bound = found["rate"] / first, found["with_bubble"]
-        idle = ", ".join(f"{seat} {x['idle']:.0%}" for seat, x in found["seats"].items())
-        gib = max(x["gib"] for x in found["seats"].values())
-        numbers = f"{found['rate']:>11.2f} {ratio:>6.2f} {found['ceiling']:>8.2f} {bound:>7.2f}"
-        waits = f" ({idle})" if len(found["seats"]) > 1 else ""
-        print(f"{numbers} {ratio / bound:>6.0%} {gib:>5.0f}  {shown}{waits}")
+            first = None
+            for split in (split for other, split in setups if other == recipe):
+                found, shown = done.get(case_name(recipe, tau, split), {}), short(split)
+                if "rate" not in found:
+                    print(f"{'-':>11}  {shown}: {found.get('error', 'ended without a word')}")
+                    continue
+                first = first or found["rate"]
+                ratio, bound = found["rate"] / first, found["with_bubble"]
+                idle = ", ".join(f"{seat} {x['idle']:.0%}" for seat, x in found["seats"].items())
+                gib = max(x["gib"] for x in found["seats"].values())
+                numbers = f"{found['rate']:>11.2f} {ratio:>6.2f} {found['ceiling']:>8.2f} {bound:>7.2f}"
+                waits = f" ({idle})" if len(found["seats"]) > 1 else ""
+                print(f"{numbers} {ratio / bound:>6.0%} {gib:>5.0f}  {shown}{waits}")
 
 
 def short(split: str) -> str:

@@ -11,8 +11,9 @@ Why nothing can wait for ever:
   Messages of a pair leave, and are taken, in the order of the micro-batches, and none stands behind a message
   that goes the other way.
 - Only receives make the computation wait. Backward pass k of a seat comes after its forward pass k + w, with
-  w (`Placement.warm_up`) not growing along the chain. So it waits at most for the next seat's backward pass k
-  and, over the forward passes, for backward passes below k of the seats before: by induction over k, all come.
+  w (`Placement.warm_up`) not growing along the chain. So it waits at most for the next seat's backward pass
+  k and, over the forward passes, for backward passes below k of the seats before: by induction over k, all
+  come.
 - Making an NCCL communicator takes the hosts of both ranks and may wait for the GPU, which may be waiting for
   a message. So all are made at the start, by every rank in the order of one list, before anything computes.
 
@@ -176,9 +177,7 @@ class DirectCommunicator:
         home, chain = seats.home, placement.seats
         here = chain.index(self.seat)
         self.stage, self.stages = home.pipeline_rank, home.layout.pipeline
-        edges = [
-            (Channel(a, b, timeout), Channel(b, a, timeout)) for a, b in itertools.pairwise(chain)
-        ]
+        edges = [(Channel(a, b, timeout), Channel(b, a, timeout)) for a, b in itertools.pairwise(chain)]
         for channel in itertools.chain(*edges):
             channel.connect(device)
         if device.type == "cuda":
@@ -271,8 +270,6 @@ class DirectCommunicator:
     def send_backward_recv_forward(self, grads: dict[str, Tensor], *_: Any) -> Message:
         if not self.before and self.stage > 0:
             name = self.seat.name
-            return Message(
-                {name: self.pipeline.send_backward_recv_forward(grads[name], self._shape, False)}
-            )
+            return Message({name: self.pipeline.send_backward_recv_forward(grads[name], self._shape, False)})
         self.send_backward(grads)
         return self.recv_forward()

@@ -125,14 +125,30 @@ def _flat(prefix: str, value: Any) -> dict[str, Any]:
     return {k: v for name, inner in value.items() for k, v in _flat(f"{prefix}.{name}", inner).items()}
 
 
+def _completed(saved: dict[str, Any], like: Any) -> dict[str, Any]:
+    """The saved fields of a configuration like `like`; one that was added since has its default."""
+    found = {}
+    for field in dataclasses.fields(like):
+        here = getattr(like, field.name)
+        if field.name in saved:
+            there = saved[field.name]
+            found[field.name] = _completed(there, here) if dataclasses.is_dataclass(here) else there
+        elif field.default is not dataclasses.MISSING:
+            value = field.default
+            found[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return json.loads(json.dumps(found))
+
+
 def check_model(path: Path | str, config: RunConfig, weights_only: bool = False) -> None:
     """Raise CheckpointError naming the fields in which the checkpoint's model differs from `config`.
 
+    A field that is newer than the checkpoint had its default there.
     weights_only: compare what the tensors' shapes depend on, not what the model does with them.
     """
     there = read_state(path)["config"]
     here = json.loads(json.dumps(dataclasses.asdict(config)))
-    pairs = [(name, there["model"].get(name), here["model"][name]) for name in here["model"]]
+    saved = _completed(there["model"], config.model)
+    pairs = [(name, saved.get(name), here["model"][name]) for name in here["model"]]
     pairs = [
         (f"model.{n}", a, b) for n, a, b in pairs if n != "backend" and (not weights_only or n in _SHAPES)
     ]

@@ -1,9 +1,9 @@
 """The engine for roles in groups of their own: encoder | predictor and decoder, or three groups.
 
-megatron-core's 1F1B schedule runs over the chain of seats as over pipeline stages. Forward, the encoder's edge
-carries the context, already projected to the predictor's width, and the reference's features, in one row a
-clip; the predictor's edge carries z. Backward, the gradients of context and z return, scaled by the ratio of
-the data replicas (parallel/edges.py). Masks never cross: every seat draws them from (seed, index).
+megatron-core's 1F1B schedule runs over the chain of seats as over pipeline stages. Forward, the encoder's
+edge carries the context, already projected to the predictor's width, and the reference's features, in one row
+a clip; the predictor's edge carries z. Backward, the gradients of context and z return, scaled by the ratio
+of the data replicas (parallel/edges.py). Masks never cross: every seat draws them from (seed, index).
 
 The edges are our own (parallel/direct_edge.py) or, with `parallel.edge bridge`, megatron-core's
 MultiModulePipelineCommunicator, to compare with.
@@ -176,7 +176,7 @@ class SeparateEngine(Engine):
         return message
 
     def _arrives(self, stage: _Seat, width: int, length: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """`_leaves`' inverse, with x's gradient scaled. length: of x, where features may be packed with it."""
+        """`_leaves`' inverse; x's gradient is scaled. length: of x, where features may be packed with it."""
         rows, beside = stage.arrived[self.before], stage.features
         self.traffic.returns(rows, self.leads)
         if length is not None and rows.shape[1] > length * width:

@@ -71,9 +71,9 @@ class Job:
     def text(self) -> str:
         return self.log.read_text()
 
-    def until(self, moment: Callable[[], bool]) -> None:
-        """Wait for a moment of the run; it must come before the end."""
-        deadline = time.monotonic() + PATIENCE
+    def until(self, moment: Callable[[], bool], seconds: float = PATIENCE) -> None:
+        """Wait for a moment of the run; it must come before the end, and within `seconds`."""
+        deadline = time.monotonic() + seconds
         while not moment():
             assert self.agent.poll() is None, f"the run ended before the moment:\n{self.text()}"
             assert time.monotonic() < deadline, f"the moment did not come:\n{self.text()}"

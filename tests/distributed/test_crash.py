@@ -19,6 +19,7 @@ from test_pretrain import SMALL, rows, same_run
 from unit import media
 
 from nextvid_mcore.data.manifest import Item
+from nextvid_mcore.parallel import watchdog
 
 ALL = bool(os.environ.get("NEXTVID_ALL_CRASHES"))
 RUN = (  # ten steps; stages end after 3, 6, 8; held-out loss after 4, 8, 10; checkpoints after 2, 4, ...
@@ -144,7 +145,7 @@ def test_a_stopped_rank_ends_the_others_with_its_name(data: Path, tmp_path: Path
     job.until(in_step(out, 3))
     stopped, other = job.rank(1), job.rank(0)
     os.kill(stopped, signal.SIGSTOP)
-    job.until(lambda: other not in job.processes())
+    job.until(lambda: other not in job.processes(), 20 + watchdog.MARGIN)
     os.kill(stopped, signal.SIGKILL)  # torchrun would, half a minute later
     assert job.wait() != 0
     text = job.text()

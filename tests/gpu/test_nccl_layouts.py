@@ -61,3 +61,43 @@ def test_bf16_is_near_one_gpu(name: str, backend: str) -> None:
     want, got = cpu.merged([one], "grads"), cpu.merged(results, "grads")
     norm = sum(g.square().sum() for g in want.values()).sqrt()
     assert sum((want[k] - got[k]).square().sum() for k in want).sqrt() <= 2e-2 * norm
+
+
+EDGES = [("fp32", "local"), ("bf16", "te")]
+
+
+@functools.cache
+def edge_runs() -> list[dict[str, dict]]:
+    """Both kinds of edge in one start of two processes."""
+    cases = {
+        f"{name} {edge} {precision}": dataclasses.replace(
+            cpu.LAYOUTS[name], edge=edge, precision=precision, backend=backend
+        )
+        for precision, backend in EDGES
+        for name in ("two-1-1", "two-1-1-reference")
+        for edge in ("bridge", "direct")
+    }
+    return run(every, 2, cases, timeout=120)
+
+
+@pytest.mark.parametrize("precision", [precision for precision, _ in EDGES])
+@pytest.mark.parametrize("name", ["two-1-1", "two-1-1-reference"])
+def test_the_direct_edge_equals_the_bridge(name: str, precision: str) -> None:
+    """Quicker than a comparison with one GPU, which the bridge has passed."""
+    if GPUS < 2:
+        pytest.skip(f"needs 2 GPUs, {GPUS} are here")
+    found = edge_runs()
+    bridge, direct = ([each[f"{name} {edge} {precision}"] for each in found] for edge in ("bridge", "direct"))
+    loss, grads = (1e-5, 1e-5) if precision == "fp32" else (1e-2, 2e-2)
+    for a, b in zip(bridge[0]["results"], direct[0]["results"], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=loss)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=grads)
+        assert b["applied"]
+        theirs, ours = a["crossed"]["edge_bytes_per_clip"], b["crossed"]["edge_bytes_per_clip"]
+        assert theirs["forward"] == ours["forward"] >= ours["backward"] > 0
+    want, got = cpu.merged(bridge, "grads"), cpu.merged(direct, "grads")
+    assert want.keys() == got.keys()
+    norm = sum(g.square().sum() for g in want.values()).sqrt()
+    difference = sum((want[k] - got[k]).square().sum() for k in want).sqrt()
+    print(f"{name} {precision}: gradients differ by {float(difference / norm):.1e} of their norm")
+    assert norm > 0 and difference <= grads * norm

@@ -76,8 +76,11 @@ class Ranks:
             process.wait()
 
     def said(self, ranks: list[int]) -> str:
-        """What these ranks printed before they ended with the stated code."""
-        out = [self.processes[rank].communicate(timeout=60)[1] for rank in ranks]
+        """What these ranks printed before they ended, within the stated time and with the stated code."""
+        deadline = time.monotonic() + TIMEOUT + watchdog.MARGIN
+        out = [
+            self.processes[rank].communicate(timeout=max(deadline - time.monotonic(), 0))[1] for rank in ranks
+        ]
         assert [self.processes[rank].returncode for rank in ranks] == [watchdog.EXIT_LOST] * len(ranks), out
         assert sum(bool(text) for text in out) == 1, f"one speaks for all: {out}"
         return "".join(out)
