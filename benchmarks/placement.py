@@ -24,7 +24,6 @@ import time
 START = time.time()
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import faulthandler
@@ -38,22 +37,18 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from common import Bench, ResidentTarget
+from common import Bench, quick_start
 from stopwatch import watch_exchanges
 
 from nextvid_mcore import cli, pretrain, recipes
 from nextvid_mcore.config import ConfigError, RunConfig
-from nextvid_mcore.models.nextvid import NextVid
 from nextvid_mcore.parallel.balance import balance
 from nextvid_mcore.parallel.groups import init_distributed
 from nextvid_mcore.parallel.placement import resolve_placement
 from nextvid_mcore.schedule import Schedule
-from nextvid_mcore.targets import target_channels
-from nextvid_mcore.training import step as training_step
 
 TWO, THREE = "--parallel.placement two-groups", "--parallel.placement three-groups"
 GENERATOR, BRIDGE = "--parallel.reference generator", "--parallel.edge bridge"
@@ -117,31 +112,6 @@ def configure(args: argparse.Namespace, recipe: str, split: str, world: int) -> 
     wave = args.micro_batch * resolve_placement(config, world).encoder.layout.data
     batch = max(round(args.micro_batch * args.micro_batches * world / wave), 1) * wave
     return dataclasses.replace(config, stages=tuple(dataclasses.replace(s, batch=batch) for s in stages))
-
-
-def draw_on_device(model: NextVid) -> None:
-    """Weights of the usual size, in a moment: a run draws them on the CPU, by seed and name."""
-    for name, parameter in model.named_parameters():
-        if "norm" in name and name.endswith("weight"):
-            parameter.data.fill_(1.0)
-        elif name.endswith("bias"):
-            parameter.data.zero_()
-        else:
-            parameter.data.normal_(0.0, 0.02)
-
-
-@contextlib.contextmanager
-def quick_start() -> Iterator[None]:
-    """A training step without a target's files and without a run's first weights."""
-
-    def resident(config: RunConfig, device: torch.device, dtype: torch.dtype) -> ResidentTarget:
-        return ResidentTarget(torch.empty(0, target_channels(config), device=device))
-
-    with (
-        mock.patch.object(training_step, "build_target", resident),
-        mock.patch.object(NextVid, "reset_parameters", draw_on_device),
-    ):
-        yield
 
 
 def run_case(config: RunConfig, steps: int, warmup: int) -> Iterator[dict[str, Any]]:

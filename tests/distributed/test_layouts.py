@@ -39,6 +39,7 @@ class Case:
     placement: str = "colocated"
     reference_at: str = "encoder"
     edge: str = "direct"
+    compile: bool = True  # on a GPU
     generator: tuple[int | None, int | None] = (None, None)  # tensor, data
     predictor: tuple[int | None, int | None] = (None, None)
     decoder: tuple[int | None, int | None] = (None, None)
@@ -125,7 +126,7 @@ def configure(case: Case) -> RunConfig:
     )
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, backend=case.backend),
+        model=dataclasses.replace(config.model, backend=case.backend, compile=case.compile),
         train=dataclasses.replace(config.train, micro_batch=case.micro, precision=case.precision),
     )
     for row in case.rows:

@@ -71,7 +71,7 @@ def edge_runs() -> list[dict[str, dict]]:
     """Both kinds of edge in one start of two processes."""
     cases = {
         f"{name} {edge} {precision}": dataclasses.replace(
-            cpu.LAYOUTS[name], edge=edge, precision=precision, backend=backend
+            cpu.LAYOUTS[name], edge=edge, precision=precision, backend=backend, compile=False
         )
         for precision, backend in EDGES
         for name in ("two-1-1", "two-1-1-reference")
