@@ -45,6 +45,7 @@ class Budget:
     flow: float = 0.5  # weights of the losses
     align: float = 1.0
     precision: str = "bf16"
+    compile: int = 1  # 0: eager, which starts sooner
     probe_train: int = 4000
     probe_test: int = 2000
     probe_epochs: int = 12
@@ -115,7 +116,16 @@ class Run:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-OUTSIDE = ("recipe", "checkpoint", "eval", "wandb", "profile", "data", "parallel")  # no part in a result
+OUTSIDE = (
+    "recipe",
+    "checkpoint",
+    "eval",
+    "wandb",
+    "profile",
+    "data",
+    "parallel",
+    "compile",
+)  # no part in a result
 
 
 def set_fields(value: Any) -> Any:
@@ -175,7 +185,15 @@ def base(budget: Budget, size: str = "m", share: float = 1.0) -> RunConfig:
         budget.peak_flow,
     )
     other = generator_shape(budget.other)
-    config = part(config, "model", init_std=budget.init_std, predictor=other, decoder=other)
+    config = part(
+        config,
+        "model",
+        init_std=budget.init_std,
+        predictor=other,
+        decoder=other,
+        compile=bool(budget.compile),
+    )
+    config = part(config, "target", compile=bool(budget.compile))
     config = with_target(config, budget, budget.target)
     if budget.side:
         config = part(config, "data", manifest=f"{MOVING_DIGITS}:{budget.image}:{budget.side}")

@@ -32,8 +32,10 @@ from nextvid_mcore.evaluation.results import score
 from nextvid_mcore.hub import VisionTransformer
 from nextvid_mcore.hub.export import to_hub
 from nextvid_mcore.schedule import Schedule
+from nextvid_mcore.targets.va_vae import VaVae
 
 CURVE = 25  # points of a run's loss curve that are kept
+VAE_FRAMES = 2048  # through the small VAE at a time: its frames are 64 times smaller than VA-VAE's
 PIXELS = 32  # side of the frames of raw pixels
 
 
@@ -119,6 +121,8 @@ def pretrain(
     seats = build_seats(resolve_placement(config, 1))
     seed_trackers(config.train.seed, seats.home)
     train, schedule = TrainStep(config, seats), Schedule(config)
+    if isinstance(train.target, VaVae):
+        train.target.chunk = VAE_FRAMES
     clips = source(config, "train", config.train.seed, train.device)
     steps = schedule.total_steps if steps is None else steps
     rows, skipped, timed = [], 0, []

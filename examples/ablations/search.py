@@ -20,7 +20,7 @@ from typing import Any
 
 from run_queue import drain, finished  # puts this clone on the path
 
-from ablation_rows import Budget, Run, base, probe_of  # isort: skip
+from ablation_rows import Budget, Run, base, part, probe_of  # isort: skip
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, require
 
@@ -31,8 +31,10 @@ BASE: dict[str, Any] = {
     "pixel_scale": 8.0,
     "ema": 0.995,
     "other": "192x2",
+    "compile": 0,  # all processes at once would compile the same
 }
-ROW, SIZE = "row", "size"  # of a candidate: a row of recipes.ablations, and a size of recipes.digits
+# Of a candidate, besides fields of Budget: a row of recipes.ablations, a size of recipes.digits, a seed.
+ROW, SIZE, SEED = "row", "size", "seed"
 CANDIDATES: dict[str, dict[str, Any]] = {
     "base": {},
     "gen": {ROW: "table2_gen_ciso"},
@@ -47,6 +49,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "ema_0.98": {"ema": 0.98},
     "scale_3": {"pixel_scale": 3.0},
     "batch_64": {"batch": 64},
+    "compiled": {"compile": 1, SEED: 1},
     "random": {},
     "random_side_14": {"side": 14},
     "random_patch_4": {"patch": 4, "frames": 8},
@@ -59,14 +62,15 @@ def candidate(name: str, until: float, changes: dict[str, Any]) -> Run:
     """The run called `name`; `changes` are of every candidate."""
     require(name in CANDIDATES, f"no candidate {name!r}; there are {', '.join(CANDIDATES)}")
     mine = dict(CANDIDATES[name])
-    row, size = mine.pop(ROW, None), mine.pop(SIZE, "m")
+    row, size, seed = mine.pop(ROW, None), mine.pop(SIZE, "m"), mine.pop(SEED, 0)
     budget = dataclasses.replace(Budget(), **(BASE | mine | changes))
     config = base(budget, size)
     if row is not None:
         config = recipes.ablate(config, row)
+    config = part(config, "train", seed=seed)
     kind = name.partition("_")[0]
     kind = kind if kind in ("random", "pixels", "supervised") else "pretrain"
-    return Run(name, 0, kind, config, probe_of(budget, kind, 0), until if kind == "pretrain" else None)
+    return Run(name, seed, kind, config, probe_of(budget, kind, seed), until if kind == "pretrain" else None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
