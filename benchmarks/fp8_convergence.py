@@ -182,9 +182,10 @@ def plot(done: dict[str, dict[str, Any]], found: dict[str, Any], path: Path) -> 
         right.plot(names.index(name) + 0.12 * (int(seed) - 1), found["last"][run], "o", color=colours[name])
     if "bf16" in found:
         right.axhspan(*found["bf16"], color=colours["bf16"], alpha=0.2, lw=0)
-    left.set(xlabel="step", ylabel="loss (mean of 10)", yscale="log")
+    left.set(xlabel="step", ylabel="loss (mean of 10)")
     left.legend(frameon=False)
-    right.set(xticks=range(len(names)), xticklabels=names, ylabel=f"mean of the last {LAST} losses")
+    right.set(xlim=(-0.5, len(names) - 0.5), xticks=range(len(names)), xticklabels=names)
+    right.set(ylabel=f"mean of the last {LAST} losses")
     right.set_title("a dot a seed; grey: bf16's range", fontsize=9)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -204,7 +205,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--compile", action="store_true", help="slower to start, and in every process")
     parser.add_argument("--manifest", help="real clips instead of moving digits")
-    parser.add_argument("--workers", type=int, default=12, help="runs at a time")
+    parser.add_argument("--workers", type=int, default=8, help="runs at a time")
     parser.add_argument("--seconds", type=float, default=600.0, help="then what is not done is ended")
     parser.add_argument("--out", default="docs")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -222,7 +223,8 @@ def main() -> None:
     done = run_all(args)
     lines, found = summarise(done)
     out = Path(args.out)
-    whole = {"arguments": vars(args), "runs": done, **found, "seconds": time.perf_counter() - begin}
+    given = {k: v for k, v in vars(args).items() if k not in ("out", "one", "to", "manifest")}
+    whole = {"arguments": given, "runs": done, **found, "seconds": time.perf_counter() - begin}
     (out / "fp8_convergence.json").write_text(json.dumps(whole))
     try:
         if done:

@@ -41,7 +41,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from nextvid_mcore import flops  # noqa: E402
-from nextvid_mcore.config import ConfigError, RunConfig, require  # noqa: E402
+from nextvid_mcore.config import ConfigError, Fp8Config, RunConfig, require  # noqa: E402
 from nextvid_mcore.hub import FILES, HubError, export, load_decoder, load_encoder, load_predictor  # noqa: E402
 from nextvid_mcore.hub.hf import write as hf  # noqa: E402
 
@@ -143,13 +143,14 @@ def build_model(config: RunConfig, channels: int, groups: RoleGroups) -> NextVid
     from nextvid_mcore.models.places import together
     from nextvid_mcore.models.specs import Split
 
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, backend="local"))
-    model = NextVid(config, together(Split(), groups.collection), channels).eval()
-    del model.reference  # a copy of the encoder that nothing here needs
+    model = dataclasses.replace(config.model, backend="local")
+    config = dataclasses.replace(config, model=model, fp8=Fp8Config())  # the weights are the same
+    network = NextVid(config, together(Split(), groups.collection), channels).eval()
+    del network.reference  # a copy of the encoder that nothing here needs
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in network.parameters():
             parameter.fill_(float("nan"))
-    return model.requires_grad_(False)
+    return network.requires_grad_(False)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -34,6 +34,7 @@ from nextvid_mcore.training.saving import weight_tensors as _tensors
 from nextvid_mcore.training.shards import STATE_PREFIX
 
 log = logging.getLogger(__name__)
+_HOW = ("backend", "compile")  # what computes the same, as FP8 does, which is no part of the model
 # what tensors depend on
 _SHAPES = ("encoder", "predictor", "decoder", "patch_size", "tubelet_size", "context", "condition")
 
@@ -150,7 +151,7 @@ def check_model(path: Path | str, config: RunConfig, weights_only: bool = False)
     saved = _completed(there["model"], config.model)
     pairs = [(name, saved.get(name), here["model"][name]) for name in here["model"]]
     pairs = [
-        (f"model.{n}", a, b) for n, a, b in pairs if n != "backend" and (not weights_only or n in _SHAPES)
+        (f"model.{n}", a, b) for n, a, b in pairs if n not in _HOW and (not weights_only or n in _SHAPES)
     ]
     pairs.append(("target.kind", there.get("target", {}).get("kind"), here["target"]["kind"]))
     differ = []

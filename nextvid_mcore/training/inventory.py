@@ -55,7 +55,8 @@ class Inventory:
             cls.__module__.startswith(("transformer_engine", "megatron.core.extensions")) for cls in classes
         )
         core = any(cls.__module__.startswith("megatron.core") for cls in classes)
-        fp8 = getattr(getattr(module, "config", None), "fp8", None)
+        config = getattr(module, "config", None)
+        fp8 = getattr(config, "fp8", None) and f"{config.fp8_recipe} {config.fp8}"
         row = {
             "module": name,
             "parameters": f"{sum(p.numel() for p in params):,}",

@@ -102,7 +102,7 @@ def one_pass(settings: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def bf16(recompute: str = "none") -> dict[str, Any]:
-    return shared(1).run(one_pass, {"recompute": recompute}, timeout=200)[0]
+    return shared(1).run(one_pass, {"recompute": recompute}, timeout=120)[0]
 
 
 def runnable(recipe: str) -> None:
@@ -140,16 +140,16 @@ def compare(role: str, low: dict[str, Any], high: dict[str, Any], label: str) ->
 @pytest.mark.parametrize("role", ROLES)
 def test_one_network_in_fp8(recipe: str, role: str) -> None:
     runnable(recipe)
-    low, high = shared(1).run(one_pass, {role: recipe}, timeout=200)[0], bf16()
+    low, high = shared(1).run(one_pass, {role: recipe}, timeout=60)[0], bf16()
     compare(role, low, high, recipe)
     assert torch.equal(low["outputs"]["reference"], high["outputs"]["reference"]) == (role != "reference")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("recompute", ["none", "full", "core_attn"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
 def test_all_networks_in_fp8(recipe: str, recompute: str) -> None:
     runnable(recipe)
-    low = shared(1).run(one_pass, {"all": recipe, "recompute": recompute}, timeout=200)[0]
+    low = shared(1).run(one_pass, {"all": recipe, "recompute": recompute}, timeout=60)[0]
     for name, value in bf16()["losses"].items():
         assert low["losses"][name] == pytest.approx(value, rel=2e-2), name
     for role in ("student", "predictor", "decoder"):
@@ -157,13 +157,13 @@ def test_all_networks_in_fp8(recipe: str, recompute: str) -> None:
 
 
 def test_wgrad_in_bf16() -> None:
-    low = shared(1).run(one_pass, {"student": "delayed", "wgrad": False}, timeout=200)[0]
+    low = shared(1).run(one_pass, {"student": "delayed", "wgrad": False}, timeout=60)[0]
     compare("student", low, bf16(), "no wgrad")
 
 
 def test_first_and_last_layer_in_bf16_are_nearer() -> None:
-    kept = shared(1).run(one_pass, {"student": "current", "bf16_first": 1, "bf16_last": 2}, timeout=200)[0]
-    low = shared(1).run(one_pass, {"student": "current"}, timeout=200)[0]
+    kept = shared(1).run(one_pass, {"student": "current", "bf16_first": 1, "bf16_last": 2}, timeout=60)[0]
+    low = shared(1).run(one_pass, {"student": "current"}, timeout=60)[0]
     near, far = (error(x["outputs"]["student"], bf16()["outputs"]["student"]) for x in (kept, low))
     assert SOME < near < far
 
@@ -187,7 +187,7 @@ def cached(recipe: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("recipe", ["current", "delayed", "blockwise"])
 def test_weights_are_quantised_again_after_every_update(recipe: str) -> None:
-    found = shared(1).run(cached, recipe, timeout=200)[0]
+    found = shared(1).run(cached, recipe, timeout=60)[0]
     scales = {k: v for k, v in found.items() if k.endswith(" scale")}
     errors = {k: v for k, v in found.items() if k not in scales}
     assert len(errors) == 4 * (4 + 4) + 2 * 5 + 2 * 4  # qkv | q and kv, proj, fc1, fc2 of every layer
@@ -219,15 +219,15 @@ def losses_of(settings: dict[str, Any], folder: str, at: int, start: str | None,
 def test_checkpoints_know_no_precision(tmp_path, first: str, then: str) -> None:
     """The same recipe goes on as if nothing had been; another one takes the weights."""
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    shared(1).run(losses_of, {"all": first}, one, 0, None, 2, timeout=200)
+    shared(1).run(losses_of, {"all": first}, one, 0, None, 2, timeout=60)
     start = f"{one}/step_00000002"
-    (after,) = shared(1).run(losses_of, {"all": then}, two, 2, start, 1, timeout=200)[0]
-    (again,) = shared(1).run(losses_of, {"all": then}, two + "b", 2, start, 1, timeout=200)[0]
-    (other,) = shared(1).run(losses_of, {"all": "none"}, two + "c", 2, start, 1, timeout=200)[0]
+    (after,) = shared(1).run(losses_of, {"all": then}, two, 2, start, 1, timeout=60)[0]
+    (again,) = shared(1).run(losses_of, {"all": then}, two + "b", 2, start, 1, timeout=60)[0]
+    (other,) = shared(1).run(losses_of, {"all": "none"}, two + "c", 2, start, 1, timeout=60)[0]
     assert after == pytest.approx(again, rel=1e-4)
     assert after == pytest.approx(other, rel=2e-2)
     if first == then == "current":
-        straight = shared(1).run(losses_of, {"all": first}, two + "d", 0, None, 3, timeout=200)[0][-1]
+        straight = shared(1).run(losses_of, {"all": first}, two + "d", 0, None, 3, timeout=60)[0][-1]
         assert after == pytest.approx(straight, rel=5e-3)  # the backward's atomic additions differ
 
 
@@ -254,8 +254,8 @@ def over_two(settings: dict[str, Any], sequence: bool, tensor: int, world: int) 
 def test_two_gpus_train_as_one(recipe: str, tensor: int, sequence: bool) -> None:
     if GPUS < 2:
         pytest.skip(f"needs 2 GPUs, {GPUS} are here")
-    one = shared(1).run(over_two, {"all": recipe}, False, 1, 1, timeout=200)[0]
-    two = run(over_two, 2, {"all": recipe}, sequence, tensor, 2, timeout=300)
+    one = shared(1).run(over_two, {"all": recipe}, False, 1, 1, timeout=60)[0]
+    two = run(over_two, 2, {"all": recipe}, sequence, tensor, 2, timeout=120)
     assert two[0] == two[1]
     for (loss, norm), (loss1, norm1) in zip(two[0], one, strict=True):
         assert loss == pytest.approx(loss1, rel=2e-2)

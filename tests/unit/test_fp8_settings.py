@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -214,3 +215,12 @@ def test_quantised_weights_are_counted():
 def test_only_delayed_rehearses_its_first_step():
     assert fp8.rehearsals(Fp8Config(all="current", reference="delayed")) > 0
     assert fp8.rehearsals(Fp8Config(all="blockwise")) == fp8.rehearsals(Fp8Config()) == 0
+
+
+def test_a_checkpoint_of_another_precision_or_backend_is_the_same_model(monkeypatch):
+    from nextvid_mcore.training import checkpoint
+
+    there, _ = cli.parse("vit_l --dry-run".split())
+    here, _ = cli.parse(f"vit_l --dry-run {TE} --fp8.all current --no-model.compile".split())
+    monkeypatch.setattr(checkpoint, "read_state", lambda path: {"config": json.loads(there.to_json())})
+    checkpoint.check_model("somewhere", here)

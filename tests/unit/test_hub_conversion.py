@@ -166,3 +166,12 @@ def test_the_runs_configuration_survives_json() -> None:
     del plain["model"]["encoder"]["experts"], plain["stages"][0]["batch"]
     with pytest.raises(HubError, match="'batch'"):
         export.run_config(plain)
+
+
+def test_a_run_in_fp8_is_converted_as_any_other():
+    from nextvid_mcore import cli
+
+    line = "tiny --dry-run --model.backend te --train.precision bf16 --train.micro-batch 8 --fp8.all current"
+    config, _ = cli.parse(line.split())
+    groups = convert_to_torch.one_process()
+    assert convert_to_torch.build_model(config, 12, groups).config.fp8 is None
