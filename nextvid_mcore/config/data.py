@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from nextvid_mcore.config.errors import require
 
@@ -27,6 +28,7 @@ class DataConfig:
     manifest: str | None = None  # a folder or file that tools/build_manifest.py wrote
     eval_manifest: str | None = None
     sets: tuple[SetConfig, ...] = ()  # empty: every set of the manifest, by its number of items
+    decoder: Literal["decord", "dali"] = "decord"  # of videos; dali: on the GPU (data/nvdec.py)
     fps: float = 4.0
     clips_per_video: int = 1  # clips taken from one opened file
     crop_scale: tuple[float, float] = (0.3, 1.0)

@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-PRINTED_AT = r"\[\d\d:\d\d:\d\d\] \S+:\d+: |\[[^\]]* @ 0x\w+\] "  # decord's source line, ffmpeg's object
+# decord's source line, DALI's, ffmpeg's object
+PRINTED_AT = r"\[\d\d:\d\d:\d\d\] \S+:\d+: |\[/\S+:\d+\] |\[[^\]]* @ 0x\w+\] "
 
 
 class BadFile(Exception):
@@ -37,10 +38,10 @@ def _reason(path: str, error: Exception, printed: str = "") -> str:
     return "; ".join(dict.fromkeys(line for line in lines if line))[:200]
 
 
-def _guard[R](path: str, call: Callable[[], R]) -> R:
+def guarded[R](path: str, call: Callable[[], R]) -> R:
     """`call()`; its errors as `BadFile`.
 
-    decord and ffmpeg also print what is wrong with a file, each time, and say more there than in the
+    decord, DALI and ffmpeg also print what is wrong with a file, each time, and say more there than in the
     exception. It goes into the reason, which is logged once, and not to stderr.
     """
     sys.stderr.flush()
@@ -75,14 +76,14 @@ class Video:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._reader = _guard(path, lambda: _open_reader(path))
+        self._reader = guarded(path, lambda: _open_reader(path))
         self.frames, self.fps = len(self._reader), float(self._reader.get_avg_fps())
         if self.frames < 1:
             raise BadFile(path, "no video frames")
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """uint8 [len(indices), height, width, 3]"""
-        out = _guard(self.path, lambda: self._reader.get_batch(indices.tolist()).asnumpy())
+        out = guarded(self.path, lambda: self._reader.get_batch(indices.tolist()).asnumpy())
         if out.shape[0] != len(indices) or out.ndim != 4 or min(out.shape) < 1:
             raise BadFile(self.path, f"decoded to shape {out.shape}")
         return out

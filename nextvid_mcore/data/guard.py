@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -16,16 +17,30 @@ class DataError(ConfigError):
 
 
 class BadFileLog:
-    """Logs every bad file once in a process's life, with its reason."""
+    """Logs every bad file once in a process's life, with its reason; what NVDEC refuses once a reason."""
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
+        self._reasons: set[str] = set()
 
     def add(self, bad: Iterable[tuple[str, str]]) -> None:
         for path, reason in bad:
             if path not in self._seen:
                 self._seen.add(path)
                 logger.warning("bad file %s: %s (another one of its set takes its place)", path, reason)
+
+    def refused(self, files: Iterable[tuple[str, str]]) -> None:
+        """Whole data sets may be of a codec that NVDEC lacks: one line for all files of a reason."""
+        for path, reason in files:
+            kind = re.sub(r"\d+", "", reason)
+            if kind not in self._reasons:
+                self._reasons.add(kind)
+                logger.warning(
+                    "NVDEC can't read %s: %s (decord does; later files with this reason are only counted, in "
+                    "`refused_samples` of metrics.jsonl)",
+                    path,
+                    reason,
+                )
 
 
 class BadShareGuard:

@@ -5,6 +5,11 @@ number of frames travels with the request, so one pool of workers serves every s
 Workers are spawned, not forked: the training process has threads, a GPU and communicators that a fork
 would drag along. So the module that runs as a program is imported in each worker: it must hold its
 heavy imports inside `main`, behind `if __name__ == "__main__"`.
+
+With `data.decoder dali` a worker decodes the videos of a few samples at a time on the GPU, from the same
+frame numbers, crops and flips; the clips travel through host memory as decord's do, so that a decoder
+that hangs or crashes takes no training process with it. What the GPU refuses is read by decord, which
+also has the last word on which files are bad: both decoders draw the same files for the same samples.
 """
 
 from __future__ import annotations
@@ -18,10 +23,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nextvid_mcore.config import MOVING_DIGITS, DataConfig, RunConfig, require
-from nextvid_mcore.data import decode, transforms
+from nextvid_mcore.data import decode, nvdec, transforms
 from nextvid_mcore.data.decode import BadFile
 from nextvid_mcore.data.guard import BadFileLog, DataError
 from nextvid_mcore.data.manifest import Item, Manifest
+from nextvid_mcore.data.nvdec import Job, Nvdec, Refused
 from nextvid_mcore.data.sampler import Mixture, Request, build_mixture
 from nextvid_mcore.data.workers import shield, start_worker
 from nextvid_mcore.rng import numpy_rng
@@ -42,6 +48,7 @@ class Sample:
     item: str
     static: bool  # T identical frames
     bad: tuple[tuple[str, str], ...] = ()
+    refused: tuple[str, str] | None = None  # (path, reason): decord read it in NVDEC's place
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class ClipBatch:
     items: list[str]  # [B] paths
     bad: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) met on the way
     bad_samples: int = 0  # clips of this batch that met one or more bad files
+    refused: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of clips that NVDEC refused
 
     def pin_memory(self) -> ClipBatch:
         return replace(
@@ -72,6 +80,7 @@ def collate(samples: Sequence[Sample]) -> ClipBatch:
         items=[sample.item for sample in samples],
         bad=[bad for sample in samples for bad in sample.bad],
         bad_samples=sum(bool(sample.bad) for sample in samples),
+        refused=[sample.refused for sample in samples if sample.refused is not None],
     )
 
 
@@ -80,6 +89,14 @@ class _Failure:
     """An error on its way from a worker: torch would wrap its message in a worker's traceback."""
 
     message: str
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """The frames of a sample's window as NVDEC read them, each once."""
+
+    window: np.ndarray
+    pixels: torch.Tensor | Refused
 
 
 class ClipDataset(Dataset):
@@ -94,6 +111,11 @@ class ClipDataset(Dataset):
         self.data, self.size, self.seed, self.train = data, size, seed, train
         self.manifest, self.mixture = manifest, mixture
         self._video: decode.Video | None = None  # the last one opened
+        self._ahead: dict[tuple[int, str], _Ahead] = {}  # by sample and file
+        self.nvdec: Nvdec | None = None
+        if data.decoder == "dali":
+            nvdec.check()
+            self.nvdec = Nvdec(torch.cuda.current_device())
 
     @property
     def note(self) -> str:
@@ -101,12 +123,19 @@ class ClipDataset(Dataset):
         return self.mixture.note
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_video": None}  # an open decoder does not travel to workers
+        return self.__dict__ | {"_video": None, "_ahead": {}}  # an open decoder does not travel to workers
 
     def __getitem__(self, request: Request | tuple[int, Sequence[int]]) -> ClipBatch | _Failure:
         frames, indices = request
         try:
-            return collate([self.sample(index, frames) for index in indices])
+            if self.nvdec is None:
+                return collate([self.sample(index, frames) for index in indices])
+            samples: list[Sample] = []
+            for first in range(0, len(indices), nvdec.LANES):
+                part = indices[first : first + nvdec.LANES]
+                self._read_ahead(part, frames)
+                samples += [self.sample(index, frames) for index in part]
+            return collate(samples)
         except DataError as error:
             return _Failure(str(error))
 
@@ -114,37 +143,83 @@ class ClipDataset(Dataset):
         """The clip with global sample index `index`, redrawn inside its set while files are bad."""
         bad: list[tuple[str, str]] = []
         for attempt in range(TRIES):
-            if self.train:
-                name, row = self.mixture.draw(self.seed, index // self.data.clips_per_video, attempt)
-            else:
-                name, row = self.mixture.held_out(index, attempt)
-            item = self.manifest.item(name, row)
+            name, item = self._draw(index, attempt)
+            ahead = self._ahead.pop((index, item.path), None)
+            refused = None
+            if ahead is not None and isinstance(ahead.pixels, Refused):
+                ahead, refused = None, (item.path, ahead.pixels.reason)
             try:
-                video = self._clip(item, index, frames)
+                video = self._clip(item, index, frames, ahead)
             except BadFile as error:
                 bad.append((error.path, error.reason))
                 continue
-            return Sample(video, index, item.label, item.path, item.kind == "image", tuple(bad))
+            return Sample(video, index, item.label, item.path, item.kind == "image", tuple(bad), refused)
         path, reason = bad[-1]
         raise DataError(
             f"sample {index}: {TRIES} files in a row of set {name} can't be decoded, the last one {path} "
             f"({reason}); check that the set's files are there and build its manifest with --probe"
         )
 
-    def _clip(self, item: Item, index: int, frames: int) -> torch.Tensor:
+    def _draw(self, index: int, attempt: int) -> tuple[str, Item]:
+        """The set, and the item of it that the sample tries in its `attempt`."""
+        if self.train:
+            name, row = self.mixture.draw(self.seed, index // self.data.clips_per_video, attempt)
+        else:
+            name, row = self.mixture.held_out(index, attempt)
+        return name, self.manifest.item(name, row)
+
+    def _read_ahead(self, indices: Sequence[int], frames: int) -> None:
+        """Read the videos of the samples' first tries on the GPU, into `_ahead`.
+
+        Left to decord: files that it can't open, and later tries.
+        """
+        keys, windows = [], []
+        for index in indices:
+            item = self._draw(index, 0)[1]
+            if item.kind == "image":
+                continue
+            try:
+                total, fps = self._length(item)
+            except BadFile:
+                continue
+            keys.append((index, item.path))
+            windows.append(self._window(total, fps, index, frames))
+        self._video = None
+        jobs = [Job(path, np.unique(window)) for (_, path), window in zip(keys, windows, strict=True)]
+        read = map(_Ahead, windows, self.nvdec.read(jobs))
+        self._ahead = dict(zip(keys, read, strict=True))
+
+    def _length(self, item: Item) -> tuple[int, float]:
+        """(frames, fps) as decord says, which a probed manifest knows: opening a file takes a while."""
+        if item.frames > 0 and item.fps > 0:
+            return item.frames, item.fps
+        video = self._open(item.path)
+        return video.frames, video.fps
+
+    def _open(self, path: str) -> decode.Video:
+        if self._video is None or self._video.path != path:
+            self._video = None  # close before opening: a decoder holds many frames
+            self._video = decode.Video(path)
+        return self._video
+
+    def _window(self, total: int, fps: float, index: int, frames: int) -> np.ndarray:
+        """Numbers of the frames that sample `index` shows of a video."""
+        place = numpy_rng(self.seed, "window", index).random() if self.train else None
+        return decode.clip_indices(total, decode.frame_step(fps, self.data.fps), frames, place)
+
+    def _clip(self, item: Item, index: int, frames: int, ahead: _Ahead | None) -> torch.Tensor:
         """uint8 [3, frames, size, size]"""
         if item.kind == "image":
             pixels, back = decode.read_image(item.path)[None], None
+        elif ahead is not None:
+            unique, back = np.unique(ahead.window, return_inverse=True)
+            pixels = ahead.pixels
         else:
-            if self._video is None or self._video.path != item.path:
-                self._video = None  # close before opening: a decoder holds many frames
-                self._video = decode.Video(item.path)
-            step = decode.frame_step(self._video.fps, self.data.fps)
-            place = numpy_rng(self.seed, "window", index).random() if self.train else None
-            wanted = decode.clip_indices(self._video.frames, step, frames, place)
-            unique, back = np.unique(wanted, return_inverse=True)
+            video = self._open(item.path)
+            window = self._window(video.frames, video.fps, index, frames)
+            unique, back = np.unique(window, return_inverse=True)
             try:
-                pixels = self._video.read(unique)
+                pixels = video.read(unique)
             except BadFile:
                 self._video = None  # its state is unknown
                 raise
@@ -155,7 +230,7 @@ class ClipDataset(Dataset):
             flip = bool(numpy_rng(self.seed, "flip", index).random() < self.data.flip)
         else:
             crop, flip = transforms.centre_crop(height, width), False
-        clip = transforms.resize_clip(pixels, crop, self.size, flip)
+        clip = transforms.resize_clip(pixels, crop, self.size, flip).cpu()
         if item.kind == "image":
             return clip.expand(3, frames, self.size, self.size)
         return clip if len(unique) == frames else clip[:, torch.from_numpy(back)]
@@ -225,6 +300,7 @@ def iterate(
             if isinstance(batch, _Failure):
                 raise DataError(batch.message)
             log.add(batch.bad)
+            log.refused(batch.refused)
             yield batch
     finally:
         del batches  # joins the workers

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+GPU_FRAMES = 16  # resized at a time on a GPU, as fp32: bounds the memory of long clips
+
 
 class Crop(NamedTuple):
     top: int
@@ -44,15 +46,25 @@ def centre_crop(height: int, width: int) -> Crop:
     return Crop((height - side) // 2, (width - side) // 2, side, side)
 
 
-def resize_clip(frames: np.ndarray, crop: Crop, size: int, flip: bool) -> torch.Tensor:
-    """uint8 [T, height, width, 3] -> uint8 [3, T, size, size]: bilinear, antialiased."""
+def resize_clip(frames: np.ndarray | torch.Tensor, crop: Crop, size: int, flip: bool) -> torch.Tensor:
+    """uint8 [T, height, width, 3] -> uint8 [3, T, size, size] on the same device: bilinear, antialiased."""
     top, left, h, w = crop
-    clip = torch.from_numpy(frames)[:, top : top + h, left : left + w].permute(0, 3, 1, 2)  # [T, 3, h, w]
+    clip = torch.as_tensor(frames)[:, top : top + h, left : left + w].permute(0, 3, 1, 2)  # [T, 3, h, w]
     if (h, w) != (size, size):
-        clip = F.interpolate(clip, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        clip = _scale(clip, size) if clip.is_cuda else _interpolate(clip, size)
     if flip:
         clip = clip.flip(-1)
     return clip.transpose(0, 1).contiguous()
+
+
+def _interpolate(clip: torch.Tensor, size: int) -> torch.Tensor:
+    return F.interpolate(clip, (size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+def _scale(clip: torch.Tensor, size: int) -> torch.Tensor:
+    """`_interpolate` where torch has no kernel of it for uint8; both round to the nearest."""
+    parts = [_interpolate(part.float(), size).round_().clamp_(0, 255) for part in clip.split(GPU_FRAMES)]
+    return torch.cat([part.to(torch.uint8) for part in parts])
 
 
 def normalize(video: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -42,9 +42,12 @@ def _check_machine(config: RunConfig) -> None:
     """What a real start needs of this machine."""
     import torch
 
+    from nextvid_mcore.data import nvdec
     from nextvid_mcore.models import fp8
     from nextvid_mcore.models.specs import get_backend
 
+    if config.data.decoder == "dali":
+        nvdec.check()
     get_backend(config.model.backend)  # te: raises without CUDA or Transformer Engine
     fp8.check_gpu(config.fp8)
     require(

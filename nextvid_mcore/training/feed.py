@@ -2,9 +2,9 @@
 
 The first rank of a replica (tensor rank 0 of the first pipeline stage) runs the loader and broadcasts the
 uint8 clips and their sample indices over the replica. With them goes one small all-gather over all ranks:
-how many samples met a bad file, whether a loader failed, whether a signal asked for the end. So every
-rank stops at the same step, for the same reason. Seats of their own load the same samples; a seat whose
-roles see no video gets their indices alone.
+how many samples met a bad file or one that NVDEC refuses, whether a loader failed, whether a signal asked
+for the end. So every rank stops at the same step, for the same reason. Seats of their own load the same
+samples; a seat whose roles see no video gets their indices alone.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class StepData:
 
     batches: list[ClipBatch]
     bad: int  # samples of the step that met a bad file, over all replicas
+    refused: int  # samples of the step that NVDEC refused and decord read, over all replicas
     signal: int  # the signal that some rank received, or 0
     seconds: float  # waited for
 
@@ -114,7 +115,8 @@ class Feed:
         files = [entry for batch in mine for entry in batch.bad]
         # every seat meets the same bad files: they count once
         bad = sum(batch.bad_samples for batch in mine) if self._counts else 0
-        bad, failed, signal = self._agree(bad, error is not None, signal)
+        refused = sum(len(batch.refused) for batch in mine) if self._counts else 0
+        bad, refused, failed, signal = self._agree(bad, refused, error is not None, signal)
         if error is not None:
             raise error
         if failed:
@@ -127,12 +129,13 @@ class Feed:
                 share(mine[i] if mine else None, self._clips, frames, self._size, self._groups)
                 for i in range(count)
             ]
-        return StepData(batches, bad, signal, time.perf_counter() - begin)
+        return StepData(batches, bad, refused, signal, time.perf_counter() - begin)
 
-    def _agree(self, bad: int, failed: bool, signal: int) -> tuple[int, bool, int]:
-        """(sum of bad, any failed, the highest signal) over all ranks."""
-        mine = torch.tensor([bad, int(failed), signal], dtype=torch.int64, device=device())
+    def _agree(self, bad: int, refused: int, failed: bool, signal: int) -> tuple[int, int, bool, int]:
+        """(sum of bad, sum of refused, any failed, the highest signal) over all ranks."""
+        mine = torch.tensor([bad, refused, int(failed), signal], dtype=torch.int64, device=device())
         rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, mine)
         table = torch.stack(rows).cpu()
-        return int(table[:, 0].sum()), bool(table[:, 1].any()), int(table[:, 2].max())
+        bad, refused = table[:, :2].sum(0).tolist()
+        return bad, refused, bool(table[:, 2].any()), int(table[:, 3].max())

@@ -268,6 +268,7 @@ class Trainer:
             "tau": point.stage.tau_samples,
             "frames": point.stage.frames,
             "bad_samples": data.bad,
+            **({"refused_samples": data.refused} if self.config.data.decoder == "dali" else {}),
             "skipped": self.skipped,
             **result.monitors,
             **result.crossed,
