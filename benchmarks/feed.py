@@ -56,7 +56,8 @@ def configure(args: argparse.Namespace, folder: Path, world: int) -> RunConfig:
     from nextvid_mcore.parallel.placement import resolve_placement
 
     replicas = resolve_placement(config, world).encoder.layout.data
-    stage = dataclasses.replace(config.stages[0], batch=config.train.micro_batch * replicas)
+    batch = config.train.micro_batch * replicas
+    stage = dataclasses.replace(config.stages[0], batch=batch, steps=10**6)  # more than are taken
     data = dataclasses.replace(config.data, manifest=str(folder), sets=())
     train = dataclasses.replace(config.train, global_batch=None)
     return dataclasses.replace(config, stages=(stage,), data=data, train=train)
