@@ -6,6 +6,7 @@ megatron-core puts TE's autocast round its layers; what it leaves to its caller 
     reduce_over       `delayed` takes the largest value over a group, which megatron-core reads from its
                       global groups; without them TE would take every rank of the run
     quantise_again    the linears keep their quantised weights until they are told that these have changed
+    uncached          nothing is kept: for passes that are recorded and replayed
     update_scales     `delayed` renews its scales where a pass with gradients ends; the reference has none
     rehearsals        `delayed` starts from scales of 1, with which small gradients vanish
 
@@ -15,7 +16,8 @@ Scales are not saved: they follow from what is seen, whatever the layout. A run 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -104,6 +106,30 @@ def quantise_again(networks: Iterable[MegatronModule]) -> None:
     """The weights have changed: quantise them in the next forward pass, then keep that."""
     for network in networks:
         network.set_is_first_microbatch()  # does nothing without FP8
+
+
+@contextlib.contextmanager
+def uncached(networks: Iterable[MegatronModule]) -> Iterator[None]:
+    """Inside, linears quantise their weights in every pass and add to gradients: for a pass to be recorded.
+
+    Recorded as a first micro-batch's, a pass would set the weights' gradients at every replay and not add to
+    them, since Transformer Engine writes them to the buffer itself; recorded as a later one's, it would never
+    see new weights.
+    """
+    linears = [
+        module
+        for network in networks
+        for module in network.modules()
+        if hasattr(module, "disable_parameter_transpose_cache")
+    ]
+    before = [linear.disable_parameter_transpose_cache for linear in linears]
+    for linear in linears:
+        linear.disable_parameter_transpose_cache = True
+    try:
+        yield
+    finally:
+        for linear, value in zip(linears, before, strict=True):
+            linear.disable_parameter_transpose_cache = value
 
 
 def update_scales(network: MegatronModule) -> None:

@@ -200,6 +200,17 @@ def test_weights_are_quantised_again_every_step():
     assert network.linear.is_first_microbatch and not plain.linear.is_first_microbatch
 
 
+def test_a_recorded_pass_keeps_no_weights():
+    from megatron.core.transformer.module import MegatronModule
+
+    network = MegatronModule(SimpleNamespace(fp8="hybrid", fp4=None))
+    network.linear = torch.nn.Module()
+    network.linear.disable_parameter_transpose_cache = False
+    with fp8.uncached([network]):
+        assert network.linear.disable_parameter_transpose_cache
+    assert not network.linear.disable_parameter_transpose_cache
+
+
 def test_quantised_weights_are_counted():
     """ViT-L's encoder has 303.9M parameters: two bytes more for the student's, one for the reference's."""
 
