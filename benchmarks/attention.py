@@ -30,6 +30,9 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+
+
+# tiles smaller than the blocks of the mask
 SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 64, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 64}
 
 
@@ -41,15 +44,18 @@ def with_backend(function: Callable, backend: str) -> Callable:
     return call
 
 
-def flex_of(block: int, options: dict | None, device: torch.device) -> Callable:
-    compiled = torch.compile(kernels.flex_attention, dynamic=False, fullgraph=True)
+def flex_of(block: int, tuned: bool, kernel_options: dict | None = None) -> Callable:
+    """FlexAttention with blocks of `block`; tuned: inductor measures its tile sizes and takes the best."""
+    torch._dynamo.config.recompile_limit = 64
+    options = {"max_autotune": True} if tuned else None
+    compiled = torch.compile(kernels.flex_attention, dynamic=False, fullgraph=True, options=options)
 
     @functools.cache
     def blocks(pattern: AttentionPattern) -> object:
         return kernels.flex_blocks(pattern.stretches, block)
 
     def call(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
-        return compiled(q, k, v, block_mask=blocks(pattern), kernel_options=options)
+        return compiled(q, k, v, block_mask=blocks(pattern), kernel_options=kernel_options)
 
     return call
 
@@ -166,8 +172,10 @@ def main() -> None:
             if device.type == "cuda":
                 tried |= {
                     "masked cudnn": with_backend(kernels.masked, "cudnn"),
-                    "flex 128": flex_of(128, None, device),
-                    "flex 64": flex_of(64, SMALL, device),
+                    "flex 128": flex_of(128, False),
+                    "flex 128 tuned": flex_of(128, True),
+                    "flex 64 tuned": flex_of(64, True),
+                    "flex 64/64": flex_of(128, False, SMALL),
                 }
         for kernel, call in tried.items():
             start = time.perf_counter()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Module
 
 _state = {"compile": True}
 VARIANTS = 64  # compiled forms of one function: widths x precisions x with and without gradient
@@ -78,6 +79,35 @@ def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 def add(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     """x + y + bias: residual, output of a linear, and that linear's bias; [s, rows, D]."""
     return _add(x.flatten(0, 1), y.flatten(0, 1), bias).view(x.shape)
+
+
+@fuse(open_dim=0)
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+@fuse(open_dim=0)
+def _add_norm(
+    x: Tensor, y: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    x = x + (y + bias)
+    return x, F.layer_norm(x, x.shape[-1:], weight, norm_bias, eps)
+
+
+def norm(x: Tensor, module: Module, eps: float) -> Tensor:
+    """`module`, a LayerNorm with weight and bias, on [s, rows, D]; not compiled, the module's own kernel."""
+    if not compiles(x):
+        return module(x)
+    return _norm(x.flatten(0, 1), module.weight, module.bias, eps).view(x.shape)
+
+
+def add_norm(x: Tensor, y: Tensor, bias: Tensor, module: Module, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y + bias, and `module` of it."""
+    if not compiles(x):
+        x = add(x, y, bias)
+        return x, module(x)
+    total, normed = _add_norm(x.flatten(0, 1), y.flatten(0, 1), bias, module.weight, module.bias, eps)
+    return total.view(x.shape), normed.view(x.shape)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

@@ -105,11 +105,14 @@ class EncoderLayer(TransformerLayer):
         **unused: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states [s (/ tp), rows, D] -> the same, and None."""
+        eps = self.config.layernorm_epsilon
         attended = self.self_attention(
-            self.input_layernorm(hidden_states), rotary_pos_emb=rotary_pos_emb, attention_bias=attention_bias
+            fused.norm(hidden_states, self.input_layernorm, eps),
+            rotary_pos_emb=rotary_pos_emb,
+            attention_bias=attention_bias,
         )
-        hidden_states = fused.add(hidden_states, *attended)
-        return fused.add(hidden_states, *self.mlp(self.pre_mlp_layernorm(hidden_states))), None
+        hidden_states, normed = fused.add_norm(hidden_states, *attended, self.pre_mlp_layernorm, eps)
+        return fused.add(hidden_states, *self.mlp(normed)), None
 
 
 class ContextLayer(TransformerLayer):
@@ -127,11 +130,12 @@ class ContextLayer(TransformerLayer):
         **unused: Any,
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [queries, rows, E] and context [keys, rows, E] -> the same two."""
+        eps = self.config.layernorm_epsilon
         attended = self.cross_attention(
-            self.pre_cross_attn_layernorm(hidden_states),
+            fused.norm(hidden_states, self.pre_cross_attn_layernorm, eps),
             key_value_states=context,
             rotary_pos_emb=rotary_pos_emb,
             attention_bias=attention_bias,
         )
-        hidden_states = fused.add(hidden_states, *attended)
-        return fused.add(hidden_states, *self.mlp(self.pre_mlp_layernorm(hidden_states))), context
+        hidden_states, normed = fused.add_norm(hidden_states, *attended, self.pre_mlp_layernorm, eps)
+        return fused.add(hidden_states, *self.mlp(normed)), context

@@ -8,6 +8,7 @@ without alignment the reference is only the EMA, and is not run.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -50,6 +51,7 @@ class MicroBatch:
     masks: ClipMasks  # over frames 0 .. t-2: the last frame's context is never used
     patches: Tensor | None = None  # visible patches [s, rows, patch_dim]
     features: Tensor | None = None  # of the reference encoder, [t * n, B, D]
+    draws: tuple[Tensor, Tensor] | None = None  # tau and noise of `flow.draw`; None: drawn when needed
     latents: Tensor | None = None  # of the predicted frames 1 .. t-1, [B, p, n, C]
 
 
@@ -63,6 +65,11 @@ class LossTerms:
     align: Tensor | None = None  # [B, M, p]; None without alignment, and so are the two below
     target: Tensor | None = None  # [n (/ tp), 1, p, B, D]
     aligned: Tensor | None = None  # [n (/ tp), M, p, B, D]
+
+    def detached(self) -> LossTerms:
+        """The same numbers without their history."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return LossTerms(**{name: None if x is None else x.detach() for name, x in fields.items()})
 
     def total(self, config: RunConfig) -> Tensor:
         """Eq. 9 with Table 8's weights: means over clips, masks, frames and tau samples."""
@@ -205,7 +212,7 @@ class NextVid(MegatronModule):
     def flow_matching(self, z: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
         """Eq. 8: `flow` and its `tau`; z: [n (/ tp), M, p, B, E]."""
         latents, place = batch.latents, self.places["decoder"]
-        tau, noise = flow.draw(
+        tau, noise = batch.draws or flow.draw(
             batch.seed,
             batch.index,
             z.shape[1],

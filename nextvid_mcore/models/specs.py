@@ -33,7 +33,7 @@ from nextvid_mcore.models.layers import (
     PatternCrossAttention,
     PatternSelfAttention,
 )
-from nextvid_mcore.models.norm import LocalLayerNorm
+from nextvid_mcore.models.norm import local_norm
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def get_backend(name: str) -> Backend:
         ConfigError: `te` where Transformer Engine or CUDA is missing.
     """
     if name == "local":
-        return Backend(ColumnParallelLinear, RowParallelLinear, LocalLayerNorm)
+        return Backend(ColumnParallelLinear, RowParallelLinear, local_norm())
     if name != "te":
         raise ConfigError(f"unknown backend {name!r}; there are local and te")
     from megatron.core.extensions import transformer_engine as te

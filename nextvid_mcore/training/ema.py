@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from nextvid_mcore.training.shards import ShardedAdamW
 
@@ -28,6 +28,8 @@ class Ema:
         optimizer.extra["ema"] = self._shards
         self._mains = [optimizer.main(p).detach() for p in params]
         self._flat: list[Tensor] = []
+        self._params: list[Parameter] = []  # of which this rank has a shard
+        self._places: list[Tensor] = []  # where in the flat buffers these shards lie
         self._reference: Module | None = None
 
     @torch.no_grad()
@@ -63,6 +65,14 @@ class Ema:
                 mine.data = flat[begin:end].view(mine.shape)
         if target:
             raise ValueError(f"the student has no counterpart of the reference's {sorted(target)[:3]}")
+        self._params, self._places = [], []
+        for param, pieces in self.optimizer.layout():
+            for piece in pieces:
+                if piece.rank == self.optimizer.data_rank:
+                    index = self.optimizer.model_param_gbuf_map[param][0]
+                    begin = self.optimizer.buffers[index].param_index_map[param][0]
+                    self._params.append(param)
+                    self._places.append(self._flat[index][begin + piece.start : begin + piece.stop])
         self._reference = reference
 
     @torch.no_grad()
@@ -72,12 +82,7 @@ class Ema:
             self._attach(reference)
         optimizer = self.optimizer
         group, rank = optimizer.data_parallel_group, optimizer.data_rank
-        for param, pieces in optimizer.layout():
-            for piece in pieces:
-                if piece.rank == rank:
-                    index, _, _ = optimizer.model_param_gbuf_map[param]
-                    begin = optimizer.buffers[index].param_index_map[param][0]
-                    self._flat[index][begin + piece.start : begin + piece.stop] = self._shards[param]
+        torch._foreach_copy_(self._places, [self._shards[p] for p in self._params])
         if group.size() == 1:
             return
         for flat, buffer in zip(self._flat, optimizer.buffers, strict=True):

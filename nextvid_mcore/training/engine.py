@@ -34,6 +34,7 @@ from nextvid_mcore.schedule import StagePoint
 from nextvid_mcore.targets import Target
 from nextvid_mcore.training import microbatch
 from nextvid_mcore.training.ahead import Ahead, Pending
+from nextvid_mcore.training.graphs import Graphs
 
 Watch = Callable[[LossTerms, MicroBatch], None]
 
@@ -75,6 +76,7 @@ class Engine:
         self.shares = 1 if seats.placement.separate else home.data // source.data
         self.share_number = self.groups.tensor_rank // (self.groups.layout.tensor // self.shares)
         self.ahead = Ahead(self.device)
+        self.graphs: Graphs | None = None  # where micro-batches are recorded
         self.traffic = edges.Traffic()
 
     def gradients(self, point: StagePoint, clips: Sequence[ClipBatch], watch: Watch) -> None:
@@ -83,8 +85,13 @@ class Engine:
         `watch` is called with every micro-batch's loss terms where there are losses.
         """
         fp8.quantise_again(self.model.children())
-        watchdog.enter("reference pass")
         latents = [self.latents(clip) for clip in clips]
+        if self.graphs is not None:
+            watchdog.enter("forward and backward")
+            for clip, made in zip(clips, latents, strict=True):
+                self.graphs.run(clip, made() if made else None, point.stage.tau_samples, len(clips), watch)
+            return
+        watchdog.enter("reference pass")
         features = self.reference_features(clips)
         watchdog.enter("forward and backward")
 

@@ -18,9 +18,20 @@ from nextvid_mcore.models.sequences import patchify, visible_patches
 from nextvid_mcore.targets import Target
 
 
+def patches_of(config: RunConfig, video: Tensor) -> Tensor:
+    """Every patch of clips uint8 [B, 3, T, H, W]: [B, t * n, patch_dim] in [-1, 1], the run's precision."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return normalize(patchify(video, config.model)).to(dtype)
+
+
 def full_patches(config: RunConfig, clip: ClipBatch, device: torch.device) -> Tensor:
     """Every patch of the clips, [B, t * n, patch_dim] in [-1, 1]."""
-    return patchify(normalize(clip.video.to(device, non_blocking=True)), config.model)
+    return patches_of(config, clip.video.to(device, non_blocking=True))
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on the device, without waiting for what the device is doing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def clip_share(clip: ClipBatch, shares: int, number: int) -> ClipBatch:
@@ -48,7 +59,7 @@ def make_micro_batch(
         seed=seed,
         token_frames=t,
         tau_samples=tau_samples,
-        masks=dataclasses.replace(masks, tokens=masks.tokens.to(device, non_blocking=True)),
+        masks=dataclasses.replace(masks, tokens=to_device(masks.tokens, device)),
     )
 
 

@@ -72,7 +72,6 @@ class Collapse:
         """
         self._parts["z_var"].append(Moments.of(z))
         if self.align:
-            reference = reference.expand_as(aligned)
             cosine = F.cosine_similarity(aligned.detach().float(), reference.detach().float(), dim=-1)
             self._parts["reference_var"].append(Moments.of(reference))
             self._parts["align_cos"].append(Moments.of(cosine.unsqueeze(-1)))

@@ -23,6 +23,7 @@ from nextvid_mcore.parallel.split import make_places
 from nextvid_mcore.parallel.stages import stage_layers
 from nextvid_mcore.schedule import StagePoint
 from nextvid_mcore.targets import build_target, target_channels
+from nextvid_mcore.training import graphs
 from nextvid_mcore.training.engine import Engine
 from nextvid_mcore.training.monitors import Collapse
 from nextvid_mcore.training.optimizer import RoleOptimizers, finalize_grads, wrap_roles
@@ -64,6 +65,9 @@ class TrainStep:
             torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         )
         fused.use(config.model.compile)
+        recorded = graphs.wanted(config, seats.placement)
+        if recorded:
+            graphs.own_stream()
         places = make_places(config, seats)
         generate = config.model.generate
         decodes = "decoder" in places and generate
@@ -85,6 +89,7 @@ class TrainStep:
         )
         engine = SeparateEngine if seats.placement.separate else Engine
         self.engine = engine(self.model, seats, self.target)
+        self.engine.graphs = graphs.Graphs(self.model, device) if recorded else None
         self.losses = [name for name, on in (("flow", generate), ("align", config.model.align)) if on]
         self.rehearsals = fp8.rehearsals(config.fp8)
 

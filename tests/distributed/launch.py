@@ -117,7 +117,8 @@ class World:
         if problems:
             self.close()
             if check:
-                raise RankFailure(f"{function.__name__} failed:\n" + "\n".join(problems))
+                name = getattr(function, "__name__", repr(function))
+                raise RankFailure(f"{name} failed:\n" + "\n".join(problems))
         return results
 
 

@@ -1,0 +1,184 @@
+"""Forward and backward pass of a micro-batch as one CUDA graph.
+
+A ViT-G step launches some ten thousand kernels, and issuing them from Python takes longer than running
+them. Masks keep the same number of tokens in every clip, so all shapes of a stage are known: after `WARM`
+eager passes the next one is recorded (reference, student, predictor, decoder, losses, backward), and then
+replayed on new clips, masks, latents and noise, which are copied to where it reads. What goes round it stays
+eager: random draws, the target's encoder, gradient reduction, the update, logs.
+
+The eager pass is the same function; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nextvid_mcore import flow
+from nextvid_mcore.config import ConfigError, RunConfig
+from nextvid_mcore.data import ClipBatch
+from nextvid_mcore.masking import ClipMasks, draw_masks
+from nextvid_mcore.models import fp8
+from nextvid_mcore.models.nextvid import LossTerms, MicroBatch, NextVid
+from nextvid_mcore.parallel.placement import Placement
+from nextvid_mcore.training import microbatch
+
+if TYPE_CHECKING:
+    from nextvid_mcore.training.engine import Watch
+
+WARM = 2  # eager passes of a shape before it is recorded: they compile, and reserve workspaces
+
+
+def refusal(config: RunConfig, placement: Placement) -> str | None:
+    """Why this run can't be recorded, or None."""
+    layout = placement.encoder.layout
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if placement.separate or layout.tensor > 1 or layout.pipeline > 1:
+        return (
+            f"ranks exchange activations inside a micro-batch (placement {config.parallel.placement}, "
+            f"tensor {layout.tensor}, pipeline {layout.pipeline})"
+        )
+    if not config.mask.static:
+        return f"mask mode {config.mask.mode} changes the number of tokens from clip to clip"
+    if config.parallel.recompute != "none":
+        return f"recompute {config.parallel.recompute} reads the state of the random generators"
+    if "delayed" in config.fp8.used.values():
+        return "fp8 delayed renews its scales between passes"
+    return None
+
+
+def wanted(config: RunConfig, placement: Placement) -> bool:
+    """Whether micro-batches are to be recorded.
+
+    Raises:
+        ConfigError: they shall be (`on`) and can't.
+    """
+    choice = config.train.cuda_graphs
+    reason = refusal(config, placement) if choice != "off" else None
+    if choice == "on" and reason is not None:
+        raise ConfigError(f"train cuda_graphs on: {reason}; use --train.cuda-graphs auto or off")
+    return choice != "off" and reason is None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a micro-batch's pass reads, on the device."""
+
+    video: Tensor  # uint8 [B, 3, T, H, W]
+    tokens: Tensor  # int64 [B, s], of ClipMasks
+    latents: Tensor | None  # [B, p, n, C]; with tau and noise None without generation
+    tau: Tensor | None  # [B, M, p, K]
+    noise: Tensor | None  # [B, M, p, K, n, C]
+
+    def tensors(self) -> list[Tensor]:
+        found = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return [x for x in found if x is not None]
+
+    def copy(self) -> Inputs:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Inputs(**{name: None if x is None else x.clone() for name, x in fields.items()})
+
+    def fill(self, other: Inputs) -> None:
+        torch._foreach_copy_(self.tensors(), other.tensors(), non_blocking=True)
+
+
+@dataclass
+class Recorded:
+    """The passes of one shape so far, and the graph once there is one."""
+
+    passes: int = 0
+    graph: torch.cuda.CUDAGraph | None = None
+    inputs: Inputs | None = None
+    terms: LossTerms | None = None
+
+
+class Graphs:
+    """The recorded passes of a rank, by shape."""
+
+    def __init__(self, model: NextVid, device: torch.device) -> None:
+        self.model, self.config, self.device = model, model.run, device
+        self._recorded: dict[tuple, Recorded] = {}
+
+    def run(
+        self, clip: ClipBatch, latents: Tensor | None, tau_samples: int, count: int, watch: Watch
+    ) -> None:
+        """Add the gradient of a micro-batch's loss over `count`; `watch` sees its loss terms.
+
+        latents: of the predicted frames, [B, p, n, C]; None without generation.
+        """
+        masks, inputs = self._inputs(clip, latents, tau_samples)
+        video = inputs.video
+        batch = MicroBatch(
+            index=clip.index.tolist(),
+            seed=self.config.train.seed,
+            token_frames=self.config.model.token_frames(video.shape[2]),
+            tau_samples=tau_samples,
+            masks=masks,
+        )
+        here = self._recorded.setdefault((*video.shape, tau_samples, count), Recorded())
+        if here.graph is None and here.passes < WARM:
+            here.passes += 1
+            terms = self.pass_(batch, inputs, count)
+        else:
+            if here.graph is None:
+                self._record(here, batch, inputs, count)
+            else:
+                here.inputs.fill(inputs)
+            here.graph.replay()
+            terms = here.terms
+        watch(terms, batch)
+
+    def pass_(self, batch: MicroBatch, inputs: Inputs, count: int) -> LossTerms:
+        """Forward and backward: what is recorded, and the eager pass."""
+        model = self.model
+        patches = microbatch.patches_of(self.config, inputs.video)
+        masks = dataclasses.replace(batch.masks, tokens=inputs.tokens)
+        draws = None if inputs.tau is None else (inputs.tau, inputs.noise)
+        batch = dataclasses.replace(batch, masks=masks, latents=inputs.latents, draws=draws)
+        if self.config.model.align:
+            features = model.reference_features(patches.transpose(0, 1), batch.token_frames, len(patches))
+            batch = dataclasses.replace(batch, features=features)
+        terms = model(microbatch.with_patches(batch, patches))
+        (terms.total(self.config) / count).backward()
+        return terms.detached()
+
+    def _inputs(self, clip: ClipBatch, latents: Tensor | None, tau_samples: int) -> tuple[ClipMasks, Inputs]:
+        config, index = self.config, clip.index.tolist()
+        video = clip.video.to(self.device, non_blocking=True)
+        t = config.model.token_frames(video.shape[2])
+        masks = draw_masks(config.mask, config.model.grid, t - 1, config.train.seed, index)
+        tau = noise = None
+        if latents is not None:
+            tau, noise = flow.draw(
+                config.train.seed,
+                index,
+                config.mask.masks,
+                t - 1,
+                tau_samples,
+                *latents.shape[2:],
+                per=config.loss.tau,
+                device=self.device,
+            )
+        return masks, Inputs(video, microbatch.to_device(masks.tokens, self.device), latents, tau, noise)
+
+    def _record(self, here: Recorded, batch: MicroBatch, inputs: Inputs, count: int) -> None:
+        here.inputs = inputs.copy()
+        fp8.quantise_again(self.model.children())  # in every replay, wherever in a step it stands
+        gc.collect()
+        graph = torch.cuda.CUDAGraph()
+        # other threads (loader, watchdog) go on calling CUDA meanwhile
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            here.terms = self.pass_(batch, here.inputs, count)
+        here.graph = graph
+
+
+def own_stream() -> None:
+    """Leave the default stream, which can't be recorded, for good; before any parameter is wrapped."""
+    if torch.cuda.current_stream() == torch.cuda.default_stream():
+        torch.cuda.set_stream(torch.cuda.Stream())
