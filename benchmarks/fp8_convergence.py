@@ -62,7 +62,7 @@ def make_config(args: argparse.Namespace, recipe: str, seed: int) -> Any:
         data=data,
         target=target,
         fp8=Fp8Config(all="none" if recipe == "bf16" else recipe),
-        train=dataclasses.replace(config.train, seed=seed, precision=args.precision),
+        train=dataclasses.replace(config.train, seed=seed, precision=args.precision, cuda_graphs="off"),
         eval=dataclasses.replace(config.eval, every=0),
     )
 

@@ -169,11 +169,14 @@ class Graphs:
 
     def _record(self, here: Recorded, batch: MicroBatch, inputs: Inputs, count: int) -> None:
         here.inputs = inputs.copy()
-        fp8.quantise_again(self.model.children())  # in every replay, wherever in a step it stands
         gc.collect()
         graph = torch.cuda.CUDAGraph()
         # other threads (loader, watchdog) go on calling CUDA meanwhile
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        record = torch.cuda.graph(
+            graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+        )
+        # weights are quantised in every replay, and gradients add up, wherever in a step it stands
+        with fp8.uncached(self.model.children()), record:
             here.terms = self.pass_(batch, here.inputs, count)
         here.graph = graph
 

@@ -50,7 +50,9 @@ def small(recompute: str = "none", backend: str = "te", **fp8: Any) -> RunConfig
         stages=(StageConfig("a", 10, frames=8, batch=BATCH, lr_start=LR, lr_end=LR),),
         fp8=Fp8Config(**fp8),
         optim=dataclasses.replace(config.optim, ema=0.5),
-        train=dataclasses.replace(config.train, micro_batch=MICRO, precision="bf16", init_noise=0.1),
+        train=dataclasses.replace(
+            config.train, micro_batch=MICRO, precision="bf16", init_noise=0.1, cuda_graphs="off"
+        ),
     )
 
 
