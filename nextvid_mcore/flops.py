@@ -19,6 +19,7 @@ from nextvid_mcore.masking import mean_shares
 
 TAU_FEATURES = 256  # width of the sinusoids that enter the decoder's tau embedding
 VAE_CHANNELS = 32  # VA-VAE f16d32: per video frame and latent position
+KNN_SHARE = 0.02  # of a run's work that the online kNN may take
 VAE_WIDTHS = (128, 128, 256, 256, 512)  # of its encoder's five resolutions, two residual blocks each
 
 
@@ -120,16 +121,41 @@ def clip_flops(config: RunConfig, stage: StageConfig, executed: bool = False) ->
     return RoleFlops(student=3 * student, reference=reference, predictor=3 * predictor, decoder=3 * decoder)
 
 
+def encoder_forward(model: ModelConfig, frames: int) -> float:
+    """FLOPs of one clip of `frames` video frames through the encoder, forward only, nothing masked."""
+    return _encoder(model, model.tokens_per_frame, model.token_frames(frames))
+
+
+def knn_share(config: RunConfig) -> float:
+    """FLOPs of the online kNN over those of the steps from one to the next, in the cheapest stage."""
+    forward = config.eval.knn_samples * encoder_forward(config.model, config.stages[0].frames)
+    steps = (config.batch(stage) * clip_flops(config, stage).total for stage in config.stages)
+    return forward / (config.eval.knn_every * min(steps))
+
+
+def knn_note(config: RunConfig) -> str:
+    """What the online kNN will cost, for the plan and the log."""
+    share, every = knn_share(config), config.eval.knn_every
+    text = f"online kNN: {config.eval.knn_samples:,} clips every {every:,} steps, {share:.2%} of the FLOPs"
+    if share > KNN_SHARE:
+        least = math.ceil(every * share / KNN_SHARE)
+        text += f"; --eval.knn-every {least:,} or fewer --eval.knn-samples keep it under {KNN_SHARE:.0%}"
+    return text
+
+
 def target_flops(config: RunConfig, stage: StageConfig) -> float:
     """FLOPs of the frozen target's encoder for one clip: VA-VAE's convolutions, nothing for pixels.
 
-    Of the predicted frames alone: frame 0's latents are never asked for. Not a number for a target whose
-    cost isn't known here.
+    Of the predicted frames alone: frame 0's latents are never asked for. Of SigLIP2 and Cosmos what the
+    published folder's network costs (targets/cost.py).
     """
     if config.target.kind == "pixels" or not config.model.generate:
         return 0.0
     if config.target.kind != "va_vae":
-        return math.nan
+        from nextvid_mcore.targets import cost  # it reads the target's config.json
+
+        count = {"siglip2": cost.siglip2_flops, "cosmos": cost.cosmos_flops}[config.target.kind]
+        return count(config.target.checkpoint, config.model, stage.frames)
     side, total, width = config.model.image_size, 0.0, VAE_WIDTHS[0]
     total += _convolution(3, width, side)
     for level, wider in enumerate(VAE_WIDTHS):

@@ -45,11 +45,11 @@ TITLES = {
     "z_var": "variance of the prediction z",
     "reference_var": "variance of the reference features",
     "align_cos": "cosine of prediction and reference",
-    "knn_digit": "online kNN, digit (%)",
-    "knn_direction": "online kNN, direction (%)",
     "clips_per_s": "clips a second",
 }
-DEFAULT = [name for name in TITLES if name not in ("lr_flow", "clips_per_s")]
+DEFAULT = [name for name in TITLES if name not in ("lr_flow", "clips_per_s")]  # and every online kNN
+KNN = "knn_"  # of eval.jsonl: percent right by task, and beside it
+KNN_COST = ("knn_clips", "knn_time", "knn_share")
 COLUMNS = 2
 
 
@@ -82,9 +82,20 @@ class Run:
         return np.array([_number(row.get(key)) for row in self.rows])
 
     def evaluated(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and held-out values of the EMA."""
-        pairs = [(row["step"], _number(row.get("ema", {}).get(key))) for row in self.held_out]
+        """Steps and held-out values of the EMA, where there are any: not every line has each."""
+        rows = [(row["step"], row if key.startswith(KNN) else row.get("ema", {})) for row in self.held_out]
+        pairs = [(step, _number(row.get(key))) for step, row in rows]
+        pairs = [(step, value) for step, value in pairs if np.isfinite(value)]
         return tuple(np.array(pairs, dtype=float).reshape(-1, 2).T)
+
+    def has(self, key: str) -> bool:
+        found = self.evaluated(key)[1] if key.startswith(KNN) else self.values(key)
+        return bool(np.isfinite(found).any())
+
+    @property
+    def knn(self) -> set[str]:
+        """Its online kNN's tasks."""
+        return {key for row in self.held_out for key in row if key.startswith(KNN)} - set(KNN_COST)
 
 
 def _number(value: object) -> float:
@@ -93,6 +104,9 @@ def _number(value: object) -> float:
 
 def draw_values(ax: Axes, run: Run, key: str, colour: object, label: str | None) -> None:
     """One line: of a long run the running mean over the pale values; held-out values dashed."""
+    if key.startswith(KNN):
+        ax.plot(*run.evaluated(key), color=colour, linewidth=1.5, label=label, marker="o", markersize=3)
+        return
     steps, values = run.steps, run.values(key)
     window = len(values) // 100 * 2 + 1
     if window > 1 and not np.isnan(values).all() and key not in ("lr", "lr_flow"):
@@ -112,7 +126,7 @@ def draw_values(ax: Axes, run: Run, key: str, colour: object, label: str | None)
 
 def figure(runs: list[Run], keys: list[str]) -> Figure:
     """A panel a number that any of the runs has."""
-    keys = [key for key in keys if any(np.isfinite(run.values(key)).any() for run in runs)]
+    keys = [key for key in keys if any(run.has(key) for run in runs)]
     require(len(keys) > 0, "the runs have none of these numbers")
     together = len(runs) == 1 and sum(key in LOSSES for key in keys) > 1  # the losses in one panel
     panels = (["losses"] if together else []) + [key for key in keys if not (together and key in LOSSES)]
@@ -139,7 +153,8 @@ def figure(runs: list[Run], keys: list[str]) -> Figure:
         if panel == "grad_norm":  # its first steps are far above the rest
             ax.set_yscale("log")
         _shade_stages(ax, stages, longest.steps)
-        ax.set_title(TITLES.get(panel, panel), pad=18, fontsize=10)
+        knn = f"online kNN, {panel.removeprefix(KNN)} (%)" if panel.startswith(KNN) else panel
+        ax.set_title(TITLES.get(panel, knn), pad=18, fontsize=10)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
         ax.grid(axis="y", color="#dddddd", linewidth=0.6)
         ax.set_axisbelow(True)
@@ -149,7 +164,7 @@ def figure(runs: list[Run], keys: list[str]) -> Figure:
     for ax in list(axes):
         ax.set_visible(False)  # of a last line that isn't full
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    dashed = any(len(run.held_out) for run in runs)
+    dashed = any(len(run.evaluated(key)[1]) for run in runs for key in keys if not key.startswith(KNN))
     out.suptitle(title + (" (dashed: held-out clips, EMA encoder)" if dashed else ""), fontsize=11)
     return out
 
@@ -161,7 +176,11 @@ def main() -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder or a metrics.jsonl")
     parser.add_argument("--out", type=Path, default=Path("run.png"), help="the picture")
     parser.add_argument("--names", help="of the runs, separated by commas (default: their folders')")
-    parser.add_argument("--keys", default=",".join(DEFAULT), help="numbers of metrics.jsonl to draw")
+    parser.add_argument(
+        "--keys",
+        help="numbers of metrics.jsonl to draw, and knn_TASK of eval.jsonl "
+        f"(default: {','.join(DEFAULT)} and every online kNN)",
+    )
     args = parser.parse_args()
     try:
         names = args.names.split(",") if args.names else [None] * len(args.runs)
@@ -170,7 +189,8 @@ def main() -> int:
             f"--names has {len(names)} names for {len(args.runs)} runs; give one each",
         )
         runs = [Run.read(path, name) for path, name in zip(args.runs, names, strict=True)]
-        _save(figure(runs, args.keys.split(",")), args.out)
+        keys = args.keys.split(",") if args.keys else DEFAULT + sorted(set().union(*(r.knn for r in runs)))
+        _save(figure(runs, keys), args.out)
     except ConfigError as error:
         print(f"plot_run: {error}", file=sys.stderr)
         return 2

@@ -50,9 +50,10 @@ def folded_accuracy(features: Tensor, labels: Tensor, k: int = 20, folds: int = 
 
 def digit_features(encoder: torch.nn.Module, items: int, frames: int, size: int, task: str):  # noqa: ANN201
     """Features [N, D], labels [N] and class names of moving digits."""
-    from nextvid_mcore.data.moving_digits import DIRECTIONS, TASKS, MovingDigits
+    from nextvid_mcore.data.digits_source import DigitClips
+    from nextvid_mcore.data.moving_digits import DIRECTIONS, TASKS
 
-    source, features, labels = MovingDigits("test", size), [], []
+    source, features, labels = DigitClips("test", size), [], []
     with torch.no_grad():
         for first in range(0, items, 16):
             video, label = source.clips(range(first, min(first + 16, items)), frames)

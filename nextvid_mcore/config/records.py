@@ -25,10 +25,14 @@ class EvalConfig:
     samples: int = 256  # the first of the validation manifest
     batch: int = 4  # clips of one replica in one forward pass
     tau_bins: int = 4
+    knn_every: int = 0  # steps from one online kNN to the next; 0: never. Needs labels in the eval manifest
+    knn_samples: int = 1024  # of its clips, kept in memory; two of three are neighbours
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"eval every must be 0 (never) or more, got {self.every}")
         require(self.samples > 0 and self.batch > 0 and self.tau_bins > 0, "eval sizes must be positive")
+        require(self.knn_every >= 0, f"eval knn every must be 0 (never) or more, got {self.knn_every}")
+        require(self.knn_samples >= 6, f"eval knn samples must be 6 or more, got {self.knn_samples}")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 from nextvid_mcore.config import require
 from nextvid_mcore.data import decode, transforms
 from nextvid_mcore.data.decode import BadFile
-from nextvid_mcore.data.moving_digits import TASKS, MovingDigits
+from nextvid_mcore.data.digits_source import DigitClips
+from nextvid_mcore.data.moving_digits import TASKS
 from nextvid_mcore.data.sources import LISTS, Source
 from nextvid_mcore.evaluation.presets import ProbeConfig
 from nextvid_mcore.rng import numpy_rng
@@ -194,7 +195,8 @@ class ListData(Dataset):
 
 
 class DigitData(Dataset):
-    """Moving digits with both labels, made on the device that asks. Copies differ in nothing: no crops."""
+    """Moving digits as in pretraining, with both labels, made on the device that asks. Never cropped, so
+    copies differ in nothing."""
 
     def __init__(self, split: str, items: int, config: ProbeConfig, device: torch.device | str) -> None:
         require(items >= 1, f"moving digits: {items} clips; give 1 or more")
@@ -202,9 +204,9 @@ class DigitData(Dataset):
             config.segments == config.views == 1,
             f"moving digits have one segment and one view, not {config.segments} and {config.views}",
         )
-        self.clips = MovingDigits(split, config.size, seed=config.seed, device=device)
+        self.clips = DigitClips(split, config.size, seed=config.seed, device=device)
         self.config, self.items, self.tasks = config, items, dict(TASKS)
-        self.identity = f"moving-digits {split} {items} {config.seed} every {self.clips.hold}"
+        self.identity = f"moving-digits on grey {split} {items} {config.seed} every {self.clips.hold}"
 
     def __len__(self) -> int:
         return self.items

@@ -1,22 +1,17 @@
 """Nearest neighbours by cosine: no training, so the quickest look at what features hold.
 
-`classify` is the method itself, `online_knn` the small version that a pretraining run can afford every now
-and then: a few hundred clips through the encoder, forward only.
+Used by the probe (--method knn), by tools/tsne.py and, while a run trains, by training/online_knn.py.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nextvid_mcore.config import require
-from nextvid_mcore.data.moving_digits import TASKS, MovingDigits
 
 TEMPERATURE = 0.07  # of the neighbours' votes, exp(cosine / temperature)
-FORWARD_SHARE = 0.4  # of a training step's work a clip, at most: one full forward pass of the encoder
 BLOCK = 2**26  # similarities at a time
 
 
@@ -36,62 +31,3 @@ def classify(train: Tensor, labels: Tensor, test: Tensor, classes: int, k: int =
         votes.scatter_add_(1, labels[near], ((cosine - cosine[:, :1]) / TEMPERATURE).exp())
         out.append(votes.argmax(1))
     return torch.cat(out) if out else labels.new_zeros(0)
-
-
-def affordable_clips(every: int, batch: int, share: float = 0.02) -> int:
-    """Clips that a kNN every `every` steps of `batch` clips may encode to cost at most `share` of the time.
-
-    A training step takes a clip through the student, forward and backward, the reference, the predictor and
-    the decoder; the forward pass of one clip is at most 0.4 of that (0.36 for ViT-G).
-    """
-    return int(share * every * batch / FORWARD_SHARE)
-
-
-@torch.no_grad()
-def online_knn(
-    encode: Callable[[Tensor], Tensor],
-    *,
-    clips: int = 1536,
-    frames: int = 16,
-    size: int = 64,
-    k: int = 20,
-    batch: int = 64,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    ranks: int = 1,
-    gather: Callable[[Tensor], Tensor] | None = None,
-) -> dict[str, float]:
-    """Top-1 in percent on moving digits: {"knn_digit": ..., "knn_direction": ...}.
-
-    encode: video [B, 3, T, size, size] in [-1, 1] -> tokens [B, s, D] (their mean is used) or [B, D].
-    clips: encoded in all, over all ranks; two thirds are the neighbours, the rest is classified. See
-        `affordable_clips`.
-    gather: rows of all `ranks` in rank order (`evaluation.ranks.Ranks.gather`, or one over a process group);
-        each rank encodes every `ranks`-th clip. All ranks get the same result.
-    """
-    require(
-        clips >= 3 * ranks and k >= 1,
-        f"online kNN: {clips} clips and {k} neighbours; give {3 * ranks} and 1 or more",
-    )
-    require(ranks == 1 or gather is not None, f"online kNN over {ranks} ranks needs a gather function")
-    counts = {"train": clips * 2 // 3, "test": clips - clips * 2 // 3}
-
-    def features(split: str) -> tuple[Tensor, Tensor]:
-        source = MovingDigits(split, size, seed=seed, device=device)
-        rows, labels = [], []
-        mine: Sequence[int] = range(rank, counts[split], ranks)
-        for first in range(0, len(mine), batch):
-            video, label = source.clips(mine[first : first + batch], frames)
-            out = encode(video.float() / 127.5 - 1.0)
-            rows.append(out.float().mean(1) if out.dim() == 3 else out.float())
-            labels.append(label)
-        found = torch.cat(rows), torch.cat(labels)
-        return (gather(found[0]), gather(found[1])) if gather else found
-
-    (train, known), (test, wanted) = features("train"), features("test")
-    out = {}
-    for column, (task, classes) in enumerate(TASKS.items()):
-        guess = classify(train, known[:, column], test, classes, k)
-        out[f"knn_{task}"] = 100 * (guess == wanted[:, column]).float().mean().item()
-    return out

@@ -43,11 +43,14 @@ def _check_machine(config: RunConfig) -> None:
     import torch
 
     from nextvid_mcore.data import nvdec
+    from nextvid_mcore.data.labelled import build_labelled
     from nextvid_mcore.models import fp8
     from nextvid_mcore.models.specs import get_backend
 
     if config.data.decoder == "dali":
         nvdec.check()
+    if config.eval.knn_every:
+        build_labelled(config)
     get_backend(config.model.backend)  # te: raises without CUDA or Transformer Engine
     fp8.check_gpu(config.fp8)
     require(
@@ -152,6 +155,8 @@ def _schedule(config: RunConfig, placement: Placement) -> Iterator[str]:
     start, end = schedule.first_step_of_run, schedule.total_steps
     if (start, end) != (0, schedule.schedule_steps):
         yield f"  this run takes steps {start + 1:,} to {end:,}"
+    if config.eval.knn_every:
+        yield f"  {flops.knn_note(config)}"
     yield ""
     yield "FLOPs of a clip, in TFLOP (all masks, backward = 2 x forward; none for the reference's)"
     yield "  stage        student  reference  predictor   decoder     model   executed   target (VAE)"

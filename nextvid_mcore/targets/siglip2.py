@@ -29,13 +29,18 @@ from nextvid_mcore.targets.va_vae import load_statistics
 
 EXAMPLE = "a published SigLIP2 folder for transformers (config.json and safetensors)"
 CLASSES = {"siglip": "SiglipVisionModel", "siglip2": "Siglip2VisionModel"}
-SIZES = {"hidden_size": 768, "patch_size": 16}  # where a published config leaves the class's default out
+SIZES = {  # where a published config leaves the class's default out
+    "hidden_size": 768,
+    "patch_size": 16,
+    "num_hidden_layers": 12,
+    "intermediate_size": 3072,
+}
 TEXT = ("text_model.", "logit_scale", "logit_bias")  # of the whole model, not needed here
 PICTURES = 16  # synthetic ones that fix the false colours
 
 
 def read_config(folder: str | None) -> dict[str, Any]:
-    """Of the folder's config.json: `kind` (siglip or siglip2), hidden_size and patch_size."""
+    """Of the folder's config.json: `kind` (siglip or siglip2) and `SIZES`."""
     config = read_json(folder, "siglip2", EXAMPLE)
     kind = str(config.get("model_type", "")).removesuffix("_vision_model")
     require(

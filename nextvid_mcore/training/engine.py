@@ -129,8 +129,10 @@ class Engine:
 
         Without alignment nothing is run, and there are Nones.
         """
-        if not self.config.model.align:
-            return [None] * len(clips)
+        return self.encode(clips) if self.config.model.align else [None] * len(clips)
+
+    def encode(self, clips: Sequence[ClipBatch]) -> list[Tensor]:
+        """As `reference_features`, whether the loss needs them or not (online kNN)."""
         t = self.config.model.token_frames(clips[0].video.shape[2])
 
         def step(iterator: Iterator[ClipBatch], stage: StageModel) -> tuple[Tensor, Callable]:

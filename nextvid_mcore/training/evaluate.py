@@ -92,7 +92,7 @@ class Evaluator:
 
     def __init__(self, config: RunConfig, train_step: TrainStep, seats: Seats) -> None:
         self.config, self.train_step, self.seats, self.groups = config, train_step, seats, seats.home
-        self.frames = config.stages[0].frames
+        self.every, self.frames = config.eval.every, config.stages[0].frames
         self.dataset = build_dataset(config, train=False)
         self._clips: list[ClipBatch] | None = None
 
@@ -149,6 +149,10 @@ class Evaluator:
         for name in WEIGHTS:
             row[name] = self._gather(tables[name]).summary(self.config.loss)
         return row
+
+    def summary(self, row: dict[str, Any]) -> str:
+        """A line for the log."""
+        return f"held-out loss {row['ema']['loss']:.5g} (EMA), {row['online']['loss']:.5g} (online)"
 
     def _gather(self, mine: list[Table]) -> Table:
         """All clips' values on every rank, from one tensor rank of every replica that has losses."""

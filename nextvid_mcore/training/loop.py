@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import signal
 import time
@@ -31,7 +30,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from nextvid_mcore.config import RunConfig, require
+from nextvid_mcore.config import RunConfig
 from nextvid_mcore.data.guard import BadShareGuard, DataError
 from nextvid_mcore.data.loader import ClipBatch, build_dataset, build_loader
 from nextvid_mcore.data.sampler import rank_batches
@@ -46,9 +45,11 @@ from nextvid_mcore.training.feed import Feed, LoaderError, StepData, blank
 from nextvid_mcore.training.inventory import Inventory
 from nextvid_mcore.training.manifest import CheckpointError
 from nextvid_mcore.training.metrics import MetricsFile
+from nextvid_mcore.training.online_knn import OnlineKnn
 from nextvid_mcore.training.profiling import StepProfiler
 from nextvid_mcore.training.progress import Progress
 from nextvid_mcore.training.saving import Saver, together
+from nextvid_mcore.training.start import changes, find_checkpoint
 from nextvid_mcore.training.step import StepResult, TrainStep
 from nextvid_mcore.training.wandb_sink import WandbSink
 
@@ -102,7 +103,7 @@ class Trainer:
         )
         for note in notes:
             self.progress.say(note)
-        self.evaluator = self._evaluator()
+        self.evaluators = self._evaluators()
         self.metrics, self.evals, self.wandb = self._sinks()
         saving = config.checkpoint
         self.saver = Saver(
@@ -154,13 +155,16 @@ class Trainer:
             )
         return None, self.schedule.first_step_of_run, notes
 
-    def _evaluator(self) -> Evaluator | None:
-        if not self.config.eval.every:
-            return None
-        if self.config.data.eval_manifest is None:
+    def _evaluators(self) -> list[Evaluator | OnlineKnn]:
+        parts = (self.config, self.train_step, self.seats)
+        found: list[Evaluator | OnlineKnn] = []
+        if self.config.eval.every and self.config.data.eval_manifest is None:
             self.progress.say("no held-out loss: there is no --data.eval-manifest")
-            return None
-        return Evaluator(self.config, self.train_step, self.seats)
+        elif self.config.eval.every:
+            found.append(Evaluator(*parts))
+        if self.config.eval.knn_every:
+            found.append(OnlineKnn(*parts, say=self.progress.say))
+        return found
 
     def _sinks(self) -> tuple[MetricsFile | None, MetricsFile | None, WandbSink | None]:
         """Files and wandb, on rank 0."""
@@ -245,8 +249,8 @@ class Trainer:
                 self._give_up(point)
             # at the schedule's end, not at `train.steps`: a run in pieces has the lines of a whole one
             complete = self.step == self.schedule.schedule_steps
-            if self.evaluator is not None and (complete or self.step % config.eval.every == 0):
-                self._evaluate()
+            if due := [each for each in self.evaluators if complete or self.step % each.every == 0]:
+                self._evaluate(due)
             if self.step == self.schedule.total_steps or self.step % config.checkpoint.every == 0:
                 self._save()
         self._wait_for_save()
@@ -293,16 +297,16 @@ class Trainer:
                     f"samples {first} to {end - 1}"
                 )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, due: list[Evaluator | OnlineKnn]) -> None:
         watchdog.enter("evaluation")
-        row = {"step": self.step, **self.evaluator.run()}
+        row: dict[str, Any] = {"step": self.step}
+        for each in due:
+            row |= each.run()
         if self.rank == 0:
             self.evals.write(row)
             self.wandb.write({"step": self.step, "eval": row})
-            self.progress.say(
-                f"step {self.step}: held-out loss {row['ema']['loss']:.5g} (EMA), "
-                f"{row['online']['loss']:.5g} (online)"
-            )
+            for each in due:
+                self.progress.say(f"step {self.step}: {each.summary(row)}")
 
     def _save(self) -> None:
         """A checkpoint after `self.step` steps; no checkpoint is ahead of its metrics."""
@@ -362,37 +366,3 @@ def memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return psutil.Process().memory_info().rss / 2**30
-
-
-def changes(old: dict[str, Any], config: RunConfig) -> list[str]:
-    """What this start sets otherwise than the checkpoint's run, a line each; how it is logged aside."""
-    quiet = ("checkpoint.", "eval.", "wandb.", "profile.", "parallel.timeout")
-    quiet += ("train.steps", "train.log_every", "train.progress")
-
-    def flat(value: Any, name: str = "") -> dict[str, Any]:
-        if isinstance(value, list):
-            value = {str(i): each for i, each in enumerate(value)}
-        if not isinstance(value, dict):
-            return {name: value}
-        parts = (flat(each, f"{name}.{key}" if name else key) for key, each in value.items())
-        return {key: each for part in parts for key, each in part.items()}
-
-    then, now = flat(old), flat(json.loads(config.to_json()))
-    names = [name for name in sorted(then.keys() | now.keys()) if not name.startswith(quiet)]
-    return [
-        f"note: {name} was {then.get(name)} and is now {now.get(name)}"
-        for name in names
-        if then.get(name) != now.get(name)
-    ]
-
-
-def find_checkpoint(source: Path) -> Path:
-    """`--init-from`: a checkpoint, a run's checkpoints folder, or a run."""
-    if (source / checkpoint.STATE).exists():
-        return source
-    for folder in (source / "checkpoints", source):
-        found = checkpoint.latest(folder) if folder.is_dir() else None
-        if found is not None:
-            return found
-    require(False, f"--init-from {source}: there is no whole checkpoint")
-    raise AssertionError

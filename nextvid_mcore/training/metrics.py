@@ -17,7 +17,7 @@ from typing import Any
 # What a save has cost, in the line of the step after which it began or, in the background, ended.
 SAVING = ("save_seconds", "save_host_gib", "save_background_seconds")
 # What differs between two equal runs.
-TIMINGS = ("clips_per_s", "step_time", "data_time", "memory_gib") + SAVING
+TIMINGS = ("clips_per_s", "step_time", "data_time", "memory_gib", "knn_time", "knn_share") + SAVING
 
 
 def strict(value: Any) -> Any:

@@ -94,18 +94,23 @@ def test_the_card_is_filled_from_the_run(exported):
     assert "{" not in card and card.startswith("---\n") and max(map(len, card.splitlines())) < 400
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers isn't installed")
-def test_transformers_loads_it_and_computes_the_same(exported, tmp_path):
-    folder, encoder = exported
-    clip = np.random.default_rng(0).integers(0, 256, (4, 80, 100, 3), dtype=np.uint8)
+def in_transformers(program: str, folder: Path, clip: np.ndarray, tmp_path: Path) -> dict:
+    """What a user's program, in a process that knows nothing of this package, makes of the clip."""
     torch.save({"clip": torch.from_numpy(clip)}, tmp_path / "io.pt")
-    (tmp_path / "use.py").write_text(USE)
+    (tmp_path / "use.py").write_text(program)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "use.py", str(folder), "io.pt", str(tmp_path / "copy")]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = torch.load(tmp_path / "io.pt")
+    return torch.load(tmp_path / "io.pt")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers isn't installed")
+def test_transformers_loads_it_and_computes_the_same(exported, tmp_path):
+    folder, encoder = exported
+    clip = np.random.default_rng(0).integers(0, 256, (4, 80, 100, 3), dtype=np.uint8)
+    found = in_transformers(USE, folder, clip, tmp_path)
     video = normalize(resize_clip(clip, centre_crop(80, 100), 64, False))[None]
     assert torch.allclose(found["pixels"], video, atol=1e-6)  # as in evaluation
     with torch.no_grad():
@@ -117,6 +122,41 @@ def test_transformers_loads_it_and_computes_the_same(exported, tmp_path):
     still = found["picture"]
     assert still.shape == (1, CONFIG["frames"], 3, 64, 64)
     assert torch.allclose(still[0, -1], video[0, :, 0], atol=1e-6)
+
+
+VIDEO = """
+import sys
+import torch
+from transformers import AutoModel, AutoVideoProcessor
+
+folder, inputs, copy = sys.argv[1:]
+clip = torch.load(inputs)["clip"]
+processor = AutoVideoProcessor.from_pretrained(folder, trust_remote_code=True)
+assert type(processor).__name__ == "NextVidVideoProcessor"
+processor.save_pretrained(copy)
+again = AutoVideoProcessor.from_pretrained(copy, trust_remote_code=True)
+batches = [processor(clip), processor(videos=[clip]), again(list(clip)), processor(clip[None])]
+pixels = [batch["pixel_values_videos"] for batch in batches]
+assert all(torch.equal(each, pixels[0]) for each in pixels)
+assert processor([clip, clip.flip(0)])["pixel_values_videos"].shape == (2, *pixels[0].shape[1:])
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    torch.save({"pixels": pixels[0], "tokens": model(**batches[0]).last_hidden_state}, inputs)
+"""
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("transformers", "torchvision")),
+    reason="transformers or torchvision, which its AutoVideoProcessor needs, isn't installed",
+)
+def test_the_video_processor_takes_clips(exported, tmp_path):
+    folder, encoder = exported
+    clip = np.random.default_rng(0).integers(0, 256, (4, 80, 100, 3), dtype=np.uint8)
+    found = in_transformers(VIDEO, folder, clip, tmp_path)
+    video = normalize(resize_clip(clip, centre_crop(80, 100), 64, False))[None]
+    assert torch.allclose(found["pixels"], video.transpose(1, 2), atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(found["tokens"], encoder(video), atol=1e-5)
 
 
 def test_features_the_way_of_timm(exported):

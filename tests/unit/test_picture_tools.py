@@ -221,6 +221,18 @@ def test_several_runs_share_panels(tmp_path):
     assert axes[0].get_xlim() == (0.5, 12.5)
 
 
+def test_the_online_knn_has_panels_of_its_own(tmp_path):
+    module, path = tool("plot_run"), write_run(tmp_path / "a", 8)
+    with (path / "eval.jsonl").open("a") as file:
+        for step, right in ((9, 25.0), (10, 50.0)):
+            file.write(json.dumps({"step": step, "knn_digit": right, "knn_clips": 9, "knn_time": 0.1}) + "\n")
+    run = module.Run.read(path)
+    assert run.knn == {"knn_digit"}
+    *_, panel = [ax for ax in module.figure([run], ["loss", "knn_digit"]).axes if ax.get_visible()]
+    assert panel.get_title() == "online kNN, digit (%)"
+    assert panel.lines[0].get_xydata().tolist() == [[9, 25], [10, 50]]
+
+
 def test_plot_run_on_the_command_line(tmp_path, monkeypatch, capsys):
     module, run = tool("plot_run"), write_run(tmp_path / "run", 8)
     monkeypatch.setattr(

@@ -230,23 +230,6 @@ def test_knn_against_a_plain_one() -> None:
             assert int(guess) == int(np.argmax(votes))
 
 
-def test_affordable_clips() -> None:
-    assert knn.affordable_clips(every=1000, batch=32) == 1600  # 1600 * 0.4 = 2% of 32,000
-    assert knn.affordable_clips(every=100, batch=3072) * 0.4 <= 0.02 * 100 * 3072
-
-
-@mnist
-def test_online_knn_sees_what_features_hold() -> None:
-    encoder = Spectrum()
-    got = knn.online_knn(lambda video: encoder(video)[0], clips=900, frames=4, size=32, k=10)
-    assert got.keys() == {"knn_digit", "knn_direction"}
-    assert got["knn_digit"] > 40 and got["knn_direction"] > 60
-    blank = knn.online_knn(lambda video: torch.randn(len(video), 8), clips=900, frames=2, size=32, k=10)
-    assert blank["knn_digit"] < 20 and blank["knn_direction"] < 24
-    with pytest.raises(ConfigError, match="gather"):
-        knn.online_knn(lambda video: video, ranks=2)
-
-
 # Whole probes ------------------------------------------------------------------------------------
 
 

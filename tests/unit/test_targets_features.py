@@ -9,9 +9,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from nextvid_mcore import recipes
+from nextvid_mcore import flops, recipes
 from nextvid_mcore.config import ConfigError, RunConfig, TargetConfig
+from nextvid_mcore.parallel import plan as parallel_plan
 from nextvid_mcore.targets import Target, build_target, target_channels
 
 COSMOS = {
@@ -68,6 +70,25 @@ def siglip(request, tmp_path_factory):
             network = transformers.SiglipModel(both)
     network.save_pretrained(folder)
     return folder
+
+
+def counted(config: RunConfig, frames: int) -> tuple[float, int]:
+    """The plan's FLOPs of a clip, and torch's count of the loaded network at work."""
+    stage = dataclasses.replace(config.stages[0], frames=frames)
+    target = build_target(config, "cpu", torch.float32)
+    if hasattr(target, "network"):
+        target.network.set_attn_implementation("eager")  # the CPU's fused kernel isn't counted
+    with FlopCounterMode(display=False) as counter:
+        target.latents(clip(frames)[:1], first=1)  # as in training
+    return flops.target_flops(config, stage), counter.get_total_flops()
+
+
+def test_the_plan_knows_what_the_targets_cost(cosmos, siglip):
+    for config in (run("cosmos", cosmos), run("siglip2", siglip)):
+        plan, real = counted(config, 4)
+        assert plan == real > 1e6
+    assert counted(run("siglip2", siglip), 8)[0] == 3 * plan
+    assert "nan" not in parallel_plan.describe(run("siglip2", siglip), 1)
 
 
 # --- Cosmos ----------------------------------------------------------------------------------------

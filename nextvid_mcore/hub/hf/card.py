@@ -38,6 +38,7 @@ with torch.no_grad():
     maps = model.get_intermediate_layers(inputs["pixel_values_videos"].transpose(1, 2), n=4, reshape=True)
 ```
 
+`AutoVideoProcessor` (which wants torchvision) loads the same processor; there a clip is what it takes first.
 `vit.py` needs torch alone and works without transformers. The encoder has no classifier: probe it
 (an attentive probe, kNN, a linear layer) or fine-tune it.
 

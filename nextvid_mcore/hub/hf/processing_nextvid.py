@@ -16,7 +16,7 @@ from transformers.image_processing_base import BatchFeature, ImageProcessingMixi
 
 
 class NextVidProcessor(ImageProcessingMixin):
-    """For AutoImageProcessor and AutoVideoProcessor alike."""
+    """AutoImageProcessor's: what is given without a name is pictures."""
 
     model_input_names = ["pixel_values_videos"]
 
@@ -88,3 +88,10 @@ class NextVidProcessor(ImageProcessingMixin):
             size = (self.size, self.size)
             x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
         return x.float() / 127.5 - 1.0
+
+
+class NextVidVideoProcessor(NextVidProcessor):
+    """AutoVideoProcessor's: what is given without a name is a clip, or several."""
+
+    def __call__(self, videos: Any = None, images: Any = None, **kwargs: Any) -> BatchFeature:
+        return super().__call__(images=images, videos=videos, **kwargs)

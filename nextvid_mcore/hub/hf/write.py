@@ -63,9 +63,10 @@ def write_folder(
     }
     processor = {
         "image_processor_type": "NextVidProcessor",
+        "video_processor_type": "NextVidVideoProcessor",
         "auto_map": {
             "AutoImageProcessor": "processing_nextvid.NextVidProcessor",
-            "AutoVideoProcessor": "processing_nextvid.NextVidProcessor",
+            "AutoVideoProcessor": "processing_nextvid.NextVidVideoProcessor",
         },
         "size": {"height": config["image_size"], "width": config["image_size"]},
         "num_frames": config["frames"],
