@@ -1,4 +1,4 @@
-"""FLOPs of a published target on one training clip, two a multiply-add as in flops.py, from its config.json alone.
+"""FLOPs of a published target on one training clip, two a multiply-add, from its config.json alone.
 
 SigLIP2 is a plain ViT, so by formula. Cosmos is counted: the network runs on the meta device, where tensors
 have shapes and no numbers, under torch's own counter of convolutions, products and attention.
