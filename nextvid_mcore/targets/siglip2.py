@@ -112,7 +112,7 @@ class Siglip2:
             first = str(error).strip().splitlines()[0]
             raise ConfigError(f"{FLAG} {folder} cannot be loaded as a SigLIP2: {first}") from error
         check_loaded(info, folder, spare=TEXT)
-        return cls(config.model, network.to(device), numbers)
+        return cls(config.model, network.to(device), numbers, chunk=config.target.chunk)
 
     @torch.no_grad()
     def latents(

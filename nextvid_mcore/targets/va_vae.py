@@ -101,6 +101,7 @@ class VaVae:
             std,
             sample_posterior=target.sample_posterior,
             seed=config.train.seed,
+            chunk=target.chunk,
             compiled=target.compile and torch.device(device).type == "cuda",
         )
 

@@ -217,6 +217,14 @@ def test_siglip_latents_without_the_first_are_the_same(siglip):
     torch.testing.assert_close(target.latents(video, static, first=1), target.latents(video)[:, 1:])
 
 
+def test_siglip_frames_at_a_time_change_nothing(siglip):
+    one, all_at_once = (build_target(run("siglip2", siglip, chunk=c), "cpu", torch.float32) for c in (1, 64))
+    assert (one.chunk, all_at_once.chunk) == (1, 64)
+    torch.testing.assert_close(one.latents(clip()), all_at_once.latents(clip()), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match="chunk must be 1"):
+        run("siglip2", siglip, chunk=0)
+
+
 def test_siglip_images_are_encoded_once_with_the_same_result(siglip):
     target = build_target(run("siglip2", siglip), "cpu", torch.float32)
     image = clip(frames=1).expand(-1, -1, 4, -1, -1)

@@ -110,10 +110,14 @@ def test_build_target_reads_the_two_files(tmp_path, full_shapes):
         model=dataclasses.replace(config.model, image_size=64),
         mask=dataclasses.replace(config.mask, keep=(0.5, 0.25)),
         target=dataclasses.replace(
-            config.target, checkpoint=full_file(tmp_path / "vae.pt", full_shapes), statistics=str(stats)
+            config.target,
+            checkpoint=full_file(tmp_path / "vae.pt", full_shapes),
+            statistics=str(stats),
+            chunk=7,
         ),
     )
     built = build_target(config, "cpu", torch.bfloat16)
+    assert built.chunk == 7
     assert isinstance(built, Target) and built.channels == 64
     assert not any(p.requires_grad for p in built.autoencoder.parameters())
     assert {p.dtype for p in built.autoencoder.parameters()} == {torch.bfloat16}
