@@ -5,7 +5,8 @@
         [--clips 2] [--skip 0] [--solver midpoint|euler] [--steps 20] [--seed 0] [--out FOLDER] [--mp4]
 
 DIR is a folder of `tools/convert_to_torch.py RUN --out DIR --all`, or the run itself with its export in
-RUN/encoder. PATH: a manifest, a list, a folder, a video or an image; default: the run's held-out clips.
+RUN/encoder. PATH: a manifest, a list, a folder, a video, an image or moving_digits; default: the run's
+held-out clips.
 
 masked          every frame is predicted from the visible tokens of the true frames before it, as in
                 training (Eq. 3); several samples of the same clip differ by their noise.
@@ -32,7 +33,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from nextvid_mcore import hub  # noqa: E402
-from nextvid_mcore.config import ConfigError, RunConfig, TargetConfig, require  # noqa: E402
+from nextvid_mcore.config import MOVING_DIGITS, ConfigError, RunConfig, TargetConfig, require  # noqa: E402
 from nextvid_mcore.data.decode import BadFile  # noqa: E402
 from nextvid_mcore.data.loader import build_dataset  # noqa: E402
 from nextvid_mcore.data.transforms import normalize  # noqa: E402
@@ -46,7 +47,7 @@ from nextvid_mcore.evaluation.generation import (  # noqa: E402
     roll_out,
     run_config_of,
 )
-from nextvid_mcore.evaluation.pictures import GREY, visible_map  # noqa: E402
+from nextvid_mcore.evaluation.pictures import HIDDEN, visible_map  # noqa: E402
 from nextvid_mcore.evaluation.strips import Panel, Strip  # noqa: E402
 from nextvid_mcore.hub.export import run_config  # noqa: E402
 from nextvid_mcore.masking import draw_masks  # noqa: E402
@@ -89,6 +90,9 @@ def settings(args: argparse.Namespace) -> tuple[RunConfig, Path, Path]:
 def read_clips(config: RunConfig, args: argparse.Namespace, frames: int) -> list[Clip]:
     """The clips number `skip` .. `skip + clips`."""
     size = config.model.image_size
+    source = args.data or config.data.eval_manifest or ""
+    if source == "moving_digits" or source.partition(":")[0] == MOVING_DIGITS:
+        return clip_files.moving_digits(args.clips, frames, size, args.skip)
     if args.data is None:
         require(
             config.data.eval_manifest is not None,
@@ -138,13 +142,13 @@ def masked(
 
 
 def hidden(video: Tensor, seen: Tensor, tubelet: int) -> Tensor:
-    """video [3, T, H, W] with the tokens that aren't in seen, bool [t, n], in grey; the last frame nan."""
+    """video [3, T, H, W] with the tokens that aren't in seen, bool [t, n], dark blue; the last frame nan."""
     t, n = seen.shape
     side = round(n**0.5)
     patch = video.shape[-1] // side
     plane = seen.reshape(t, side, side).repeat_interleave(tubelet, 0)
     plane = plane.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-    out = torch.where(plane, video, torch.tensor(GREY))
+    out = torch.where(plane, video, HIDDEN)
     out[:, -tubelet:] = torch.nan  # the last frame is never read
     return out
 

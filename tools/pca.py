@@ -1,11 +1,12 @@
 """What the encoder sees, over time: the three principal components of its features as red, green and blue.
 
-    python tools/pca.py DIR --data PATH [--clips 3] [--layers 1,-1] [--frames T] [--out FOLDER] [--mp4]
+    python tools/pca.py DIR --data PATH [--clips 3] [--layers 11,-1] [--frames T] [--out FOLDER] [--mp4]
 
-DIR is a folder of tools/convert_to_torch.py; PATH a manifest, a list, a folder, a video or an image. The
-components are those of all tokens of all clips drawn, one basis a layer, so colours can be compared over
-time and between clips: equal colours are like features. The encoder is causal: a frame's colours never
-depend on what comes after it. FOLDER (default plots beside DIR) gets features.png and features.gif.
+DIR is a folder of tools/convert_to_torch.py; PATH a manifest, a list, a folder, a video, an image or
+moving_digits. The components are those of all tokens of all clips drawn, one basis a layer, so colours can be
+compared over time and between clips: equal colours are like features. The encoder is causal: a frame's
+colours never depend on what comes after it. FOLDER (default plots beside DIR) gets features.png and
+features.gif.
 """
 
 from __future__ import annotations
@@ -58,14 +59,18 @@ def draw(args: argparse.Namespace) -> list[Path]:
     if args.mp4:
         strips.check_mp4()
     config, encoder = hub.load_config(args.folder), hub.load_encoder(args.folder)
+    args.layers = args.layers or sorted({(encoder.depth - 1) // 2, encoder.depth - 1})
     wrong = [layer for layer in args.layers if not -encoder.depth <= layer < encoder.depth]
     require(
         not wrong, f"--layers {wrong}: the encoder has layers 0 to {encoder.depth - 1}, or -1 from the end"
     )
     frames = args.frames or config["frames"]
-    found = clips.find(args.data, None if args.kind else 4 * args.clips, args.kind)
-    every = clips.read_all(found, frames, config["image_size"], args.fps)
-    taken = list(itertools.islice(every, args.clips))
+    if args.data == "moving_digits":
+        taken = clips.moving_digits(args.clips, frames, config["image_size"])
+    else:
+        found = clips.find(args.data, None if args.kind else 4 * args.clips, args.kind)
+        every = clips.read_all(found, frames, config["image_size"], args.fps)
+        taken = list(itertools.islice(every, args.clips))
     require(len(taken) > 0, f"{args.data}: no clip could be decoded")
     with torch.no_grad():
         per_clip = [encoder(clip.video[None], return_layers=args.layers) for clip in taken]
@@ -98,10 +103,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of tools/convert_to_torch.py")
-    parser.add_argument("--data", required=True, help="clips: a manifest, list, folder, video or image")
+    parser.add_argument(
+        "--data", required=True, help="a manifest, list, folder, video, image or moving_digits"
+    )
     parser.add_argument("--kind", choices=("video", "image"), help="only videos or only images")
     parser.add_argument("--clips", type=int, default=3, help="how many")
-    parser.add_argument("--layers", type=numbers, default=[1, -1], help="blocks, from 0; -1 is the last")
+    parser.add_argument(
+        "--layers", type=numbers, help="blocks, from 0; -1 is the last (default: the middle, the last)"
+    )
     parser.add_argument("--frames", type=int, help="of a clip (default: the pretraining's)")
     parser.add_argument("--fps", type=float, default=4.0, help="frames a second")
     parser.add_argument("--out", type=Path, help="folder of the pictures")

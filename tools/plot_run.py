@@ -51,6 +51,7 @@ DEFAULT = [name for name in TITLES if name not in ("lr_flow", "clips_per_s")]  #
 KNN = "knn_"  # of eval.jsonl: percent right by task, and beside it
 KNN_COST = ("knn_clips", "knn_time", "knn_share")
 COLUMNS = 2
+LOGARITHMIC = ("grad_norm", "z_var", "reference_var")  # they fall, or collapse, by orders of magnitude
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,12 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else np.nan
 
 
-def draw_values(ax: Axes, run: Run, key: str, colour: object, label: str | None) -> None:
-    """One line: of a long run the running mean over the pale values; held-out values dashed."""
+def draw_values(ax: Axes, run: Run, key: str, colour: object, label: str | None, window: int) -> None:
+    """One line: the running mean over `window` values on top of the pale values; held-out ones dashed."""
     if key.startswith(KNN):
         ax.plot(*run.evaluated(key), color=colour, linewidth=1.5, label=label, marker="o", markersize=3)
         return
     steps, values = run.steps, run.values(key)
-    window = len(values) // 100 * 2 + 1
     if window > 1 and not np.isnan(values).all() and key not in ("lr", "lr_flow"):
         ax.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
         values = _running_mean(values, window)
@@ -147,11 +147,13 @@ def figure(runs: list[Run], keys: list[str]) -> Figure:
         else:
             for number, run in enumerate(runs):
                 colour = "#1f77b4" if len(runs) == 1 else colormaps["tab10"](number % 10)
-                draw_values(ax, run, panel, colour, run.name)
+                draw_values(ax, run, panel, colour, run.name, len(longest.steps) // 100 * 2 + 1)
             if len(runs) > 1 and panel == panels[0]:
                 ax.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
-        if panel == "grad_norm":  # its first steps are far above the rest
+        if panel in LOGARITHMIC:
             ax.set_yscale("log")
+        if panel.startswith(KNN):
+            ax.set_ylim(bottom=0)
         _shade_stages(ax, stages, longest.steps)
         knn = f"online kNN, {panel.removeprefix(KNN)} (%)" if panel.startswith(KNN) else panel
         ax.set_title(TITLES.get(panel, knn), pad=18, fontsize=10)

@@ -8,6 +8,7 @@ Moving digits have two labels; the neighbours are clips of MNIST's training digi
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -70,7 +71,8 @@ def build_labelled(config: RunConfig) -> LabelledClips:
         config.data.eval_manifest is not None,
         f"--eval.knn-every {config.eval.knn_every} needs labelled clips: name their --data.eval-manifest",
     )
-    dataset = build_dataset(config, train=False)
+    plain = dataclasses.replace(config.data, decoder="decord")  # read once: not worth a GPU
+    dataset = build_dataset(dataclasses.replace(config, data=plain), train=False)
     clips = (_of_manifest if isinstance(dataset, ClipDataset) else _of_digits)(dataset, config)
     for task, label in zip(clips.tasks, clips.labels.T, strict=True):
         known, wanted = label[(label >= 0) & ~clips.asked], label[(label >= 0) & clips.asked]

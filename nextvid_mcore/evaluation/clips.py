@@ -111,6 +111,16 @@ def read_all(items: Items, frames: int, size: int, fps: float) -> Iterator[Clip]
             print(f"skipped: {error}")
 
 
+def moving_digits(count: int, frames: int, size: int, skip: int = 0) -> list[Clip]:
+    """Clips `skip` .. of MNIST's test digits, as pretraining sees them, named by what they show."""
+    from nextvid_mcore.data.digits_source import DigitClips
+    from nextvid_mcore.data.moving_digits import DIRECTIONS
+
+    video, labels = DigitClips("test", size).clips(range(skip, skip + count), frames)
+    names = [f"a {digit} moving {DIRECTIONS[direction]}" for digit, direction in labels.tolist()]
+    return [Clip(clip, -1, name, False) for clip, name in zip(normalize(video), names, strict=True)]
+
+
 @torch.no_grad()
 def pooled(encoder: torch.nn.Module, clips: Iterator[Clip], batch: int = 8) -> tuple[Tensor, Tensor]:
     """Mean features [N, D] and labels [N] of clips, by an encoder [B, 3, T, H, W] -> [B, s, D]."""

@@ -23,7 +23,7 @@ from nextvid_mcore.masking import ClipMasks
 from nextvid_mcore.targets import Target
 from nextvid_mcore.training import metrics
 
-GREY = 0.0  # of hidden patches, in [-1, 1]
+HIDDEN = torch.tensor([-0.75, -0.6, -0.3]).reshape(3, 1, 1, 1)  # hidden patches, dark blue: no black, no grey
 LABEL = {"ha": "center", "va": "center", "fontsize": 8}
 LOSSES = {
     "loss": ("total", "#222222"),
@@ -87,7 +87,7 @@ def prediction_grid(
     patch = video.shape[-1] // side
     seen = visible.cpu().reshape(B, 1, t, side, side)
     seen = seen.repeat_interleave(patch, 3).repeat_interleave(patch, 4)
-    rows = {"video": original, "seen by\nthe encoder": torch.where(seen, original, torch.tensor(GREY))}
+    rows = {"video": original, "seen by\nthe encoder": torch.where(seen, original, HIDDEN)}
     if not torch.allclose(rebuilt, original, atol=1 / 255):
         rows["video through\nthe target"] = rebuilt
     rows["generated"] = torch.cat([torch.full_like(original[:, :, :1], torch.nan), generated], dim=2)

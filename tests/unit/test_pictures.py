@@ -16,7 +16,7 @@ from nextvid_mcore.evaluation.pictures import loss_figure, plot_losses, predicti
 from nextvid_mcore.masking import draw_masks, draw_visible
 from nextvid_mcore.targets import build_target
 
-RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (127, 127, 127)
+RED, GREEN, BLUE, HIDDEN = (255, 0, 0), (0, 255, 0), (0, 0, 255), (32, 51, 89)
 
 
 def flat(colour: tuple[int, int, int], clips: int, frames: int) -> torch.Tensor:
@@ -25,7 +25,7 @@ def flat(colour: tuple[int, int, int], clips: int, frames: int) -> torch.Tensor:
 
 def areas(path) -> dict[tuple[int, int, int], int]:
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    return {c: int((np.abs(pixels - c).max(-1) <= 1).sum()) for c in (RED, GREEN, BLUE, GREY)}
+    return {c: int((np.abs(pixels - c).max(-1) <= 1).sum()) for c in (RED, GREEN, BLUE, HIDDEN)}
 
 
 def draw(path, rebuilt: tuple[int, int, int] = RED, clips: int = 2, frames: int = 8, **options) -> None:
@@ -50,7 +50,7 @@ def test_grid_areas_are_those_of_the_frames_and_masks(tmp_path):
     cell = found[GREEN] / 6  # 2 clips, 3 predicted frames
     assert cell > 80**2 and found[BLUE] == 0
     assert found[RED] / cell == pytest.approx(2 * (4 + 1.5), rel=0.03)  # the video, half of 3 seen frames
-    assert found[GREY] / cell == pytest.approx(2 * (1.5 + 1), rel=0.05)  # the other half, the last frame
+    assert found[HIDDEN] / cell == pytest.approx(2 * (1.5 + 1), rel=0.05)  # the other half, the last frame
 
 
 def test_a_target_that_loses_detail_gets_a_row_of_its_own(tmp_path):
