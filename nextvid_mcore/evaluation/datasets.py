@@ -45,6 +45,7 @@ class ProbeBatch:
     label: Tensor  # int64 [B, tasks]
     good: Tensor  # bool [B]; False: unreadable, its video is empty
     bad: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
+    refused: list[tuple[str, str]] = field(default_factory=list)  # as in ClipBatch; decord reads all
 
     def pin_memory(self) -> ProbeBatch:
         return replace(self, **{n: getattr(self, n).pin_memory() for n in ("video", "label", "good")})

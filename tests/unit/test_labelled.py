@@ -102,3 +102,21 @@ def test_the_price_is_said_and_how_to_lower_it(tmp_path: Path) -> None:
     assert flops.knn_share(every(advised)) <= 0.02 < flops.knn_share(every(advised - 1))
     assert "keep it under" not in flops.knn_note(every(advised))
     assert flops.knn_note(run) in plan.describe(run, 96)
+
+
+@mnist
+def test_knn_on_spectra_finds_both_labels() -> None:
+    """End to end without an encoder: what a plain transform of the clips holds, by these labels."""
+    from probing import Spectrum
+
+    from nextvid_mcore.evaluation.knn import classify
+
+    clips = build_labelled(config("digits_s --out x --model.image-size 32 --eval.knn-samples 900"))
+    encoder = Spectrum()
+    batches = [clips[4, range(i, i + 100)].video.float() / 127.5 - 1 for i in range(0, 900, 100)]
+    features = torch.cat([encoder(video)[0].mean(1) for video in batches])
+    for column, (task, enough) in enumerate((("digit", 35), ("direction", 55))):
+        known, wanted = ~clips.asked, clips.asked
+        guess = classify(features[known], clips.labels[known, column], features[wanted], 10, k=10)
+        right = (guess == clips.labels[wanted, column]).float().mean().item()
+        assert 100 * right > enough, (task, right)
