@@ -162,7 +162,7 @@ def figure(runs: list[Run], keys: list[str]) -> Figure:
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_xlabel("step", fontsize=9)
-        ax.tick_params(labelsize=8)
+        ax.tick_params(which="both", labelsize=8)
     for ax in list(axes):
         ax.set_visible(False)  # of a last line that isn't full
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"

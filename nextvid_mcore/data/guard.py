@@ -19,7 +19,9 @@ class DataError(ConfigError):
 class BadFileLog:
     """Logs every bad file once in a process's life, with its reason; what NVDEC refuses once a reason."""
 
-    def __init__(self) -> None:
+    def __init__(self, then: str = "another one of its set takes its place") -> None:
+        """`then`: what becomes of the sample."""
+        self._then = then
         self._seen: set[str] = set()
         self._reasons: set[str] = set()
 
@@ -27,7 +29,7 @@ class BadFileLog:
         for path, reason in bad:
             if path not in self._seen:
                 self._seen.add(path)
-                logger.warning("bad file %s: %s (another one of its set takes its place)", path, reason)
+                logger.warning("bad file %s: %s (%s)", path, reason, self._then)
 
     def refused(self, files: Iterable[tuple[str, str]]) -> None:
         """Whole data sets may be of a codec that NVDEC lacks: one line for all files of a reason."""

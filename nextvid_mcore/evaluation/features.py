@@ -57,7 +57,7 @@ class Extractor:
     half: bool = False  # bf16 autocast, and features kept in bf16
     workers: int = 0
     timeout: float = 600.0
-    log: BadFileLog = field(default_factory=BadFileLog)
+    log: BadFileLog = field(default_factory=lambda: BadFileLog("it can't be trained on and counts as wrong"))
     passes: int = 0  # clips encoded so far
 
     @property

@@ -239,7 +239,7 @@ def test_a_probe_finds_both_labels(tmp_path: Path, method: str) -> None:
     config = digits(method=method)
     got = run.run(config, Spectrum(), *data(config), job(tmp_path), ALONE)
     assert got == json.loads((tmp_path / run.RESULTS).read_text())
-    for task, chance, enough in (("digit", 10.0, 45.0), ("direction", 12.5, 70.0)):
+    for task, chance, enough in (("digit", 10.0, 45.0), ("direction", 12.5, 65.0)):
         row = got["tasks"][task]
         assert row["chance"] == pytest.approx(chance) and row["items"] == 300
         assert row["top1"] > enough, (task, row)
