@@ -96,7 +96,6 @@ def chain(
     """The stages of the chain, in the order of the data."""
     work = flops.clip_flops(config, point, executed=True)
     latents = flops.target_flops(config, point) if target else 0.0
-    latents = 0.0 if math.isnan(latents) else latents
     clips = placement.micro_batch * placement.encoder.layout.data
     again = 1 / 3 if config.parallel.recompute == "full" else 0.0  # of forward and backward
     encoder = placement.encoder
@@ -216,7 +215,6 @@ def _candidates(config: RunConfig, world: int) -> Iterator:
     stage = max(config.stages, key=lambda stage: stage.steps * config.batch(stage))
     work = flops.clip_flops(config, stage, executed=True)
     latents = flops.target_flops(config, stage)
-    latents = 0.0 if math.isnan(latents) else latents
     for reference in ("encoder", "generator") if config.model.align else ("encoder",):
         first = work.reference * (reference == "generator")
         wanted = {
