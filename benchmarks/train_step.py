@@ -35,6 +35,7 @@ KEYS = {
     "fp8": str,  # none, current, delayed, blockwise: of all roles, or role:recipe,role:recipe
     "recompute": str,
     "compile": int,
+    "graphs": str,  # on, off or auto
     "precision": str,
     "micro_batch": int,
     "accumulate": int,  # micro-batches a step
@@ -74,7 +75,12 @@ def configure(case: dict[str, Any], world: int) -> RunConfig:
             sequence=bool(case["sequence"]),
             recompute=case["recompute"],
         ),
-        train=dataclasses.replace(config.train, micro_batch=case["micro_batch"], precision=case["precision"]),
+        train=dataclasses.replace(
+            config.train,
+            micro_batch=case["micro_batch"],
+            precision=case["precision"],
+            cuda_graphs=case["graphs"],
+        ),
     )
 
 
@@ -88,6 +94,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     parser.add_argument("--fp8", default="none")
     parser.add_argument("--recompute", default="none", choices=["none", "core_attn", "full"])
     parser.add_argument("--compile", type=int, default=1)
+    parser.add_argument("--graphs", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--accumulate", type=int, default=1)
@@ -125,10 +132,16 @@ def measure(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[
         bench = Bench(config)
     found: dict[str, Any] = {"measured": bench.measure(args.steps, args.warmup)}
     found["flops"] = flops.clip_flops(config, config.stages[0], executed=True).total
+    graphs = bench.step.engine.graphs
     if bench.cuda:
-        found["shares"] = shares(bench.step, bench.take)
         with contextlib.suppress(RuntimeError):  # a profiler that cannot record costs the gaps alone
             found["idle"], found["kernels"] = kernels(bench.take)
+        if graphs is not None:  # parts are told apart in an eager step
+            graphs.clear()
+            torch.cuda.empty_cache()
+            bench.step.engine.graphs = None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            found["shares"] = shares(bench.step, bench.take)
     return found
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,14 +43,22 @@ def eager() -> Iterator[None]:
         use(before)
 
 
+def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile with our choices, for a function that few shapes are given to."""
+    from nextvid_mcore.models import inductor  # torch's compiler is slow to import
+
+    inductor.install()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
 def fuse(open_dim: int) -> Callable[[Callable[..., object]], Callable[..., object]]:
     """Decorator: compile on CUDA; the first argument's `open_dim` may change without compiling again."""
 
     def decorate(function: Callable[..., object]) -> Callable[..., object]:
         @functools.cache
         def compiled() -> Callable[..., object]:
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-            return torch.compile(function, dynamic=False, fullgraph=True)
+            return compile_(function)
 
         @functools.wraps(function)
         def call(*args: object) -> object:

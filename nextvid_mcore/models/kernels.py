@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nextvid_mcore.models.attention import AttentionPattern, Stretch
 
 MIN_HEAD = 16  # FlexAttention takes no narrower heads
-BLOCK = 128
+BLOCK = 64  # tokens; what nobody in a block of so many sees is skipped
 SPAN = 1 << 16  # frame numbers lie below it
 
 
@@ -49,8 +49,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Tensor]:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, fused.VARIANTS)
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return fused.compile_(flex_attention)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:

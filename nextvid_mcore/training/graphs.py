@@ -121,7 +121,10 @@ class Graphs:
             tau_samples=tau_samples,
             masks=masks,
         )
-        here = self._recorded.setdefault((*video.shape, tau_samples, count), Recorded())
+        key = (*video.shape, tau_samples, count)
+        if key not in self._recorded:
+            self.clear()  # another stage's graph keeps all its activations
+        here = self._recorded.setdefault(key, Recorded())
         if here.graph is None and here.passes < WARM:
             here.passes += 1
             terms = self.pass_(batch, inputs, count)
@@ -133,6 +136,13 @@ class Graphs:
             here.graph.replay()
             terms = here.terms
         watch(terms, batch)
+
+    def clear(self) -> None:
+        """Forget what was recorded and free its memory."""
+        for here in self._recorded.values():
+            if here.graph is not None:
+                here.graph.reset()
+        self._recorded.clear()
 
     def pass_(self, batch: MicroBatch, inputs: Inputs, count: int) -> LossTerms:
         """Forward and backward: what is recorded, and the eager pass."""

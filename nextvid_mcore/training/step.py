@@ -114,12 +114,15 @@ class TrainStep:
         """Take the step at `point` on the micro-batches of this rank's first seat."""
         self.optimizers.set_lr(point)
         self.engine.traffic.reset()
-        losses, monitors = self.gradients(point, clips)
+        means, collapse = self._accumulate(point, clips)
+        named = dict(zip(self.losses, means, strict=True))
+        watchdog.enter("optimizer step")
+        outcome = self.optimizers.step(self.config.loss.total(named.get("flow"), named.get("align")))
+        # read only now, so that the device has the update to do meanwhile
+        losses, monitors = self._named(means), self._monitors(collapse)
         crossed = self._crossed(point.batch) if self.seats.placement.separate else {}
         flow, align = losses.get("flow"), losses.get("align")
         loss = self.config.loss.total(flow, align)
-        watchdog.enter("optimizer step")
-        outcome = self.optimizers.step(torch.tensor(loss, device=self.device))
         return StepResult(loss, flow, align, outcome.grad_norm, outcome.applied, monitors, crossed)
 
     def gradients(
@@ -130,14 +133,17 @@ class TrainStep:
         Returns:
             The losses that there are (flow, align), means over the step, and the monitors; on every rank.
         """
+        means, collapse = self._accumulate(point, clips)
+        return self._named(means), self._monitors(collapse)
+
+    def _accumulate(self, point: StagePoint, clips: Sequence[ClipBatch]) -> tuple[torch.Tensor, Collapse]:
+        """The mean gradient in the roles' buffers, the mean losses on the device; waits for nothing."""
         while self.rehearsals:  # a process's first step: passes whose gradients are dropped
             self.rehearsals -= 1
             self._pass(point, clips)
         return self._pass(point, clips)
 
-    def _pass(
-        self, point: StagePoint, clips: Sequence[ClipBatch]
-    ) -> tuple[dict[str, float], dict[str, float]]:
+    def _pass(self, point: StagePoint, clips: Sequence[ClipBatch]) -> tuple[torch.Tensor, Collapse]:
         collapse = Collapse(self.config.model.align)
         found: dict[str, list[torch.Tensor]] = {name: [] for name in self.losses}
 
@@ -152,17 +158,20 @@ class TrainStep:
         self.engine.gradients(point, clips, watch)
         watchdog.enter("gradient reduction")
         finalize_grads(self.roles, {role: self.seats.of(role) for role in self.roles})
-        return self._mean_losses(found), self._monitors(collapse)
+        return self._mean_losses(found), collapse
 
-    def _mean_losses(self, found: dict[str, list[torch.Tensor]]) -> dict[str, float]:
-        """Means over all replicas of the seat that has a loss, on every rank."""
+    def _named(self, means: torch.Tensor) -> dict[str, float]:
+        return dict(zip(self.losses, means.tolist(), strict=True))
+
+    def _mean_losses(self, found: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+        """Means over all replicas of the seat that has a loss, in the order of `losses`, on every rank."""
         mine = torch.zeros(len(self.losses), dtype=torch.float64, device=self.device)
         for i, name in enumerate(self.losses):
             groups = self.seats.of("decoder" if name == "flow" else "predictor")
             if found[name] and groups.tensor_rank == 0:
                 mine[i] = torch.stack(found[name]).mean() / groups.layout.data
         dist.all_reduce(mine)
-        return dict(zip(self.losses, mine.tolist(), strict=True))
+        return mine
 
     def _crossed(self, clips: int) -> dict[str, Any]:
         """What all ranks sent to other seats in a step over `clips` clips."""
