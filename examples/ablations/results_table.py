@@ -16,7 +16,7 @@ from typing import Any
 
 from run_queue import finished, parser  # puts this clone on the path
 
-from ablation_rows import Budget, Run, table  # isort: skip
+from ablation_rows import WIDE, Budget, Run, table  # isort: skip
 from nextvid_mcore.config import ConfigError, require
 
 BEGIN, END = "<!-- tables: results_table.py -->", "<!-- end of tables -->"
@@ -25,6 +25,7 @@ REAL_TASKS = ("shot", "backwards", "speed")
 LABEL = {
     "full": "Generation, alignment, context isolation: the full model",
     "random": "Random encoder",
+    "random_wide": f"Random encoder, initial weights of {WIDE}",
     "pixels": "Raw pixels (32 x 32), linear",
     "supervised": "Supervised from scratch, same encoder and clips",
     "table2_gen": "Generation",
@@ -46,9 +47,10 @@ LABEL = {
     "mask_packed": "Masks: packed, whatever the blocks leave",
     "mask_truncate": "Masks: cut at the smallest count of the batch",
 }
+FIRST = ("pixels", "random", "random_wide", "full", "table2_align_ciso", "supervised")
 # title, what the paper's columns are, rows: (row, the paper's numbers, label if not LABEL's)
 SECTIONS: list[tuple[str, str, list[tuple[str, str, str | None]]]] = [
-    ("Does it learn?", "", [(row, "", None) for row in ("pixels", "random", "full", "supervised")]),
+    ("Does it learn?", "", [(row, "", None) for row in FIRST]),
     (
         "Table 2: model design",
         "IN1K / SSv2",

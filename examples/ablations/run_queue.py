@@ -30,6 +30,7 @@ from ablation_rows import Budget, Run, table  # noqa: E402
 from nextvid_mcore.config import ConfigError, require  # noqa: E402
 
 RESULTS = HERE / "results" / "results.jsonl"
+AFTER = 10.0  # seconds of a run's probe
 Serve = Callable[[Connection], None]
 
 
@@ -87,9 +88,10 @@ class Worker:
         other.close()
         self.run: Run | None = None
         self.began = 0.0
+        self.share = 0.0  # seconds of the GPU that the run has had, if all runs get the same
 
     def give(self, run: Run) -> None:
-        self.run, self.began = run, time.monotonic()
+        self.run, self.began, self.share = run, time.monotonic(), 0.0
         self.link.send(run)
 
     def end(self) -> None:
@@ -113,28 +115,41 @@ def drain(
     began, mark = time.monotonic(), commit()
     have = finished(file)
     left = [run for run in runs if run.key not in have]
-    todo, failed, rates = list(left), 0, []  # rates: seconds a step
+    todo, failed, costs = list(left), 0, []  # costs: the GPU's seconds a step
     pool = [Worker(serve) for _ in range(min(workers, len(todo)))]
+    counted = began
+
+    def count() -> None:
+        """Share the time since the last call among those that were busy."""
+        nonlocal counted
+        now, busy = time.monotonic(), [worker for worker in pool if worker.run is not None]
+        for worker in busy:
+            worker.share += (now - counted) / len(busy)
+        counted = now
 
     def fits(run: Run) -> bool:
-        need = min(rates) * max(run.steps, 1) if rates and run.until is None else 0.0
+        """Beside all that run now, were they to last; what is cut by the end is lost."""
+        need = 0.0
+        if costs and run.until is None and run.steps:
+            busy = 1 + sum(worker.run is not None for worker in pool)
+            need = sorted(costs)[len(costs) // 2] * run.steps * busy + AFTER
         return time.monotonic() - began + need < seconds
 
-    def next_run() -> Run | None:
-        found = next((run for run in todo if fits(run)), None)
-        if found is not None:
-            todo.remove(found)
-        return found
+    def hand_out() -> None:
+        """To all that are idle: a run that didn't fit beside many may fit beside few."""
+        for worker in pool:
+            if worker.run is None and (run := next((run for run in todo if fits(run)), None)) is not None:
+                todo.remove(run)
+                worker.give(run)
 
-    for worker in pool:
-        if (run := next_run()) is not None:
-            worker.give(run)
+    hand_out()
     try:
         while busy := {worker.link: worker for worker in pool if worker.run is not None}:
             remaining = seconds - (time.monotonic() - began)
             ready = wait(list(busy), timeout=max(0.0, remaining)) if remaining > 0 else []
             if not ready:
                 break
+            count()
             for link in ready:
                 worker = busy[link]
                 try:
@@ -146,8 +161,8 @@ def drain(
                         None,
                         f"its process died (exit code {worker.process.exitcode})",
                     )
-                    pool[pool.index(worker)] = worker = Worker(serve)
-                took = time.monotonic() - worker.began if worker.run else 0.0
+                    pool[pool.index(worker)] = Worker(serve)
+                took = time.monotonic() - worker.began
                 if row is None:
                     failed += 1
                     say(f"{run.name} FAILED: {error}")
@@ -155,12 +170,11 @@ def drain(
                     append(file, row | {"commit": mark})
                     left.remove(run)
                     if run.kind == "pretrain" and run.until is None:
-                        rates.append(took / run.steps)
+                        costs.append(worker.share / run.steps)
                     scores = ", ".join(f"{task} {each['top1']:.1f}" for task, each in row["probe"].items())
                     say(f"{time.monotonic() - began:6.0f} s  {run.name}: {scores}  ({took:.0f} s)")
                 worker.run = None
-                if (following := next_run()) is not None:
-                    worker.give(following)
+            hand_out()
     finally:
         for worker in pool:
             worker.end()

@@ -25,6 +25,7 @@ from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, require
 
 BASE: dict[str, Any] = {
+    "batch": 128,
     "side": 22,
     "peak": 1e-3,
     "init_std": 0.02,
