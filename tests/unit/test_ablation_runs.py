@@ -222,7 +222,7 @@ def test_queue_stops_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_queue_begins_only_what_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every result takes 25 s by the test's clock: at 50 s a third run, with its probe, would end after 80."""
+    """Every result takes 25 s by the test's clock: at 50 s a third one and its probe need 35 more."""
     runs = ablation_rows.table(SMALL, ["full"])
     for seconds, seeds in ((80.0, [2]), (90.0, [])):
         now = [0.0]
