@@ -32,10 +32,6 @@ BACKENDS = {
 }
 
 
-# tiles smaller than the blocks of the mask
-SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 64, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 64}
-
-
 def with_backend(function: Callable, backend: str) -> Callable:
     def call(*args: object) -> Tensor:
         with sdpa_kernel(BACKENDS[backend]):
@@ -173,9 +169,9 @@ def main() -> None:
                 tried |= {
                     "masked cudnn": with_backend(kernels.masked, "cudnn"),
                     "flex 128": flex_of(128, False),
+                    "flex, ours": flex_of(128, False, kernels.TILES),
                     "flex 128 tuned": flex_of(128, True),
                     "flex 64 tuned": flex_of(64, True),
-                    "flex 64/64": flex_of(128, False, SMALL),
                 }
         for kernel, call in tried.items():
             start = time.perf_counter()
