@@ -1,7 +1,7 @@
 """What torch.compile's default heuristics get wrong for our shapes, measured on an H100.
 
-Rows of 1,408 values are just beyond the width up to which inductor keeps a row in registers: a norm then reads
-it three times (benchmarks/RESULTS.md).
+Rows of 1,408 values are just beyond the width up to which inductor keeps a row in registers: a norm then
+reads it three times (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from launch import run
 
-
 WAYS = {  # backend, compiled, recorded
     "local": ("local", False, "off"),
     "local compiled": ("local", True, "off"),
