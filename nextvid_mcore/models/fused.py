@@ -70,6 +70,7 @@ def fuse(open_dim: int) -> Callable[[Callable[..., object]], Callable[..., objec
                     torch._dynamo.maybe_mark_dynamic(x, open_dim)
             return compiled()(*args)
 
+        call.compiled = compiled
         return call
 
     return decorate

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
 
+from nextvid_mcore.models import kernels
+
 COLUMNS = ("module", "parameters", "precision", "backend", "attention", "kernel")
 
 
@@ -24,6 +26,8 @@ def _core_attentions(module: nn.Module) -> list[tuple[str, nn.Module]]:
 def _sdpa_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: Any) -> str:
     """What torch chooses for these [s, rows, A, d]; with a pattern, for its first stretch."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    if kernels.choose(q, pattern) is kernels.flex:
+        return f"flex ({q.shape[2]} x {k.shape[2]} tokens, {q.shape[1]} heads of {q.shape[3]})"
     mask = None
     if pattern is not None:
         first = pattern.stretches[0]

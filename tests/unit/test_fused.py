@@ -1,0 +1,98 @@
+"""The fused pieces: compiled (by the compiler's front end; tests/gpu has the kernels) they are what is written."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from nextvid_mcore import rope
+from nextvid_mcore.models import fused
+
+
+PIECES = [piece for piece in vars(fused).values() if hasattr(piece, "compiled")]
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> None:
+    """Every piece goes through torch.compile, on the CPU and without a C++ compiler."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(fused, "compiles", lambda x: fused._state["compile"])
+    torch._dynamo.reset()
+    for piece in PIECES:
+        piece.compiled.cache_clear()
+    yield
+    for piece in PIECES:
+        piece.compiled.cache_clear()
+
+
+def values(function, *inputs: Tensor) -> list[Tensor]:
+    """Outputs, and the gradients of a fixed projection of them."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    out = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(1)
+    sum((x * torch.randn(x.shape, generator=generator)).sum() for x in out).backward()
+    return [x.detach() for x in out] + [x.grad for x in leaves]
+
+
+def pieces(s: int, rows: int, width: int) -> list[tuple]:
+    generator = torch.Generator().manual_seed(s * rows)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, y, vector, row = draw(s, rows, width), draw(s, rows, width), draw(width), draw(1, rows, width)
+    module = torch.nn.LayerNorm(width, eps=1e-5)
+    module.weight.data.copy_(draw(width))
+    turns = rope.turns(rope.angles(rope.token_positions(torch.arange(s * rows).view(s, rows), 4, 4), 16))
+    qkv = draw(s, rows, 3 * 32)
+    return [
+        (fused.add, x, y, vector),
+        (fused.bias_gelu, x, vector),
+        (lambda a: fused.norm(a, module, 1e-5), x),
+        (lambda *a: fused.add_norm(*a, module, 1e-5), x, y, vector),
+        (lambda *a: fused.modulate(*a, 1e-6), x, row, row + 1),
+        (fused.gated_add, x, row, y, vector),
+        (lambda a: fused.rotate_heads(3, a, 2, turns), qkv),
+        (lambda a: fused.rotate_heads(2, a, 2, turns), qkv[..., :64]),
+        (lambda a: fused.rotate_heads(1, a, 2, turns), qkv[..., :32]),
+    ]
+
+
+def test_compiled_equals_written_and_sizes_stay_open(compiled) -> None:
+    graphs = []
+    for s, rows in ((6, 2), (6, 3), (6, 5)):
+        before = counters["stats"]["unique_graphs"]
+        for function, *inputs in pieces(s, rows, 24):
+            with fused.eager():
+                wanted = values(function, *inputs)
+            found = values(function, *inputs)
+            assert len(wanted) == len(found) >= 2
+            for a, b in zip(wanted, found, strict=True):
+                torch.testing.assert_close(a, b)
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+    assert graphs == [9, 0, 0]  # more rows compile nothing again
+
+
+def test_rotated_heads_are_ropes() -> None:
+    s, rows, heads, d = 5, 2, 3, 16
+    positions = rope.token_positions(torch.arange(s * rows).view(s, rows) * 3, 4, 4)
+    angles = rope.angles(positions, d)
+    packed = torch.randn(s, rows, heads * 3 * d)
+    q, k, v = fused.rotate_heads(3, packed, heads, rope.turns(angles))
+    parts = packed.view(s, rows, heads, 3, d).unbind(3)
+    torch.testing.assert_close(q, rope.rotate(parts[0], angles[:, :, None]))
+    torch.testing.assert_close(k, rope.rotate(parts[1], angles[:, :, None]))
+    assert torch.equal(v, parts[2])
+    assert all(x.is_contiguous() for x in (q, k, v))  # so that `packed` can be freed
+
+
+def test_gelu_is_exact() -> None:
+    x, zero = torch.tensor([[[1.0, -0.5]]]), torch.zeros(2)
+    wanted = [z * (1 + math.erf(z / math.sqrt(2))) / 2 for z in (1.0, -0.5)]
+    assert fused.bias_gelu(x, zero).flatten().tolist() == pytest.approx(wanted, abs=1e-6)

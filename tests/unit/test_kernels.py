@@ -1,0 +1,61 @@
+"""Attention patterns for FlexAttention, and which kernel a pattern gets."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.attention.flex_attention import create_mask
+
+from nextvid_mcore.models import fused, kernels
+from nextvid_mcore.models.attention import Frames, regular_pattern
+
+CPU = torch.device("cpu")
+VISIBLE = (Frames(0, 3, 6), Frames(0, 3, 4))
+ASKED = (Frames(1, 3, 5),) * 2
+
+
+def dense(pattern, queries: int, keys: int) -> torch.Tensor:
+    """The whole sequence's mask from its stretches, bool [queries, keys]."""
+    out = torch.zeros(queries, keys, dtype=torch.bool)
+    for x in pattern.stretches:
+        out[x.q_start : x.q_stop, x.k_start : x.k_stop] = x.allowed[0, 0]
+    return out
+
+
+def test_flex_sees_what_the_stretches_allow() -> None:
+    for queries, keys, rule in (
+        (VISIBLE, VISIBLE, "causal"),
+        (ASKED, VISIBLE, "autoregressive"),
+        (VISIBLE, VISIBLE, "isolated"),
+    ):
+        pattern = regular_pattern(queries, keys, rule, CPU)
+        sizes = [sum(x.number * x.tokens for x in part) for part in (queries, keys)]
+        blocks = kernels.flex_blocks(pattern.stretches, block=16)
+        wanted = dense(pattern, *sizes)
+        assert torch.equal(create_mask(blocks.mask_mod, None, None, *sizes, device="cpu")[0, 0], wanted)
+        assert 0 < wanted.sum() < wanted.numel()
+        for i, j in ((i, j) for i in range(0, sizes[0], 16) for j in range(0, sizes[1], 16)):
+            computed = blocks.to_dense()[0, 0, i // 16, j // 16]
+            assert bool(computed) >= bool(wanted[i : i + 16, j : j + 16].any())  # nothing seen is skipped
+
+
+def test_first_frames_and_orders_of_a_pattern() -> None:
+    pattern = regular_pattern(ASKED, VISIBLE, "autoregressive", CPU)
+    first, second = pattern.stretches
+    assert (first.q_stop, first.k_stop, second.q_start, second.k_start) == (15, 18, 15, 18)
+    assert first.allowed[0, 0, 0].tolist() == [True] * 6 + [False] * 12  # frame 1 sees frame 0 alone
+    assert regular_pattern(ASKED, VISIBLE, "autoregressive", CPU) is pattern  # kept
+
+
+def test_choice(monkeypatch) -> None:
+    pattern = regular_pattern(VISIBLE, VISIBLE, "causal", CPU)
+    flexible = regular_pattern.__wrapped__(VISIBLE, VISIBLE, "causal", CPU)
+    object.__setattr__(flexible, "blocks", kernels.flex_blocks(flexible.stretches))
+    half = torch.zeros(1, 2, 128, 16, dtype=torch.bfloat16)
+    assert kernels.choose(half, None) is kernels.plain
+    assert kernels.choose(half, flexible) is kernels.masked  # on a CPU
+    monkeypatch.setattr(fused, "compiles", lambda x: True)
+    assert kernels.choose(half, flexible) is kernels.flex
+    assert kernels.choose(half, pattern) is kernels.masked  # no blocks
+    assert kernels.choose(half.float(), flexible) is kernels.masked
+    assert kernels.choose(half[..., :8], flexible) is kernels.masked
+    assert kernels.choose(half[:, :, :100], flexible) is kernels.masked
