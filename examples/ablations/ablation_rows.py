@@ -97,18 +97,22 @@ class Run:
         return self.steps * self.config.stages[0].batch
 
     def settings(self) -> dict[str, Any]:
-        """All that the result depends on."""
-        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in OUTSIDE}
-        facts = {"config": config, "source": self.source, "probe": dataclasses.asdict(self.probe)}
+        """All that the result depends on; files by name, wherever they lie."""
+        config = {k: v for k, v in dataclasses.asdict(self._placeless()).items() if k not in OUTSIDE}
+        source = REAL + Path(self.source.removeprefix(REAL)).name if self.real else self.source
+        facts = {"config": config, "source": source, "probe": dataclasses.asdict(self.probe)}
         return json.loads(json.dumps(facts))
+
+    def _placeless(self) -> RunConfig:
+        """The configuration without the folders of its files."""
+        target = self.config.target
+        files = {name: getattr(target, name) for name in ("checkpoint", "statistics")}
+        return part(self.config, "target", **{name: file and Path(file).name for name, file in files.items()})
 
     @property
     def key(self) -> str:
-        target = self.config.target
-        files = {name: getattr(target, name) for name in ("checkpoint", "statistics")}
-        files = {name: file and Path(file).name for name, file in files.items()}  # wherever they lie
-        config = part(self.config, "target", **files)
-        facts = {"kind": self.kind, "config": set_fields(config), "probe": set_fields(self.probe)}
+        config = set_fields(self._placeless())
+        facts = {"kind": self.kind, "config": config, "probe": set_fields(self.probe)}
         if self.source != MOVING_DIGITS:
             facts["source"] = REAL if self.real else self.source
         if self.until is not None:
