@@ -32,7 +32,7 @@ class ParallelConfig:
     predictor: RoleParallel = RoleParallel()  # three-groups
     decoder: RoleParallel = RoleParallel()  # three-groups
     reference: Literal["encoder", "generator"] = "encoder"  # where the reference encoder runs
-    edge: Literal["direct", "bridge"] = "direct"  # between seats: parallel/direct_edge.py, megatron-core's
+    edge: Literal["direct", "bridge"] = "bridge"  # between seats: parallel/direct_edge.py, megatron-core's
     sequence: bool = False  # sequence parallelism inside the tensor groups
     recompute: Literal["none", "core_attn", "full"] = "none"
     timeout: float = 600.0  # seconds without progress after which the run ends (parallel/watchdog.py)

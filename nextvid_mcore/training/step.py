@@ -114,7 +114,7 @@ class TrainStep:
         """Take the step at `point` on the micro-batches of this rank's first seat."""
         self.optimizers.set_lr(point)
         self.engine.traffic.reset()
-        means, collapse = self._accumulate(point, clips)
+        means, collapse = self.accumulate(point, clips)
         named = dict(zip(self.losses, means, strict=True))
         watchdog.enter("optimizer step")
         outcome = self.optimizers.step(self.config.loss.total(named.get("flow"), named.get("align")))
@@ -133,10 +133,10 @@ class TrainStep:
         Returns:
             The losses that there are (flow, align), means over the step, and the monitors; on every rank.
         """
-        means, collapse = self._accumulate(point, clips)
+        means, collapse = self.accumulate(point, clips)
         return self._named(means), self._monitors(collapse)
 
-    def _accumulate(self, point: StagePoint, clips: Sequence[ClipBatch]) -> tuple[torch.Tensor, Collapse]:
+    def accumulate(self, point: StagePoint, clips: Sequence[ClipBatch]) -> tuple[torch.Tensor, Collapse]:
         """The mean gradient in the roles' buffers, the mean losses on the device; waits for nothing."""
         while self.rehearsals:  # a process's first step: passes whose gradients are dropped
             self.rehearsals -= 1

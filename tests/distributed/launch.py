@@ -48,6 +48,17 @@ def _work(tasks: Connection, rank: int, nproc: int, port: int) -> None:
             tasks.send(("ok", saved.getvalue()))
         except BaseException:
             tasks.send(("error", traceback.format_exc()))
+        _drop_groups()
+
+
+def _drop_groups() -> None:
+    """End the process groups of a case: each has threads of its own that go on polling."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        world = dist.distributed_c10d._world
+        for group in [x for x in world.pg_map if x is not dist.group.WORLD]:
+            dist.destroy_process_group(group)
 
 
 def _free_port() -> int:

@@ -1,4 +1,4 @@
-"""What is recorded as a CUDA graph is one function; run eagerly on a CPU it must equal the engine's passes."""
+"""What is recorded as a CUDA graph is one function; run eagerly on a CPU it equals the engine's passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused pieces: compiled (by the compiler's front end; tests/gpu has the kernels) they are what is written."""
+"""The fused pieces: compiled (by the front end alone; tests/gpu has the kernels) they are what is written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch._dynamo.utils import counters
 
 from nextvid_mcore import rope
 from nextvid_mcore.models import fused
-
 
 PIECES = [piece for piece in vars(fused).values() if hasattr(piece, "compiled")]
 
