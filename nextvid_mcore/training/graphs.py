@@ -61,8 +61,8 @@ def wanted(config: RunConfig, placement: Placement) -> bool:
     """
     choice = config.train.cuda_graphs
     reason = refusal(config, placement) if choice != "off" else None
-    if choice == "auto" and config.fp8.used:
-        return False  # not yet seen on a GPU
+    if choice == "auto" and (config.fp8.used or placement.encoder.layout.data > 1):
+        return False  # neither has been seen on GPUs yet
     if choice == "on" and reason is not None:
         raise ConfigError(f"train cuda_graphs on: {reason}; use --train.cuda-graphs auto or off")
     return choice != "off" and reason is None
