@@ -46,9 +46,9 @@ def _work(tasks: Connection, rank: int, nproc: int, port: int) -> None:
             saved = io.BytesIO()
             torch.save(function(*args), saved)
             tasks.send(("ok", saved.getvalue()))
+            _drop_groups()
         except BaseException:
             tasks.send(("error", traceback.format_exc()))
-        _drop_groups()
 
 
 def _drop_groups() -> None:
@@ -56,6 +56,7 @@ def _drop_groups() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
+        dist.barrier()  # the others may still be receiving
         world = dist.distributed_c10d._world
         for group in [x for x in world.pg_map if x is not dist.group.WORLD]:
             dist.destroy_process_group(group)
