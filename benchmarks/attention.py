@@ -169,7 +169,7 @@ def main() -> None:
                 tried |= {
                     "masked cudnn": with_backend(kernels.masked, "cudnn"),
                     "flex 128": flex_of(128, False),
-                    "flex, ours": flex_of(128, False, kernels.TILES),
+                    "flex, ours": flex_of(128, False, kernels.HOPPER_TILES),
                     "flex 128 tuned": flex_of(128, True),
                     "flex 64 tuned": flex_of(64, True),
                 }

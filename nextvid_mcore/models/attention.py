@@ -106,13 +106,13 @@ class Frames:
         return frames.repeat_interleave(self.tokens, output_size=self.number * self.tokens)[None]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def regular_pattern(
     queries: Sequence[Frames], keys: Sequence[Frames], rule: Rule, device: torch.device
 ) -> AttentionPattern:
     """Pattern of stretches whose frames are whole and the same in every row; keys lie end to end too.
 
-    There are few in a run, so they are kept.
+    There are few in a run, and recorded passes read their tensors, so they are kept.
     """
     starts = list(itertools.accumulate((x.number * x.tokens for x in keys), initial=0))[:-1]
     pattern = make_pattern(*([x.numbers(device) for x in part] for part in (queries, keys)), starts, rule)

@@ -28,17 +28,21 @@ if TYPE_CHECKING:
 MIN_HEAD = 16  # FlexAttention takes no narrower heads
 BLOCK = 128  # tokens; what nobody in a block of so many sees is skipped
 SHORTEST = 128  # queries; for fewer FlexAttention is another kernel, made for decoding
-# Tiles that inductor's own search found fastest for stretches of 48 to 256 tokens a frame, heads of 64, H100
-TILES = {
-    "fwd_BLOCK_M": 64,
-    "fwd_BLOCK_N": 128,
-    "bwd_BLOCK_M1": 32,
-    "bwd_BLOCK_N1": 64,
-    "bwd_BLOCK_M2": 64,
-    "bwd_BLOCK_N2": 32,
-    "num_warps": 4,
-    "num_stages": 3,
-}
+# Tiles that inductor's own search found fastest for stretches of 48 to 256 tokens a frame, heads of 64, H100;
+# other GPUs get inductor's, since these may not fit their shared memory
+HOPPER, HOPPER_TILES = (
+    (9, 0),
+    {
+        "fwd_BLOCK_M": 64,
+        "fwd_BLOCK_N": 128,
+        "bwd_BLOCK_M1": 32,
+        "bwd_BLOCK_N1": 64,
+        "bwd_BLOCK_M2": 64,
+        "bwd_BLOCK_N2": 32,
+        "num_warps": 4,
+        "num_stages": 3,
+    },
+)
 SPAN = 1 << 16  # frame numbers lie below it
 
 
@@ -64,9 +68,15 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return fused.compile_(flex_attention)
 
 
+@functools.cache
+def tiles(device: torch.device) -> dict[str, int] | None:
+    """FlexAttention's options on `device`; None: inductor's own."""
+    return HOPPER_TILES if torch.cuda.get_device_capability(device) == HOPPER else None
+
+
 def flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     """The same as `masked` by FlexAttention; the result has q's strides."""
-    return _compiled_flex()(q, k, v, block_mask=pattern.blocks, kernel_options=TILES)
+    return _compiled_flex()(q, k, v, block_mask=pattern.blocks, kernel_options=tiles(q.device))
 
 
 def flex_blocks(stretches: Sequence[Stretch], block: int = BLOCK) -> BlockMask:

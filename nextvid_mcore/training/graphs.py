@@ -196,4 +196,6 @@ class Graphs:
 def own_stream() -> None:
     """Leave the default stream, which can't be recorded, for good; before any parameter is wrapped."""
     if torch.cuda.current_stream() == torch.cuda.default_stream():
-        torch.cuda.set_stream(torch.cuda.Stream())
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.default_stream())
+        torch.cuda.set_stream(stream)

@@ -22,6 +22,7 @@ from nextvid_mcore.config import RunConfig
 from nextvid_mcore.data.labelled import build_labelled
 from nextvid_mcore.data.loader import ClipBatch, iterate
 from nextvid_mcore.evaluation.knn import classify
+from nextvid_mcore.models import fp8
 from nextvid_mcore.parallel import watchdog
 from nextvid_mcore.parallel.seats import Seats
 from nextvid_mcore.training.evaluate import WORKERS_FROM
@@ -78,6 +79,7 @@ class OnlineKnn:
         """Numbers int64 [N] of the readable clips, rising, and features float32 [N, D]; on all ranks."""
         mine: list[tuple[Tensor, Tensor]] = []
         if self.groups is not None:
+            fp8.quantise_again([self.train_step.model.reference])  # the step has changed its weights
             speaks = self.groups.last_stage and self.groups.tensor_rank == 0
             for indices, kept in zip(self._requests(), self._kept, strict=True):
                 watchdog.progress()

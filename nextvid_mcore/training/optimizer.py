@@ -72,7 +72,8 @@ def wrap_roles(
 
     Args:
         overlap_grad_reduce: reduce gradients bucket by bucket during the backward pass (CUDA).
-        overlap_param_gather: gather weights bucket by bucket during the next forward pass (CUDA).
+        overlap_param_gather: gather weights bucket by bucket during the next forward pass (CUDA); not with
+            compiled norms (models/fused.py), which read their weights without the modules' hooks.
         bucket_size: parameters of a bucket when reduction overlaps; None: megatron-core's choice.
     """
     wrapped = {}
