@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -60,6 +61,10 @@ def _drop_groups() -> None:
         world = dist.distributed_c10d._world
         for group in [x for x in world.pg_map if x is not dist.group.WORLD]:
             dist.destroy_process_group(group)
+        bridge = sys.modules.get("megatron.core.pipeline_parallel.bridge_communicator")
+        if bridge is not None:  # it keeps its groups for the next communicator
+            bridge.BridgeCommunicator._broadcast_pg_cache.clear()
+            bridge.BridgeCommunicator._bridge_pg_cache.clear()
 
 
 def _free_port() -> int:
