@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nextvid_mcore.config import LossConfig, RunConfig
+from nextvid_mcore.config import DataConfig, LossConfig, RunConfig
 from nextvid_mcore.data.loader import ClipBatch, build_dataset, iterate
 from nextvid_mcore.models.nextvid import LossTerms
 from nextvid_mcore.parallel import watchdog
@@ -30,6 +30,19 @@ from nextvid_mcore.training.step import TrainStep
 SEED = key(0, "eval")  # of masks, tau and noise: not the run's, so that runs can be compared
 WORKERS_FROM = 8  # batches from which loader processes are worth their start
 WEIGHTS = ("ema", "online")
+
+
+def decoded(
+    dataset: Any, frames: int, requests: Sequence[Sequence[int]], data: DataConfig
+) -> Iterator[ClipBatch]:
+    """Batches of clips with the sample indices of `requests`, by loader processes where that pays."""
+    return iterate(
+        dataset,
+        [(frames, indices) for indices in requests],
+        workers=data.workers if len(requests) >= WORKERS_FROM else 0,
+        prefetch=data.prefetch,
+        timeout=data.timeout,
+    )
 
 
 @dataclass(frozen=True)
@@ -113,19 +126,13 @@ class Evaluator:
 
     def _load(self) -> Iterator[ClipBatch]:
         """This replica's clips, decoded by its first rank."""
-        data, requests = self.config.data, self._requests()
+        requests = self._requests()
         if not self.seats.mine[0].sees_video:
             yield from (blank((self.frames, indices)) for indices in requests)
             return
         loader: Iterator[ClipBatch] | None = None
         if self.groups.collection.mp.rank() == 0:
-            loader = iterate(
-                self.dataset,
-                [(self.frames, indices) for indices in requests],
-                workers=data.workers if len(requests) >= WORKERS_FROM else 0,
-                prefetch=data.prefetch,
-                timeout=data.timeout,
-            )
+            loader = decoded(self.dataset, self.frames, requests, self.config.data)
         for indices in requests:
             batch = None if loader is None else next(loader)
             batch = share(batch, len(indices), self.frames, self.config.model.image_size, self.groups)

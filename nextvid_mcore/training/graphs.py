@@ -22,7 +22,6 @@ from torch import Tensor
 from nextvid_mcore import flow
 from nextvid_mcore.config import ConfigError, RunConfig
 from nextvid_mcore.data import ClipBatch
-from nextvid_mcore.masking import ClipMasks, draw_masks
 from nextvid_mcore.models import fp8
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch, NextVid
 from nextvid_mcore.parallel.placement import Placement
@@ -114,16 +113,9 @@ class Graphs:
 
         latents: of the predicted frames, [B, p, n, C]; None without generation.
         """
-        masks, inputs = self._inputs(clip, latents, tau_samples)
-        video = inputs.video
-        batch = MicroBatch(
-            index=clip.index.tolist(),
-            seed=self.config.train.seed,
-            token_frames=self.config.model.token_frames(video.shape[2]),
-            tau_samples=tau_samples,
-            masks=masks,
-        )
-        key = (*video.shape, tau_samples, count)
+        batch = microbatch.make_micro_batch(self.config, clip, tau_samples, self.device)
+        inputs = self._inputs(clip, batch, latents)
+        key = (*inputs.video.shape, tau_samples, count)
         if key not in self._recorded:
             self.clear()  # another stage's graph keeps all its activations
         here = self._recorded.setdefault(key, Recorded())
@@ -160,24 +152,21 @@ class Graphs:
         (terms.total(self.config) / count).backward()
         return terms.detached()
 
-    def _inputs(self, clip: ClipBatch, latents: Tensor | None, tau_samples: int) -> tuple[ClipMasks, Inputs]:
-        config, index = self.config, clip.index.tolist()
-        video = clip.video.to(self.device, non_blocking=True)
-        t = config.model.token_frames(video.shape[2])
-        masks = draw_masks(config.mask, config.model.grid, t - 1, config.train.seed, index)
+    def _inputs(self, clip: ClipBatch, batch: MicroBatch, latents: Tensor | None) -> Inputs:
         tau = noise = None
         if latents is not None:
             tau, noise = flow.draw(
-                config.train.seed,
-                index,
-                config.mask.masks,
-                t - 1,
-                tau_samples,
+                batch.seed,
+                batch.index,
+                self.config.mask.masks,
+                batch.token_frames - 1,
+                batch.tau_samples,
                 *latents.shape[2:],
-                per=config.loss.tau,
+                per=self.config.loss.tau,
                 device=self.device,
             )
-        return masks, Inputs(video, microbatch.to_device(masks.tokens, self.device), latents, tau, noise)
+        video = clip.video.to(self.device, non_blocking=True)
+        return Inputs(video, batch.masks.tokens, latents, tau, noise)
 
     def _record(self, here: Recorded, batch: MicroBatch, inputs: Inputs, count: int) -> None:
         here.inputs = inputs.copy()

@@ -20,12 +20,12 @@ from torch import Tensor
 from nextvid_mcore import flops
 from nextvid_mcore.config import RunConfig
 from nextvid_mcore.data.labelled import build_labelled
-from nextvid_mcore.data.loader import ClipBatch, iterate
+from nextvid_mcore.data.loader import ClipBatch
 from nextvid_mcore.evaluation.knn import classify
 from nextvid_mcore.models import fp8
 from nextvid_mcore.parallel import watchdog
 from nextvid_mcore.parallel.seats import Seats
-from nextvid_mcore.training.evaluate import WORKERS_FROM
+from nextvid_mcore.training.evaluate import decoded
 from nextvid_mcore.training.feed import share
 from nextvid_mcore.training.step import TrainStep
 
@@ -106,15 +106,7 @@ class OnlineKnn:
         if self.groups.collection.mp.rank() != 0:
             yield from [None] * len(requests)
             return
-        data = self.config.data
-        loader = iterate(
-            self.clips,
-            [(self.frames, indices) for indices in requests],
-            workers=data.workers if len(requests) >= WORKERS_FROM else 0,
-            prefetch=data.prefetch,
-            timeout=data.timeout,
-        )
-        for batch in loader:
+        for batch in decoded(self.clips, self.frames, requests, self.config.data):
             watchdog.progress()
             yield dataclasses.replace(batch, items=[])
 
