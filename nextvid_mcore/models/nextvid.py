@@ -54,6 +54,21 @@ class MicroBatch:
     draws: tuple[Tensor, Tensor] | None = None  # tau and noise of `flow.draw`; None: drawn when needed
     latents: Tensor | None = None  # of the predicted frames 1 .. t-1, [B, p, n, C]
 
+    def draw(self, config: RunConfig, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """tau and noise of `flow.draw` for these clips' `latents` [B, p, n, C], on their device."""
+        _, frames, n, channels = latents.shape
+        return flow.draw(
+            self.seed,
+            self.index,
+            config.mask.masks,
+            frames,
+            self.tau_samples,
+            n,
+            channels,
+            per=config.loss.tau,
+            device=latents.device,
+        )
+
 
 @dataclass(frozen=True)
 class LossTerms:
@@ -212,17 +227,7 @@ class NextVid(MegatronModule):
     def flow_matching(self, z: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
         """Eq. 8: `flow` and its `tau`; z: [n (/ tp), M, p, B, E]."""
         latents, place = batch.latents, self.places["decoder"]
-        tau, noise = batch.draws or flow.draw(
-            batch.seed,
-            batch.index,
-            z.shape[1],
-            latents.shape[1],
-            batch.tau_samples,
-            latents.shape[2],
-            latents.shape[3],
-            per=self.run.loss.tau,
-            device=z.device,
-        )
+        tau, noise = batch.draws or batch.draw(self.run, latents)
         data = latents[:, None, :, None]  # [B, 1, p, 1, n, C]
         noisy = flow.interpolate(noise, data, tau[..., None, None])
         velocity = flow.velocity(noise, data).expand_as(noise)

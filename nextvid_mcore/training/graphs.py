@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nextvid_mcore import flow
 from nextvid_mcore.config import ConfigError, RunConfig
 from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.models import fp8
@@ -153,18 +152,7 @@ class Graphs:
         return terms.detached()
 
     def _inputs(self, clip: ClipBatch, batch: MicroBatch, latents: Tensor | None) -> Inputs:
-        tau = noise = None
-        if latents is not None:
-            tau, noise = flow.draw(
-                batch.seed,
-                batch.index,
-                self.config.mask.masks,
-                batch.token_frames - 1,
-                batch.tau_samples,
-                *latents.shape[2:],
-                per=self.config.loss.tau,
-                device=self.device,
-            )
+        tau, noise = (None, None) if latents is None else batch.draw(self.config, latents)
         video = clip.video.to(self.device, non_blocking=True)
         return Inputs(video, batch.masks.tokens, latents, tau, noise)
 
