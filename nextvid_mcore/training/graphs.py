@@ -6,7 +6,8 @@ eager passes the next one is recorded (reference, student, predictor, decoder, l
 replayed on new clips, masks, latents and noise, which are copied to where it reads. What goes round it stays
 eager: random draws, the target's encoder, gradient reduction, the update, logs.
 
-The eager pass is the same function; a test compares the two.
+The eager pass is the same function; a test compares the two. Where a pass can't be recorded (memory, a
+kernel that waits for the host) the step begins anew without graphs: training/step.py.
 """
 
 from __future__ import annotations
@@ -98,6 +99,10 @@ class Recorded:
     terms: LossTerms | None = None
 
 
+class NotRecorded(RuntimeError):
+    """A recording failed, for the reason that is the message; a part of it may stand in the gradients."""
+
+
 class Graphs:
     """The recorded passes of a rank, by shape."""
 
@@ -164,10 +169,30 @@ class Graphs:
         record = torch.cuda.graph(
             graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
         )
-        # weights are quantised in every replay, and gradients add up, wherever in a step it stands
-        with fp8.uncached(self.model.children()), record:
-            here.terms = self.pass_(batch, here.inputs, count)
+        reason = None
+        try:
+            # weights are quantised in every replay, and gradients add up, wherever in a step it stands
+            with fp8.uncached(self.model.children()), record:
+                here.terms = self.pass_(batch, here.inputs, count)
+        except Exception as error:
+            reason = _first_reason(error)
+            if self.config.train.cuda_graphs == "on":
+                raise ConfigError(
+                    f"train cuda_graphs on: a micro-batch could not be recorded ({reason}); "
+                    "use --train.cuda-graphs auto or off"
+                ) from error
+        if reason is not None:  # here, where the error's frames no longer hold the pass's memory
+            gc.collect()
+            graph.reset()
+            raise NotRecorded(reason)
         here.graph = graph
+
+
+def _first_reason(error: BaseException) -> str:
+    """One line: CUDA's complaint at a recording's end says nothing of the error that broke it off."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def own_stream() -> None:

@@ -5,6 +5,7 @@ Everything round it (data, checkpoints, logs) is the loop's; benchmarks and pari
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from nextvid_mcore.training.engine import Engine
 from nextvid_mcore.training.monitors import Collapse
 from nextvid_mcore.training.optimizer import RoleOptimizers, finalize_grads, wrap_roles
 from nextvid_mcore.training.separate import SeparateEngine
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,22 @@ class TrainStep:
         return self._pass(point, clips)
 
     def _pass(self, point: StagePoint, clips: Sequence[ClipBatch]) -> tuple[torch.Tensor, Collapse]:
+        try:
+            return self._forward_backward(point, clips)
+        except graphs.NotRecorded as failure:
+            log.warning(
+                "rank %d: a micro-batch could not be recorded as a CUDA graph (%s); this run goes on without "
+                "graphs, and slower. --train.cuda-graphs off spares the attempt",
+                dist.get_rank(),
+                failure,
+            )
+        self.engine.graphs.clear()
+        self.engine.graphs = None
+        return self._forward_backward(point, clips)  # from zeroed gradients, with the same draws
+
+    def _forward_backward(
+        self, point: StagePoint, clips: Sequence[ClipBatch]
+    ) -> tuple[torch.Tensor, Collapse]:
         collapse = Collapse(self.config.model.align)
         found: dict[str, list[torch.Tensor]] = {name: [] for name in self.losses}
 
