@@ -197,6 +197,10 @@ class Engine:
         share = self.share(clip)
         return self.ahead.start(lambda: microbatch.predicted_latents(share, self.target, self.device))
 
+    def part(self, x: Tensor, dim: int) -> Tensor:
+        """Of a tensor with a clip a place along `dim`, those that predictor and decoder take here."""
+        return x.chunk(self.shares, dim)[self.share_number]
+
     def share(self, clip: ClipBatch) -> ClipBatch:
         """The clips that this rank's predictor and decoder take."""
         if self.shares == 1:
@@ -223,7 +227,7 @@ class Engine:
             generator = microbatch.make_micro_batch(
                 self.config, self.share(clip), tau_samples, self.device, seed
             )
-            features = None if features is None else features.chunk(self.shares, dim=1)[self.share_number]
+            features = None if features is None else self.part(features, dim=1)
         made = latents() if latents else None
         return Work(student, dataclasses.replace(generator, features=features, latents=made))
 

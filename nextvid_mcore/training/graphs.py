@@ -4,7 +4,8 @@ A ViT-G step launches some ten thousand kernels, and issuing them from Python ta
 them. Masks keep the same number of tokens in every clip, so all shapes of a stage are known: after `WARM`
 eager passes the next one is recorded (reference, student, predictor, decoder, losses, backward), and then
 replayed on new clips, masks, latents and noise, which are copied to where it reads. What goes round it stays
-eager: random draws, the target's encoder, gradient reduction, the update, logs.
+eager: random draws, the target's encoder, gradient reduction, the update, logs. Under tensor parallelism the
+collectives inside the pass are recorded with it.
 
 The eager pass is the same function; a test compares the two. Where a pass can't be recorded (memory, a
 kernel that waits for the host) the step begins anew without graphs: training/step.py.
@@ -12,23 +13,28 @@ kernel that waits for the host) the step begins anew without graphs: training/st
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.utils import GlobalMemoryBuffer
 from torch import Tensor
 
 from nextvid_mcore.config import ConfigError, RunConfig
 from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.models import fp8
-from nextvid_mcore.models.nextvid import LossTerms, MicroBatch, NextVid
+from nextvid_mcore.models.nextvid import LossTerms, MicroBatch
 from nextvid_mcore.parallel.placement import Placement
 from nextvid_mcore.training import microbatch
 
 if TYPE_CHECKING:
-    from nextvid_mcore.training.engine import Watch
+    from nextvid_mcore.training.engine import Engine, Watch
 
 WARM = 2  # eager passes of a shape before it is recorded: they compile, and reserve workspaces
 
@@ -38,10 +44,10 @@ def refusal(config: RunConfig, placement: Placement) -> str | None:
     layout = placement.encoder.layout
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    if placement.separate or layout.tensor > 1 or layout.pipeline > 1:
+    if placement.separate or layout.pipeline > 1:
         return (
-            f"ranks exchange activations inside a micro-batch (placement {config.parallel.placement}, "
-            f"tensor {layout.tensor}, pipeline {layout.pipeline})"
+            f"micro-batches overlap between ranks (placement {config.parallel.placement}, "
+            f"pipeline {layout.pipeline})"
         )
     if not config.mask.static:
         return f"mask mode {config.mask.mode} changes the number of tokens from clip to clip"
@@ -60,7 +66,7 @@ def wanted(config: RunConfig, placement: Placement) -> bool:
     """
     choice = config.train.cuda_graphs
     reason = refusal(config, placement) if choice != "off" else None
-    if choice == "auto" and (config.fp8.used or placement.encoder.layout.data > 1):
+    if choice == "auto" and (config.fp8.used or placement.encoder.layout.size > 1):
         return False  # neither has been seen on GPUs yet
     if choice == "on" and reason is not None:
         raise ConfigError(f"train cuda_graphs on: {reason}; use --train.cuda-graphs auto or off")
@@ -106,8 +112,9 @@ class NotRecorded(RuntimeError):
 class Graphs:
     """The recorded passes of a rank, by shape."""
 
-    def __init__(self, model: NextVid, device: torch.device) -> None:
-        self.model, self.config, self.device = model, model.run, device
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.model, self.config = engine, engine.model, engine.config
+        self.device = engine.device
         self._recorded: dict[tuple, Recorded] = {}
 
     def run(
@@ -115,25 +122,30 @@ class Graphs:
     ) -> None:
         """Add the gradient of a micro-batch's loss over `count`; `watch` sees its loss terms.
 
-        latents: of the predicted frames, [B, p, n, C]; None without generation.
+        latents: of the predicted frames of this rank's share, [B, p, n, C]; None without generation.
         """
         batch = microbatch.make_micro_batch(self.config, clip, tau_samples, self.device)
-        inputs = self._inputs(clip, batch, latents)
+        share = batch
+        if self.engine.shares > 1:
+            share = microbatch.make_micro_batch(
+                self.config, self.engine.share(clip), tau_samples, self.device
+            )
+        inputs = self._inputs(clip, batch, share, latents)
         key = (*inputs.video.shape, tau_samples, count)
         if key not in self._recorded:
             self.clear()  # another stage's graph keeps all its activations
         here = self._recorded.setdefault(key, Recorded())
         if here.graph is None and here.passes < WARM:
             here.passes += 1
-            terms = self.pass_(batch, inputs, count)
+            terms = self.pass_(batch, share, inputs, count)
         else:
             if here.graph is None:
-                self._record(here, batch, inputs, count)
+                self._record(here, batch, share, inputs, count)
             else:
                 here.inputs.fill(inputs)
             here.graph.replay()
             terms = here.terms
-        watch(terms, batch)
+        watch(terms, share)
 
     def clear(self) -> None:
         """Forget what was recorded and free its memory."""
@@ -142,26 +154,40 @@ class Graphs:
                 here.graph.reset()
         self._recorded.clear()
 
-    def pass_(self, batch: MicroBatch, inputs: Inputs, count: int) -> LossTerms:
-        """Forward and backward: what is recorded, and the eager pass."""
-        model = self.model
+    def pass_(self, batch: MicroBatch, share: MicroBatch, inputs: Inputs, count: int) -> LossTerms:
+        """Forward and backward: what is recorded, and the eager pass.
+
+        share: the clips of `batch` that this rank's predictor and decoder take.
+        """
+        model, engine = self.model, self.engine
         patches = microbatch.patches_of(self.config, inputs.video)
-        masks = dataclasses.replace(batch.masks, tokens=inputs.tokens)
-        draws = None if inputs.tau is None else (inputs.tau, inputs.noise)
-        batch = dataclasses.replace(batch, masks=masks, latents=inputs.latents, draws=draws)
+        batch = dataclasses.replace(batch, masks=dataclasses.replace(batch.masks, tokens=inputs.tokens))
+        features = None
         if self.config.model.align:
             features = model.reference_features(patches.transpose(0, 1), batch.token_frames, len(patches))
-            batch = dataclasses.replace(batch, features=features)
-        terms = model(microbatch.with_patches(batch, patches))
+            features = engine.part(features, dim=1)
+        context = model.context(microbatch.with_patches(batch, patches))
+        share = dataclasses.replace(
+            share,
+            masks=dataclasses.replace(share.masks, tokens=engine.part(inputs.tokens, dim=0)),
+            features=features,
+            latents=inputs.latents,
+            draws=None if inputs.tau is None else (inputs.tau, inputs.noise),
+        )
+        terms = model.losses(engine.hand_over(context), share)
         (terms.total(self.config) / count).backward()
         return terms.detached()
 
-    def _inputs(self, clip: ClipBatch, batch: MicroBatch, latents: Tensor | None) -> Inputs:
-        tau, noise = (None, None) if latents is None else batch.draw(self.config, latents)
+    def _inputs(
+        self, clip: ClipBatch, batch: MicroBatch, share: MicroBatch, latents: Tensor | None
+    ) -> Inputs:
+        tau, noise = (None, None) if latents is None else share.draw(self.config, latents)
         video = clip.video.to(self.device, non_blocking=True)
         return Inputs(video, batch.masks.tokens, latents, tau, noise)
 
-    def _record(self, here: Recorded, batch: MicroBatch, inputs: Inputs, count: int) -> None:
+    def _record(
+        self, here: Recorded, batch: MicroBatch, share: MicroBatch, inputs: Inputs, count: int
+    ) -> None:
         here.inputs = inputs.copy()
         gc.collect()
         graph = torch.cuda.CUDAGraph()
@@ -172,8 +198,8 @@ class Graphs:
         reason = None
         try:
             # weights are quantised in every replay, and gradients add up, wherever in a step it stands
-            with fp8.uncached(self.model.children()), record:
-                here.terms = self.pass_(batch, here.inputs, count)
+            with fp8.uncached(self.model.children()), recordable(), record:
+                here.terms = self.pass_(batch, share, here.inputs, count)
         except Exception as error:
             reason = _first_reason(error)
             if self.config.train.cuda_graphs == "on":
@@ -193,6 +219,24 @@ def _first_reason(error: BaseException) -> str:
     while error.__context__ is not None:
         error = error.__context__
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+@contextlib.contextmanager
+def recordable() -> Iterator[None]:
+    """What megatron-core's sequence parallelism does in a pass, in a form that can be recorded.
+
+    It switches to the tensor rank's random numbers round every block, by way of the host: nothing is drawn
+    there (no dropout), so it needn't. And gathered sequences go to one buffer for all, which is dropped when
+    a longer one is asked for: a recorded pass gets a buffer of its own.
+    """
+    tracker, shared = get_cuda_rng_tracker(), parallel_state._GLOBAL_MEMORY_BUFFER
+    tracker.fork = contextlib.nullcontext
+    parallel_state._GLOBAL_MEMORY_BUFFER = GlobalMemoryBuffer()
+    try:
+        yield
+    finally:
+        del tracker.fork
+        parallel_state._GLOBAL_MEMORY_BUFFER = shared
 
 
 def own_stream() -> None:

@@ -215,6 +215,7 @@ class Trainer:
             for sink in (self.profiler, self.progress, self.metrics, self.evals, self.wandb):
                 if sink is not None:
                     sink.close()
+            self.train_step.close()
             self._leave()
         return code
 

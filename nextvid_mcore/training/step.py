@@ -92,7 +92,7 @@ class TrainStep:
         )
         engine = SeparateEngine if seats.placement.separate else Engine
         self.engine = engine(self.model, seats, self.target)
-        self.engine.graphs = graphs.Graphs(self.model, device) if recorded else None
+        self.engine.graphs = graphs.Graphs(self.engine) if recorded else None
         self.losses = [name for name, on in (("flow", generate), ("align", config.model.align)) if on]
         self.rehearsals = fp8.rehearsals(config.fp8)
 
@@ -105,6 +105,11 @@ class TrainStep:
         return ReferenceEdge(
             self.seats, encoder, stage_layers(self.config, placement.encoder.layout.pipeline)
         )
+
+    def close(self) -> None:
+        """Before process groups end: NCCL waits for recorded passes that hold its communicators."""
+        if self.engine.graphs is not None:
+            self.engine.graphs.clear()
 
     def parts(self) -> dict[str, torch.nn.Module]:
         """This rank's networks by name, the frozen ones too."""

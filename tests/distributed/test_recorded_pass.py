@@ -9,12 +9,21 @@ from unittest import mock
 import parity
 import pytest
 import torch
+import torch.distributed as dist
 from launch import RankFailure, shared
 
 from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig
 from nextvid_mcore.parallel.placement import resolve_placement
 from nextvid_mcore.training import graphs
 from nextvid_mcore.training import step as training_step
+
+TENSOR = {"encoder": RoleParallel(tensor=2)}
+LAYOUTS = {
+    "tp2": TENSOR,
+    "tp2-sp": {**TENSOR, "sequence": True},
+    "tp2-sp-generator-dp2": {**TENSOR, "sequence": True, "generator": RoleParallel(data=2)},
+    "dp2": {},
+}
 
 
 def built(config: RunConfig) -> Any:
@@ -23,7 +32,7 @@ def built(config: RunConfig) -> Any:
     from nextvid_mcore.training.step import TrainStep
 
     init_distributed()
-    seats = build_seats(resolve_placement(config, 1))
+    seats = build_seats(resolve_placement(config, dist.get_world_size()))
     seed_trackers(0, seats.home)
     return TrainStep(config, seats)
 
@@ -31,7 +40,9 @@ def built(config: RunConfig) -> Any:
 def gradients(step: Any) -> tuple:
     """Losses, monitors and gradients of the first step."""
     point = parity.schedule(step.config).at(0)
-    losses, monitors = step.gradients(point, parity.clips(step.config, point, 0, 1))
+    home, micro = step.seats.home, step.seats.placement.clips(step.seats.mine[0])
+    clips = parity.clips(step.config, point, home.data_rank, home.layout.data, micro)
+    losses, monitors = step.gradients(point, clips)
     named = step.model.named_parameters()
     return losses, monitors, {n: p.main_grad.clone() for n, p in named if p.requires_grad}
 
@@ -44,19 +55,31 @@ def same(found: tuple, wanted: tuple) -> None:
         torch.testing.assert_close(found[2][name], grad)
 
 
-def engine_and_recorded_pass(switches: dict) -> list:
-    config = parity.small()
-    step = built(dataclasses.replace(config, model=dataclasses.replace(config.model, **switches)))
+def engine_and_recorded_pass(config: RunConfig) -> list:
+    step = built(config)
     eager = gradients(step)
-    step.engine.graphs = graphs.Graphs(step.model, step.device)
-    with mock.patch.object(graphs, "WARM", parity.BATCH):  # no pass is recorded where there is no CUDA
+    step.engine.graphs = graphs.Graphs(step.engine)
+    with (
+        mock.patch.object(graphs, "WARM", parity.BATCH),  # no pass is recorded where there is no CUDA
+        graphs.recordable(),
+    ):
         return [eager, gradients(step)]
 
 
 @pytest.mark.parametrize("switches", [{}, {"generate": False}, {"align": False}])
 def test_recorded_pass_equals_the_engine(switches: dict) -> None:
-    engine, recorded = shared(1).run(engine_and_recorded_pass, switches)[0]
+    config = parity.small()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **switches))
+    engine, recorded = shared(1).run(engine_and_recorded_pass, config)[0]
     same(recorded, engine)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_recorded_pass_of_several_ranks_equals_the_engine(layout: str) -> None:
+    config = parity.small(**LAYOUTS[layout])
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=2))
+    for engine, recorded in shared(2).run(engine_and_recorded_pass, config):
+        same(recorded, engine)
 
 
 class FailingRecord:
@@ -118,7 +141,7 @@ def test_what_was_asked_for_and_fails_ends_the_run() -> None:
 def test_what_cannot_be_recorded_is_said(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for world, changes, words in (
-        (2, {"parallel": {"encoder": RoleParallel(tensor=2)}}, "tensor 2"),
+        (2, {"parallel": {"placement": "two-groups"}}, "two-groups"),
         (2, {"parallel": {"encoder": RoleParallel(pipeline=2)}}, "pipeline 2"),
         (1, {"mask": {"mode": "packed"}}, "packed"),
         (1, {"parallel": {"recompute": "full"}}, "recompute full"),
@@ -133,4 +156,9 @@ def test_what_cannot_be_recorded_is_said(monkeypatch) -> None:
         on = dataclasses.replace(config, train=dataclasses.replace(config.train, cuda_graphs="on"))
         with pytest.raises(ConfigError, match=words):
             graphs.wanted(on, placement)
-    assert graphs.wanted(parity.small(), resolve_placement(parity.small(), 1))
+    for parallel, world, recorded in (({}, 1, True), ({}, 2, False), (TENSOR, 2, False)):
+        config = parity.small(**parallel)  # auto: what was seen on GPUs
+        placement = resolve_placement(config, world)
+        assert graphs.wanted(config, placement) == recorded
+        on = dataclasses.replace(config, train=dataclasses.replace(config.train, cuda_graphs="on"))
+        assert graphs.wanted(on, placement)
