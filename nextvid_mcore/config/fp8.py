@@ -30,17 +30,11 @@ class Fp8Config:
     predictor: Recipe | None = None
     decoder: Recipe | None = None
     format: Literal["hybrid", "e4m3"] = "hybrid"  # hybrid: gradients are e5m2, all else e4m3
-    wgrad: bool = True  # False: weight gradients in the run's precision; `delayed` only
     bf16_first: int = 0  # layers at the start of every network that stay as they are; not with `delayed`
     bf16_last: int = 0  # and at its end
 
     def __post_init__(self) -> None:
         recipes = set(self.recipes().values())
-        require(
-            self.wgrad or recipes <= {"none", "delayed"},
-            f"fp8 wgrad False is an option of recipe delayed alone, not of {_others(recipes, 'delayed')}; "
-            "leave it on",
-        )
         for name in ("bf16_first", "bf16_last"):
             value = getattr(self, name)
             require(value >= 0, f"fp8 {name} must be 0 or more layers, got {value}")
@@ -62,7 +56,3 @@ class Fp8Config:
     def used(self) -> dict[str, Recipe]:
         """Recipe by role, of the roles that run in FP8."""
         return {role: recipe for role, recipe in self.recipes().items() if recipe != "none"}
-
-
-def _others(recipes: set[str], but: str) -> str:
-    return " and ".join(sorted(recipes - {"none", but}))

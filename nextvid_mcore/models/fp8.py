@@ -4,19 +4,23 @@ megatron-core puts TE's autocast round its layers; what it leaves to its caller 
 
     settings          a role's recipe in megatron-core's words
     reduce_over       `delayed` takes the largest value over a group, which megatron-core reads from its
-                      global groups; without them TE would take every rank of the run
+                      global groups; without them TE would take every rank of the run. Its recipe is made
+                      here too: megatron-core 0.19.2 gives it an argument that TE 2.20 has no more
     quantise_again    the linears keep their quantised weights until they are told that these have changed
     uncached          nothing is kept: for passes that are recorded and replayed
     update_scales     `delayed` renews its scales where a pass with gradients ends; the reference has none
+    scales_kept       an evaluation between two steps leaves `delayed` as it was
     rehearsals        `delayed` starts from scales of 1, with which small gradients vanish
 
 Scales are not saved: they follow from what is seen, whatever the layout. A run that goes on finds those of
-`delayed` again by rehearsing its first step; its history of largest values starts anew.
+`delayed` again by rehearsing its first step; its history of largest values starts anew. Scales and histories
+are device memory that is renewed where it lies, so a recorded pass renews them too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -41,11 +45,7 @@ def settings(fp8: Fp8Config, role: str) -> dict[str, Any]:
         return {}
     out: dict[str, Any] = {"fp8": fp8.format, "fp8_recipe": _NAMES.get(recipe, recipe)}
     if recipe == "delayed":
-        return out | {
-            "fp8_wgrad": fp8.wgrad,
-            "fp8_amax_history_len": AMAX_HISTORY,
-            "fp8_amax_compute_algo": "max",
-        }
+        return out
     return out | {
         "first_last_layers_bf16": fp8.bf16_first + fp8.bf16_last > 0,
         "num_layers_at_start_in_bf16": fp8.bf16_first,
@@ -97,8 +97,19 @@ def _context(config: TransformerConfig, layer_no: int = -1, is_init: bool = Fals
 
     return autocast(
         enabled=True,
-        recipe=fp8_utils.get_fp8_recipe(config),
+        recipe=_delayed_recipe(config.fp8),
         amax_reduction_group=config.amax_group,
+    )
+
+
+@functools.cache
+def _delayed_recipe(fp8_format: str) -> Any:
+    from transformer_engine.common.recipe import DelayedScaling, Format
+
+    return DelayedScaling(
+        fp8_format={"hybrid": Format.HYBRID, "e4m3": Format.E4M3}[fp8_format],
+        amax_history_len=AMAX_HISTORY,
+        amax_compute_algo="max",
     )
 
 
@@ -133,12 +144,39 @@ def uncached(networks: Iterable[MegatronModule]) -> Iterator[None]:
 
 
 def update_scales(network: MegatronModule) -> None:
-    """After a pass without gradient: take over the largest values that `delayed` has seen."""
-    if network.config.fp8 is None or network.config.fp8_recipe != "delayed":
+    """After the frozen `network`'s pass in training: take over the largest values that `delayed` has seen.
+
+    As Transformer Engine does for the others, not inside `torch.no_grad()`: evaluation renews nothing.
+    """
+    if not _delayed(network) or not torch.is_grad_enabled():
         return
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=True)
+
+
+@contextlib.contextmanager
+def scales_kept(networks: Iterable[MegatronModule]) -> Iterator[None]:
+    """What is run inside leaves `delayed`'s scales and histories of largest values as they were."""
+    states = [
+        module.fp8_meta[key]
+        for network in networks
+        if _delayed(network)
+        for module in network.modules()
+        for key in ("scaling_fwd", "scaling_bwd")
+        if key in getattr(module, "fp8_meta", {})
+    ]
+    tensors = [x for state in states for x in (state.scale, state.amax_history)]
+    before = [x.clone() for x in tensors]
+    try:
+        yield
+    finally:
+        if tensors:
+            torch._foreach_copy_(tensors, before)
+
+
+def _delayed(network: MegatronModule) -> bool:
+    return network.config.fp8 is not None and network.config.fp8_recipe == "delayed"
 
 
 def rehearsals(fp8: Fp8Config) -> int:

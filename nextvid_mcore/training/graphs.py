@@ -53,8 +53,8 @@ def refusal(config: RunConfig, placement: Placement) -> str | None:
         return f"mask mode {config.mask.mode} changes the number of tokens from clip to clip"
     if config.parallel.recompute != "none":
         return f"recompute {config.parallel.recompute} reads the state of the random generators"
-    if "delayed" in config.fp8.used.values():
-        return "fp8 delayed renews its scales between passes"
+    if "delayed" in config.fp8.used.values() and layout.data > 1:
+        return f"fp8 delayed asks {layout.data} data ranks for their largest values amid the pass"
     return None
 
 
@@ -66,8 +66,8 @@ def wanted(config: RunConfig, placement: Placement) -> bool:
     """
     choice = config.train.cuda_graphs
     reason = refusal(config, placement) if choice != "off" else None
-    if choice == "auto" and (config.fp8.used or placement.encoder.layout.size > 1):
-        return False  # neither has been seen on GPUs yet
+    if choice == "auto" and placement.encoder.layout.size > 1:
+        return False  # not seen on GPUs yet
     if choice == "on" and reason is not None:
         raise ConfigError(f"train cuda_graphs on: {reason}; use --train.cuda-graphs auto or off")
     return choice != "off" and reason is None
@@ -165,6 +165,7 @@ class Graphs:
         features = None
         if self.config.model.align:
             features = model.reference_features(patches.transpose(0, 1), batch.token_frames, len(patches))
+            fp8.update_scales(model.reference)
             features = engine.part(features, dim=1)
         context = model.context(microbatch.with_patches(batch, patches))
         share = dataclasses.replace(

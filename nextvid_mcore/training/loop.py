@@ -34,6 +34,7 @@ from nextvid_mcore.config import RunConfig
 from nextvid_mcore.data.guard import BadShareGuard, DataError
 from nextvid_mcore.data.loader import ClipBatch, build_dataset, build_loader
 from nextvid_mcore.data.sampler import rank_batches
+from nextvid_mcore.models import fp8
 from nextvid_mcore.parallel import watchdog
 from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
 from nextvid_mcore.parallel.placement import resolve_placement
@@ -301,8 +302,9 @@ class Trainer:
     def _evaluate(self, due: list[Evaluator | OnlineKnn]) -> None:
         watchdog.enter("evaluation")
         row: dict[str, Any] = {"step": self.step}
-        for each in due:
-            row |= each.run()
+        with fp8.scales_kept(self.train_step.model.children()):
+            for each in due:
+                row |= each.run()
         if self.rank == 0:
             self.evals.write(row)
             self.wandb.write({"step": self.step, "eval": row})

@@ -138,6 +138,14 @@ def test_what_was_asked_for_and_fails_ends_the_run() -> None:
         shared(1).run(failed_recording, "on", True)
 
 
+FP8 = {"model": {"backend": "te"}, "train": {"precision": "bf16"}}
+
+
+def changed(config: RunConfig, changes: dict[str, dict]) -> RunConfig:
+    parts = {part: dataclasses.replace(getattr(config, part), **new) for part, new in changes.items()}
+    return dataclasses.replace(config, **parts)
+
+
 def test_what_cannot_be_recorded_is_said(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for world, changes, words in (
@@ -145,12 +153,9 @@ def test_what_cannot_be_recorded_is_said(monkeypatch) -> None:
         (2, {"parallel": {"encoder": RoleParallel(pipeline=2)}}, "pipeline 2"),
         (1, {"mask": {"mode": "packed"}}, "packed"),
         (1, {"parallel": {"recompute": "full"}}, "recompute full"),
+        (2, {**FP8, "fp8": {"reference": "delayed"}}, "delayed asks 2 data ranks"),
     ):
-        config = parity.small()
-        for part, fields in changes.items():
-            config = dataclasses.replace(
-                config, **{part: dataclasses.replace(getattr(config, part), **fields)}
-            )
+        config = changed(parity.small(), changes)
         placement = resolve_placement(config, world)
         assert not graphs.wanted(config, placement)
         on = dataclasses.replace(config, train=dataclasses.replace(config.train, cuda_graphs="on"))
@@ -162,3 +167,10 @@ def test_what_cannot_be_recorded_is_said(monkeypatch) -> None:
         assert graphs.wanted(config, placement) == recorded
         on = dataclasses.replace(config, train=dataclasses.replace(config.train, cuda_graphs="on"))
         assert graphs.wanted(on, placement)
+
+
+def test_fp8_is_recorded_on_one_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for recipe in ("current", "delayed", "blockwise"):
+        config = changed(parity.small(), {**FP8, "fp8": {"all": recipe}})
+        assert graphs.wanted(config, resolve_placement(config, 1))

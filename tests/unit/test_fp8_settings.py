@@ -54,7 +54,6 @@ def test_the_papers_shapes_are_fit_for_fp8(run: str, world: int, recipe: str):
         (f"vit_l {TE} --fp8.all current --train.precision fp32", 1, "goes with --train.precision bf16"),
         (f"vit_l {TE} --fp8.all current --mask.mode packed", 1, "mask mode packed changes it"),
         (f"vit_l {TE} --fp8.all delayed --fp8.bf16-first 1", 1, "fp8 bf16_first 1: recipe delayed"),
-        (f"vit_l {TE} --fp8.all current --no-fp8.wgrad", 1, "option of recipe delayed alone, not of current"),
         (f"vit_l {TE} --fp8.all current --fp8.bf16-last 13", 1, "more than the predictor's 12 layers"),
         (f"vit_l {TE} --fp8.all current --fp8.bf16-last -1", 1, "must be 0 or more layers, got -1"),
         (
@@ -166,14 +165,13 @@ def test_layers_that_stay_in_bf16():
 
 def test_delayed_reduces_over_the_roles_own_group(monkeypatch):
     """TE would take the whole world where megatron-core's global groups are not set."""
-    from megatron.core import fp8_utils
     from megatron.core.transformer import transformer_block
 
     seen = {}
     te = ModuleType("transformer_engine.pytorch")
     te.autocast = lambda **given: seen.update(given) or "context"
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", te)
-    monkeypatch.setattr(fp8_utils, "get_fp8_recipe", lambda config: "recipe")
+    monkeypatch.setattr(fp8, "_delayed_recipe", lambda fp8_format: f"delayed {fp8_format}")
     monkeypatch.setattr(transformer_block, "get_fp8_context", transformer_block.get_fp8_context)
     run = recipes.get("vit_l")
     for recipe, wanted in (("delayed", "group"), ("current", None)):
@@ -183,6 +181,7 @@ def test_delayed_reduces_over_the_roles_own_group(monkeypatch):
         fp8.reduce_over(config, "group")
         transformer_block.get_fp8_context(config)
         assert seen.get("amax_reduction_group") == wanted
+        assert seen.get("recipe") == (wanted and "delayed hybrid")
 
 
 def test_weights_are_quantised_again_every_step():
@@ -235,3 +234,44 @@ def test_a_checkpoint_of_another_precision_or_backend_is_the_same_model(monkeypa
     here, _ = cli.parse(f"vit_l --dry-run {TE} --fp8.all current --no-model.compile".split())
     monkeypatch.setattr(checkpoint, "read_state", lambda path: {"config": json.loads(there.to_json())})
     checkpoint.check_model("somewhere", here)
+
+
+def test_an_evaluation_leaves_delayed_as_it_was():
+    """The probe's passes write largest values; a recorded pass reads the very memory, so that must stay."""
+
+    def network(recipe: str) -> torch.nn.Module:
+        module = torch.nn.Module()
+        module.config = SimpleNamespace(fp8="hybrid", fp8_recipe=recipe)
+        module.linear = torch.nn.Linear(1, 1)
+        state = SimpleNamespace(scale=torch.full((3,), 2.0), amax_history=torch.zeros(4, 3))
+        module.linear.fp8_meta = {"scaling_fwd": state, "recipe": None}
+        return module
+
+    delayed, current = network("delayed"), network("tensorwise")
+    states = [module.linear.fp8_meta["scaling_fwd"] for module in (delayed, current)]
+    places = [states[0].scale.data_ptr(), states[0].amax_history.data_ptr()]
+    with pytest.raises(KeyError), fp8.scales_kept([delayed, current]):
+        for state in states:
+            state.scale.fill_(7)
+            state.amax_history[0] = 9
+        raise KeyError
+    assert states[0].scale.tolist() == [2] * 3 and not states[0].amax_history.any()
+    assert places == [states[0].scale.data_ptr(), states[0].amax_history.data_ptr()]
+    assert states[1].scale.tolist() == [7] * 3  # `current` has no state to speak of
+
+
+def test_the_references_scales_are_renewed_in_training_alone(monkeypatch):
+    called = []
+    te = ModuleType("transformer_engine.pytorch.quantization")
+    te.FP8GlobalStateManager = SimpleNamespace(
+        reduce_and_update_fp8_tensors=lambda forward: called.append(forward)
+    )
+    monkeypatch.setitem(sys.modules, te.__name__, te)
+    for recipe, wanted in (("delayed", [True]), ("tensorwise", [])):
+        called.clear()
+        network = SimpleNamespace(config=SimpleNamespace(fp8="hybrid", fp8_recipe=recipe))
+        with torch.no_grad():
+            fp8.update_scales(network)
+        assert called == []
+        fp8.update_scales(network)
+        assert called == wanted
