@@ -14,7 +14,6 @@ at all moves it out in one case of two.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import subprocess
@@ -44,26 +43,17 @@ def make_config(args: argparse.Namespace, recipe: str, seed: int) -> Any:
     config = digits.make("m", steps=args.steps, batch=args.batch)
     encoder = TransformerShape(args.width, args.depth, args.width // 64, 4 * args.width)
     other = TransformerShape(192, max(1, args.depth // 2), 6, 768)
-    data = dataclasses.replace(config.data, workers=0)
-    target = config.target
     if args.manifest:
-        data = dataclasses.replace(data, manifest=args.manifest, eval_manifest=None, workers=2)
-        target = dataclasses.replace(target, pixel_scale=1.0)
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(
-            config.model,
-            encoder=encoder,
-            predictor=other,
-            decoder=other,
-            backend=args.backend,
-            compile=args.compile,
-        ),
-        data=data,
-        target=target,
+        data = {"manifest": args.manifest, "eval_manifest": None, "workers": 2}
+        config = config.altered(data=data, target={"pixel_scale": 1.0})
+    else:
+        config = config.altered(data={"workers": 0})
+    shapes = {"encoder": encoder, "predictor": other, "decoder": other}
+    return config.altered(
+        model=shapes | {"backend": args.backend, "compile": args.compile},
         fp8=Fp8Config(all="none" if recipe == "bf16" else recipe),
-        train=dataclasses.replace(config.train, seed=seed, precision=args.precision, cuda_graphs="off"),
-        eval=dataclasses.replace(config.eval, every=0),
+        train={"seed": seed, "precision": args.precision, "cuda_graphs": "off"},
+        eval={"every": 0},
     )
 
 

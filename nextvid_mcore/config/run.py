@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from nextvid_mcore.config.data import DataConfig
 from nextvid_mcore.config.errors import require
@@ -74,6 +75,14 @@ class RunConfig:
     def batch(self, stage: StageConfig) -> int:
         """Clips per step of a stage."""
         return self.train.global_batch or stage.batch
+
+    def altered(self, **parts: Any) -> RunConfig:
+        """With other settings: `altered(model={"backend": "te"}, stages=(one,))`; a dict changes a part."""
+        changed = {
+            name: dataclasses.replace(getattr(self, name), **new) if isinstance(new, dict) else new
+            for name, new in parts.items()
+        }
+        return dataclasses.replace(self, **changed)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

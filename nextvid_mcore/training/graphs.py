@@ -203,7 +203,7 @@ class Graphs:
                 here.terms = self.pass_(batch, share, here.inputs, count)
         except Exception as error:
             reason = _first_reason(error)
-            if self.config.train.cuda_graphs == "on":
+            if self.config.train.cuda_graphs == "on":  # also since tensor ranks would have to agree
                 raise ConfigError(
                     f"train cuda_graphs on: a micro-batch could not be recorded ({reason}); "
                     "use --train.cuda-graphs auto or off"

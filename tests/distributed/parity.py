@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from nextvid_mcore import recipes
 from nextvid_mcore.config import RunConfig, StageConfig, TransformerShape
 from nextvid_mcore.data import ClipBatch
+from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
+from nextvid_mcore.parallel.plan import check
+from nextvid_mcore.parallel.seats import build_seats
 from nextvid_mcore.schedule import Schedule
+from nextvid_mcore.training.step import TrainStep
 
 BATCH, MICRO = 4, 1  # two or more micro-batches in every layout of up to 2 data ranks
+SHAPES = (
+    TransformerShape(width=48, depth=4, heads=4, mlp=96),
+    TransformerShape(width=32, depth=2, heads=4, mlp=64),
+)
 
 
-def small(**parallel: object) -> RunConfig:
-    """Two encoder layers a stage at least, noise in every zero, two stages with different frames."""
-    config = recipes.get("tiny")
-    encoder = TransformerShape(width=48, depth=4, heads=4, mlp=96)
-    generator = TransformerShape(width=32, depth=2, heads=4, mlp=64)
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(
-            config.model, encoder=encoder, predictor=generator, decoder=generator, image_size=32
-        ),
-        mask=dataclasses.replace(config.mask, keep=(0.375, 0.25), blocks=(4, 2), scale=(0.15, 0.5)),
+def small(shapes: tuple[TransformerShape, TransformerShape] = SHAPES, **parallel: object) -> RunConfig:
+    """Two encoder layers a stage at least, noise in every zero, two stages with different frames.
+
+    shapes: of the encoder, and of predictor and decoder.
+    """
+    encoder, generator = shapes
+    return recipes.get("tiny").altered(
+        model={"encoder": encoder, "predictor": generator, "decoder": generator, "image_size": 32},
+        mask={"keep": (0.375, 0.25), "blocks": (4, 2), "scale": (0.15, 0.5)},
         stages=(
             StageConfig("a", 2, frames=8, batch=BATCH, lr_start=1e-3, lr_end=9e-4, tau_samples=4),
             StageConfig("b", 1, frames=12, batch=BATCH, lr_start=8e-4, lr_end=8e-4, flow_lr=2e-3),
         ),
-        train=dataclasses.replace(config.train, init_noise=0.02, micro_batch=MICRO),
-        parallel=dataclasses.replace(config.parallel, **parallel),
+        train={"init_noise": 0.02, "micro_batch": MICRO},
+        parallel=parallel,
     )
+
+
+def built(config: RunConfig) -> TrainStep:
+    """This rank's part of a fresh run, checked as a run is."""
+    init_distributed()
+    seats = build_seats(check(config, dist.get_world_size()))
+    seed_trackers(0, seats.home)
+    return TrainStep(config, seats)
+
+
+def gradients(step: TrainStep) -> dict[str, torch.Tensor]:
+    """What the step's last pass left, by parameter."""
+    named = step.model.named_parameters()
+    return {name: p.main_grad.float().cpu().clone() for name, p in named if p.requires_grad}
 
 
 def clips(

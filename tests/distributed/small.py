@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from types import SimpleNamespace
 from typing import Any
@@ -26,16 +25,13 @@ RATES = SimpleNamespace(lr=1e-2, lr_flow=3e-2)
 
 def config(ema: float = 0.9, **train: Any) -> RunConfig:
     """Grid 4 x 4; every zero-initialised tensor filled with noise."""
-    tiny = recipes.get("tiny")
     shape = TransformerShape(width=24, depth=2, heads=2, mlp=40)
-    return dataclasses.replace(
-        tiny,
-        model=dataclasses.replace(
-            tiny.model, encoder=shape, predictor=shape, decoder=shape, image_size=32, patch_size=8
-        ),
-        mask=dataclasses.replace(tiny.mask, keep=(0.375, 0.25)),
-        optim=dataclasses.replace(tiny.optim, ema=ema, clip=0.5),
-        train=dataclasses.replace(tiny.train, init_noise=0.02, **train),
+    shapes = {"encoder": shape, "predictor": shape, "decoder": shape}
+    return recipes.get("tiny").altered(
+        model=shapes | {"image_size": 32, "patch_size": 8},
+        mask={"keep": (0.375, 0.25)},
+        optim={"ema": ema, "clip": 0.5},
+        train={"init_noise": 0.02} | train,
     )
 
 

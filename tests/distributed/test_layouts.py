@@ -123,11 +123,9 @@ def configure(case: Case) -> RunConfig:
             name: RoleParallel(tensor=getattr(case, name)[0], data=getattr(case, name)[1])
             for name in ("generator", "predictor", "decoder")
         },
-    )
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, backend=case.backend, compile=case.compile),
-        train=dataclasses.replace(config.train, micro_batch=case.micro, precision=case.precision),
+    ).altered(
+        model={"backend": case.backend, "compile": case.compile},
+        train={"micro_batch": case.micro, "precision": case.precision},
     )
     for row in case.rows:
         config = ablate(config, row)
@@ -136,16 +134,9 @@ def configure(case: Case) -> RunConfig:
 
 def rank(case: Case) -> dict:
     """Three steps; what this rank saw and holds."""
-    from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
-    from nextvid_mcore.parallel.seats import build_seats
-    from nextvid_mcore.training.step import TrainStep
-
     config = configure(case)
-    init_distributed()
-    placement = resolve_placement(config, dist.get_world_size())
-    seats = build_seats(placement)
-    seed_trackers(0, seats.home)
-    step = TrainStep(config, seats)
+    step = parity.built(config)
+    seats, placement = step.seats, step.seats.placement
     home, micro = seats.home, placement.clips(seats.mine[0])
 
     def state(pick) -> list[tuple]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
 from unittest import mock
 
 import parity
 import pytest
 import torch
-import torch.distributed as dist
 from launch import RankFailure, shared
 
 from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig
@@ -26,25 +23,12 @@ LAYOUTS = {
 }
 
 
-def built(config: RunConfig) -> Any:
-    from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
-    from nextvid_mcore.parallel.seats import build_seats
-    from nextvid_mcore.training.step import TrainStep
-
-    init_distributed()
-    seats = build_seats(resolve_placement(config, dist.get_world_size()))
-    seed_trackers(0, seats.home)
-    return TrainStep(config, seats)
-
-
-def gradients(step: Any) -> tuple:
+def gradients(step: training_step.TrainStep) -> tuple:
     """Losses, monitors and gradients of the first step."""
     point = parity.schedule(step.config).at(0)
     home, micro = step.seats.home, step.seats.placement.clips(step.seats.mine[0])
     clips = parity.clips(step.config, point, home.data_rank, home.layout.data, micro)
-    losses, monitors = step.gradients(point, clips)
-    named = step.model.named_parameters()
-    return losses, monitors, {n: p.main_grad.clone() for n, p in named if p.requires_grad}
+    return (*step.gradients(point, clips), parity.gradients(step))
 
 
 def same(found: tuple, wanted: tuple) -> None:
@@ -56,7 +40,7 @@ def same(found: tuple, wanted: tuple) -> None:
 
 
 def engine_and_recorded_pass(config: RunConfig) -> list:
-    step = built(config)
+    step = parity.built(config)
     eager = gradients(step)
     step.engine.graphs = graphs.Graphs(step.engine)
     with (
@@ -68,16 +52,13 @@ def engine_and_recorded_pass(config: RunConfig) -> list:
 
 @pytest.mark.parametrize("switches", [{}, {"generate": False}, {"align": False}])
 def test_recorded_pass_equals_the_engine(switches: dict) -> None:
-    config = parity.small()
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **switches))
-    engine, recorded = shared(1).run(engine_and_recorded_pass, config)[0]
+    engine, recorded = shared(1).run(engine_and_recorded_pass, parity.small().altered(model=switches))[0]
     same(recorded, engine)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recorded_pass_of_several_ranks_equals_the_engine(layout: str) -> None:
-    config = parity.small(**LAYOUTS[layout])
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=2))
+    config = parity.small(**LAYOUTS[layout]).altered(train={"micro_batch": 2})
     for engine, recorded in shared(2).run(engine_and_recorded_pass, config):
         same(recorded, engine)
 
@@ -96,13 +77,12 @@ def failed_recording(choice: str, early: bool) -> tuple[list, list[str], bool]:
 
     early: the pass raises when the student's gradient is half done.
     """
-    config = parity.small()
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, cuda_graphs=choice))
+    config = parity.small().altered(train={"cuda_graphs": choice})
     with (
         mock.patch.object(graphs, "refusal", lambda *_: None),
         mock.patch.object(graphs, "own_stream"),
     ):
-        step = built(config)
+        step = parity.built(config)
     recorder, step.engine.graphs = step.engine.graphs, None
     found, passes, warnings = [gradients(step)], [], []
 
@@ -141,11 +121,6 @@ def test_what_was_asked_for_and_fails_ends_the_run() -> None:
 FP8 = {"model": {"backend": "te"}, "train": {"precision": "bf16"}}
 
 
-def changed(config: RunConfig, changes: dict[str, dict]) -> RunConfig:
-    parts = {part: dataclasses.replace(getattr(config, part), **new) for part, new in changes.items()}
-    return dataclasses.replace(config, **parts)
-
-
 def test_what_cannot_be_recorded_is_said(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for world, changes, words in (
@@ -155,22 +130,21 @@ def test_what_cannot_be_recorded_is_said(monkeypatch) -> None:
         (1, {"parallel": {"recompute": "full"}}, "recompute full"),
         (2, {**FP8, "fp8": {"reference": "delayed"}}, "delayed asks 2 data ranks"),
     ):
-        config = changed(parity.small(), changes)
+        config = parity.small().altered(**changes)
         placement = resolve_placement(config, world)
         assert not graphs.wanted(config, placement)
-        on = dataclasses.replace(config, train=dataclasses.replace(config.train, cuda_graphs="on"))
+        on = config.altered(train={"cuda_graphs": "on"})
         with pytest.raises(ConfigError, match=words):
             graphs.wanted(on, placement)
     for parallel, world, recorded in (({}, 1, True), ({}, 2, False), (TENSOR, 2, False)):
         config = parity.small(**parallel)  # auto: what was seen on GPUs
         placement = resolve_placement(config, world)
         assert graphs.wanted(config, placement) == recorded
-        on = dataclasses.replace(config, train=dataclasses.replace(config.train, cuda_graphs="on"))
-        assert graphs.wanted(on, placement)
+        assert graphs.wanted(config.altered(train={"cuda_graphs": "on"}), placement)
 
 
 def test_fp8_is_recorded_on_one_gpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for recipe in ("current", "delayed", "blockwise"):
-        config = changed(parity.small(), {**FP8, "fp8": {"all": recipe}})
+        config = parity.small().altered(**FP8, fp8={"all": recipe})
         assert graphs.wanted(config, resolve_placement(config, 1))

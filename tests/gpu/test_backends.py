@@ -6,40 +6,27 @@ gradient); in bf16 a gradient's error is a few rounding steps of 2^-8, so direct
 
 from __future__ import annotations
 
-import dataclasses
-
 import parity
 import pytest
 import torch
 from launch import run
 
+from nextvid_mcore.config import TransformerShape
+
+# Transformer Engine's kernels want multiples of 16
+SHAPES = (
+    TransformerShape(width=64, depth=4, heads=4, mlp=128),
+    TransformerShape(width=64, depth=2, heads=4, mlp=128),
+)
+
 
 def one_step(backend: str, precision: str) -> dict:
-    from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
-    from nextvid_mcore.parallel.placement import resolve_placement
-    from nextvid_mcore.parallel.seats import build_seats
-    from nextvid_mcore.training.step import TrainStep
-
-    config = parity.small()
-    # Transformer Engine's kernels want multiples of 16
-    generator = dataclasses.replace(config.model.predictor, width=64, heads=4, mlp=128)
-    encoder = dataclasses.replace(config.model.encoder, width=64, heads=4, mlp=128)
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(
-            config.model, backend=backend, encoder=encoder, predictor=generator, decoder=generator
-        ),
-        train=dataclasses.replace(config.train, precision=precision),
-    )
-    init_distributed()
-    seats = build_seats(resolve_placement(config, 1))
-    seed_trackers(0, seats.home)
-    step = TrainStep(config, seats)
+    config = parity.small(SHAPES).altered(model={"backend": backend}, train={"precision": precision})
+    step = parity.built(config)
     point = parity.schedule(config).at(0)
     clips = parity.clips(config, point, 0, 1)
     step.gradients(point, clips)
-    names = {p: n for n, p in step.model.named_parameters()}
-    grads = {names[p]: p.main_grad.float().cpu().clone() for p in names if p.requires_grad}
+    grads = parity.gradients(step)
     results = [step.run(parity.schedule(config).at(i), parity.clips(config, point, 0, 1)) for i in range(2)]
     return {"grads": grads, "losses": [r.loss for r in results], "norms": [r.grad_norm for r in results]}
 

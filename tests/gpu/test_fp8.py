@@ -11,7 +11,6 @@ SOME would say that nothing ran in FP8: bf16 repeats its forward pass to the bit
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -20,7 +19,7 @@ import pytest
 import torch
 from launch import run, shared
 
-from nextvid_mcore.config import Fp8Config, RunConfig, StageConfig, TransformerShape
+from nextvid_mcore.config import Fp8Config, RoleParallel, RunConfig, StageConfig, TransformerShape
 
 ROLES = ("student", "reference", "predictor", "decoder")
 RECIPES = ("current", "delayed", "blockwise", "mxfp8")
@@ -32,45 +31,29 @@ LR = 1e-2  # half of a fresh weight: one that was not quantised again would be s
 
 def small(recompute: str = "none", backend: str = "te", **fp8: Any) -> RunConfig:
     """Every width and token count a multiple of 16 (32 for what mxfp8 needs)."""
-    config = parity.small(recompute=recompute)
     encoder = TransformerShape(width=128, depth=4, heads=2, mlp=512)
     generator = TransformerShape(width=64, depth=2, heads=2, mlp=256)
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(
-            config.model,
-            encoder=encoder,
-            predictor=generator,
-            decoder=generator,
-            image_size=64,
-            backend=backend,
-            compile=False,
-            init_std=0.1,  # branches as large as the residual stream, or their errors would not show
-        ),
+    return parity.small((encoder, generator), recompute=recompute).altered(
+        model={
+            "image_size": 64,
+            "backend": backend,
+            "compile": False,
+            "init_std": 0.1,  # branches as large as the residual stream, or their errors would not show
+        },
         stages=(StageConfig("a", 10, frames=8, batch=BATCH, lr_start=LR, lr_end=LR),),
         fp8=Fp8Config(**fp8),
-        optim=dataclasses.replace(config.optim, ema=0.5),
-        train=dataclasses.replace(
-            config.train, micro_batch=MICRO, precision="bf16", init_noise=0.1, cuda_graphs="off"
-        ),
+        optim={"ema": 0.5},
+        train={"micro_batch": MICRO, "precision": "bf16", "init_noise": 0.1, "cuda_graphs": "off"},
     )
 
 
-def built(config: RunConfig, world: int = 1) -> tuple[Any, Any]:
+def built(config: RunConfig) -> tuple[Any, Any]:
     """A training step of this rank and the point it stands at."""
-    from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
-    from nextvid_mcore.parallel.plan import check
-    from nextvid_mcore.parallel.seats import build_seats
-    from nextvid_mcore.training.step import TrainStep
-
     if config.fp8.used:
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
         FP8GlobalStateManager.reset()  # delayed scales of the model before
-    init_distributed()
-    seats = build_seats(check(config, world))
-    seed_trackers(0, seats.home)
-    return TrainStep(config, seats), parity.schedule(config).at(0)
+    return parity.built(config), parity.schedule(config).at(0)
 
 
 def clips(config: RunConfig, point: Any, step: Any) -> list:
@@ -94,12 +77,7 @@ def one_pass(settings: dict[str, Any]) -> dict[str, Any]:
     for role in ROLES:
         getattr(step.model, role).register_forward_hook(keep(role))
     losses, _ = step.gradients(point, clips(config, point, step))
-    grads = {
-        name: p.main_grad.float().cpu().clone()
-        for name, p in step.model.named_parameters()
-        if p.requires_grad
-    }
-    return {"outputs": outputs, "grads": grads, "losses": losses}
+    return {"outputs": outputs, "grads": parity.gradients(step), "losses": losses}
 
 
 @functools.cache
@@ -196,10 +174,8 @@ def test_weights_are_quantised_again_after_every_update(recipe: str) -> None:
 
 def over_an_update(recipe: str, graphs: str) -> list[tuple[dict[str, float], dict[str, torch.Tensor]]]:
     """Losses and gradients before and after an update, late enough to be replayed."""
-    config = small(all=recipe)
     # one micro-batch: else the engine runs the reference for all of them first, and scales follow the order
-    train = dataclasses.replace(config.train, micro_batch=BATCH, cuda_graphs=graphs)
-    step, point = built(dataclasses.replace(config, train=train))
+    step, point = built(small(all=recipe).altered(train={"micro_batch": BATCH, "cuda_graphs": graphs}))
     assert (step.engine.graphs is not None) == (graphs == "on")
     data, found = clips(step.config, point, step), []
     for passes in (4, 1):
@@ -259,17 +235,11 @@ def test_checkpoints_know_no_precision(tmp_path, first: str, then: str) -> None:
         assert after == pytest.approx(straight, rel=5e-3)  # the backward's atomic additions differ
 
 
-def over_two(settings: dict[str, Any], sequence: bool, tensor: int, world: int) -> list[tuple[float, float]]:
-    config = small(**settings)
-    config = dataclasses.replace(
-        config,
-        parallel=dataclasses.replace(
-            config.parallel,
-            sequence=sequence,
-            encoder=dataclasses.replace(config.parallel.encoder, tensor=tensor),
-        ),
+def over_two(settings: dict[str, Any], sequence: bool, tensor: int) -> list[tuple[float, float]]:
+    config = small(**settings).altered(
+        parallel={"sequence": sequence, "encoder": RoleParallel(tensor=tensor)}
     )
-    step, _ = built(config, world)
+    step, _ = built(config)
     schedule = parity.schedule(config)
     results = [step.run(schedule.at(i), clips(config, schedule.at(i), step)) for i in range(3)]
     return [(r.loss, r.grad_norm) for r in results]
@@ -282,8 +252,8 @@ def over_two(settings: dict[str, Any], sequence: bool, tensor: int, world: int) 
 def test_two_gpus_train_as_one(recipe: str, tensor: int, sequence: bool) -> None:
     if GPUS < 2:
         pytest.skip(f"needs 2 GPUs, {GPUS} are here")
-    one = shared(1).run(over_two, {"all": recipe}, False, 1, 1, timeout=60)[0]
-    two = run(over_two, 2, {"all": recipe}, sequence, tensor, 2, timeout=120)
+    one = shared(1).run(over_two, {"all": recipe}, False, 1, timeout=60)[0]
+    two = run(over_two, 2, {"all": recipe}, sequence, tensor, timeout=120)
     assert two[0] == two[1]
     for (loss, norm), (loss1, norm1) in zip(two[0], one, strict=True):
         assert loss == pytest.approx(loss1, rel=2e-2)

@@ -6,10 +6,14 @@ first. Compiled it may not be worse than eager by more than half.
 
 from __future__ import annotations
 
+import dataclasses
+
+import parity
 import pytest
 import torch
 from launch import run
 
+from nextvid_mcore import recipes
 from nextvid_mcore.config import ModelConfig, TransformerShape
 from nextvid_mcore.targets.autoencoder import AutoencoderKL
 from nextvid_mcore.targets.va_vae import VaVae
@@ -45,27 +49,16 @@ def test_the_compiled_encoder_equals_the_eager_one() -> None:
 
 
 def losses(beside: bool) -> list[float]:
-    import dataclasses
-
-    from nextvid_mcore import recipes
-    from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
-    from nextvid_mcore.parallel.placement import resolve_placement
-    from nextvid_mcore.parallel.seats import build_seats
-    from nextvid_mcore.schedule import Schedule
-    from nextvid_mcore.training.step import TrainStep
-
-    init_distributed()
     config = recipes.get("tiny")
-    stage = dataclasses.replace(config.stages[0], batch=4)
-    train = dataclasses.replace(config.train, micro_batch=2, init_noise=0.02)
-    config = dataclasses.replace(config, stages=(stage,), train=train)
-    seats = build_seats(resolve_placement(config, 1))
-    seed_trackers(0, seats.home)
-    step = TrainStep(config, seats)
+    config = config.altered(
+        stages=(dataclasses.replace(config.stages[0], batch=4),),
+        train={"micro_batch": 2, "init_noise": 0.02},
+    )
+    step = parity.built(config)
     assert step.engine.ahead.stream is not None
     if not beside:
         step.engine.ahead.stream = None
-    point = Schedule(config).at(0)
+    point = parity.schedule(config).at(0)
     found = []
     for i in range(3):
         generator = torch.Generator("cuda").manual_seed(i)
