@@ -6,7 +6,7 @@
 
 DIR is a folder of `tools/convert_to_torch.py RUN --out DIR --all`, or the run itself with its export in
 RUN/encoder. PATH: a manifest, a list, a folder, a video, an image or moving_digits; default: the run's
-held-out clips.
+held-out clips, or what an export says it was trained on.
 
 masked          every frame is predicted from the visible tokens of the true frames before it, as in
                 training (Eq. 3); several samples of the same clip differ by their noise.
@@ -33,8 +33,9 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from nextvid_mcore import hub  # noqa: E402
-from nextvid_mcore.config import MOVING_DIGITS, ConfigError, RunConfig, TargetConfig, require  # noqa: E402
+from nextvid_mcore.config import ConfigError, RunConfig, require  # noqa: E402
 from nextvid_mcore.data.decode import BadFile  # noqa: E402
+from nextvid_mcore.data.digits_source import is_digits  # noqa: E402
 from nextvid_mcore.data.loader import build_dataset  # noqa: E402
 from nextvid_mcore.data.transforms import normalize  # noqa: E402
 from nextvid_mcore.evaluation import clips as clip_files  # noqa: E402
@@ -73,8 +74,7 @@ def settings(args: argparse.Namespace) -> tuple[RunConfig, Path, Path]:
         out = args.out or args.folder / "plots"
     else:
         exported, export = hub.load_config(args.folder), args.folder
-        target = TargetConfig(exported["target_kind"])
-        config = run_config_of(exported, target, args.fps or 4.0)
+        config = run_config_of(exported, args.fps or 4.0)
         out = args.out or args.folder.absolute().parent / "plots"
     given = {
         name: value
@@ -91,8 +91,10 @@ def read_clips(config: RunConfig, args: argparse.Namespace, frames: int) -> list
     """The clips number `skip` .. `skip + clips`."""
     size = config.model.image_size
     source = args.data or config.data.eval_manifest or ""
-    if source == "moving_digits" or source.partition(":")[0] == MOVING_DIGITS:
-        return clip_files.moving_digits(args.clips, frames, size, args.skip)
+    if is_digits(source):
+        return clip_files.moving_digits(
+            args.clips, frames, size, args.skip, source, config.data.manifest or ""
+        )
     if args.data is None:
         require(
             config.data.eval_manifest is not None,

@@ -25,6 +25,7 @@ from torch import Tensor  # noqa: E402
 
 from nextvid_mcore import hub  # noqa: E402
 from nextvid_mcore.config import ConfigError, require  # noqa: E402
+from nextvid_mcore.data.digits_source import is_digits  # noqa: E402
 from nextvid_mcore.evaluation import clips, strips  # noqa: E402
 from nextvid_mcore.evaluation.strips import Panel, Strip  # noqa: E402
 
@@ -65,8 +66,10 @@ def draw(args: argparse.Namespace) -> list[Path]:
         not wrong, f"--layers {wrong}: the encoder has layers 0 to {encoder.depth - 1}, or -1 from the end"
     )
     frames = args.frames or config["frames"]
-    if args.data == "moving_digits":
-        taken = clips.moving_digits(args.clips, frames, config["image_size"])
+    if is_digits(args.data):
+        taken = clips.moving_digits(
+            args.clips, frames, config["image_size"], source=args.data, trained_on=config["clips"]
+        )
     else:
         found = clips.find(args.data, None if args.kind else 4 * args.clips, args.kind)
         every = clips.read_all(found, frames, config["image_size"], args.fps)

@@ -30,15 +30,16 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
-from nextvid_mcore.config import ConfigError, require  # noqa: E402
+from nextvid_mcore.config import MOVING_DIGITS, ConfigError, require  # noqa: E402
+from nextvid_mcore.data.digits_source import side_of  # noqa: E402
 from nextvid_mcore.evaluation import ranks as ranks_  # noqa: E402
 from nextvid_mcore.evaluation.datasets import build_data  # noqa: E402
 from nextvid_mcore.evaluation.encoders import Encoder, HubEncoder, build_encoder  # noqa: E402
 from nextvid_mcore.evaluation.presets import METHODS, PRESETS, ProbeConfig, preset  # noqa: E402
 from nextvid_mcore.evaluation.run import RESULTS, Job, run  # noqa: E402
 
-NUMBERS = ("classes", "train_items", "val_items", "segments", "views", "frames", "size", "augment", "batch")
-NUMBERS += ("epochs", "layers", "heads", "k", "seed")
+NUMBERS = ("classes", "train_items", "val_items", "segments", "views", "frames", "size", "side", "augment")
+NUMBERS += ("batch", "epochs", "layers", "heads", "k", "seed")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -91,6 +92,11 @@ def config_of(args: argparse.Namespace, encoder: Encoder) -> tuple[ProbeConfig, 
     if args.size is None and encoder.image_size not in (None, config.size) and fits:
         notes.append(f"frames of {encoder.image_size} pixels, the encoder's, instead of {config.size}")
         config = dataclasses.replace(config, size=encoder.image_size)
+    made, same = getattr(encoder, "clips", ""), encoder.image_size == config.size
+    side = side_of(MOVING_DIGITS, config.size, made) if made and same else None
+    if config.dataset == "moving_digits" and args.side is None and side is not None:
+        notes.append(f"digits of {side} pixels, the pretraining's")
+        config = dataclasses.replace(config, side=side)
     if args.cache is not None and config.augment is None and config.method != "knn":
         notes.append("no augmentation, because features are cached; --augment N caches N cropped copies")
         config = dataclasses.replace(config, augment=0)

@@ -6,7 +6,8 @@
 DIR is a folder of tools/convert_to_torch.py. PATH: labelled clips or images: a manifest, a list ("path
 label"), or a folder with one subfolder a class. A feature is the mean over a clip's tokens. The accuracy is
 that of 20 nearest neighbours by cosine in the features themselves (not in the picture), each tenth of the
-clips classified by the others. Needs scikit-learn; on the CPU.
+clips classified by the others. Moving digits are as large as the pretraining's (moving-digits:SIZE:SIDE: as
+said). Needs scikit-learn; on the CPU.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor  # noqa: E402
 
 from nextvid_mcore import hub  # noqa: E402
 from nextvid_mcore.config import ConfigError, require  # noqa: E402
+from nextvid_mcore.data.digits_source import is_digits, side_of  # noqa: E402
 from nextvid_mcore.data.guard import DataError  # noqa: E402
 from nextvid_mcore.evaluation import clips, knn  # noqa: E402
 from nextvid_mcore.rng import numpy_rng  # noqa: E402
@@ -48,12 +50,14 @@ def folded_accuracy(features: Tensor, labels: Tensor, k: int = 20, folds: int = 
     return right / len(labels)
 
 
-def digit_features(encoder: torch.nn.Module, items: int, frames: int, size: int, task: str):  # noqa: ANN201
+def digit_features(  # noqa: ANN201
+    encoder: torch.nn.Module, items: int, frames: int, size: int, side: int | None, task: str
+):
     """Features [N, D], labels [N] and class names of moving digits."""
     from nextvid_mcore.data.digits_source import DigitClips
     from nextvid_mcore.data.moving_digits import DIRECTIONS, TASKS
 
-    source, features, labels = DigitClips("test", size), [], []
+    source, features, labels = DigitClips("test", size, side=side), [], []
     with torch.no_grad():
         for first in range(0, items, 16):
             video, label = source.clips(range(first, min(first + 16, items)), frames)
@@ -103,8 +107,9 @@ def run(args: argparse.Namespace) -> str:
     require(args.items >= 2, f"--items must be 2 or more, got {args.items}")
     config, encoder = hub.load_config(args.folder), hub.load_encoder(args.folder)
     frames, size = args.frames or config["frames"], config["image_size"]
-    if args.data == "moving_digits":
-        features, labels, names = digit_features(encoder, args.items, frames, size, args.task)
+    if is_digits(args.data):
+        side = side_of(args.data, size, config["clips"])
+        features, labels, names = digit_features(encoder, args.items, frames, size, side, args.task)
         what = f"moving digits, by {args.task}"
     else:
         items = clips.find(args.data, args.items)

@@ -115,6 +115,12 @@ def cell(results: Sequence[dict[str, Any]], task: str) -> str:
     return f"{mean:.1f} ± {spread:.1f} ({', '.join(f'{x:.1f}' for x in values)})"
 
 
+def hardware(results: Sequence[dict[str, Any]]) -> str:
+    """What the runs were made on: H100 of "NVIDIA H100 80GB HBM3"."""
+    names = [row.get("device", "unknown").removeprefix("NVIDIA ").split()[0] for row in results]
+    return ", ".join(dict.fromkeys(names)) or "-"
+
+
 def tables(runs: Sequence[Run], have: dict[str, dict[str, Any]]) -> str:
     """All tables in Markdown."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -126,13 +132,13 @@ def tables(runs: Sequence[Run], have: dict[str, dict[str, Any]]) -> str:
     sections = [(*section, TASKS) for section in SECTIONS]
     sections.append(("Real clips", "", [(row, "", None) for row in REAL_ROWS], REAL_TASKS))
     for title, columns, rows, tasks in sections:
-        head = ["run", *tasks, "seeds", "clips"] + ([f"paper: {columns}"] if columns else [])
+        head = ["run", *tasks, "seeds", "clips", "on"] + ([f"paper: {columns}"] if columns else [])
         out += [f"### {title}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for row, paper, label in rows:
             mine = found.get("full" if row in same else row, [])
             seeds = ", ".join(str(each["seed"]) for each in mine) or "-"
             clips = f"{mine[0]['clips']:,}" if mine else "-"
-            cells = [label or LABEL[row], *(cell(mine, task) for task in tasks), seeds, clips]
+            cells = [label or LABEL[row], *(cell(mine, task) for task in tasks), seeds, clips, hardware(mine)]
             out.append("| " + " | ".join(cells + ([paper or "-"] if columns else [])) + " |")
         out.append("")
     clips = {run.row: run.clips for run in runs}
@@ -144,7 +150,8 @@ def tables(runs: Sequence[Run], have: dict[str, dict[str, Any]]) -> str:
         cells = []
         for name in names:
             mine = found.get(name, [])[:1]  # seed 0
-            cells.append(" / ".join(f"{x['probe'][t]['top1']:.1f}" for x in mine for t in TASKS) or "not run")
+            scores = " / ".join(f"{x['probe'][t]['top1']:.1f}" for x in mine for t in TASKS)
+            cells.append(f"{scores} ({hardware(mine)})" if mine else "not run")
         out.append(f"| {millions} | " + " | ".join(cells) + " |")
     missing = [run.name for run in runs if run.key not in have]
     out += ["", f"{len(runs) - len(missing)} of {len(runs)} runs have results."]

@@ -1,6 +1,7 @@
 """Moving digits as a pretraining source: `--data.manifest moving-digits` in place of a folder.
 
-Sample i is clip i of (seed, MNIST's training digits); held out are clips of its test digits. Nothing is
+Sample i is clip i of (seed, MNIST's training digits); held out are clips of its test digits, of the same
+size unless `--data.eval-manifest` says another. Nothing is
 decoded, cropped or mirrored: mirrored motion is another class.
 
 The background is mid-grey, the networks' 0, and ink is up to 1. On black, -1, tokens are 95% alike: the
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nextvid_mcore.config import RunConfig, require
+from nextvid_mcore.config import MOVING_DIGITS, RunConfig, require
 from nextvid_mcore.data.moving_digits import MovingDigits, load_mnist, parse_source
 
 
@@ -32,12 +33,28 @@ class DigitClips(MovingDigits):
         return f"moving digits, {len(load_mnist()[self.split][1]):,} of MNIST's {self.split} split"
 
 
-def build(config: RunConfig, source: str, train: bool) -> DigitClips:
-    """The clips of a run whose manifest is `source`, moving-digits[:SIZE[:SIDE]]."""
-    size = config.model.image_size
-    asked, side = parse_source(source)
+def is_digits(source: str) -> bool:
+    """A source moving-digits[:SIZE[:SIDE]]; the tools' --data also writes it with a _."""
+    return source.replace("_", "-").partition(":")[0] == MOVING_DIGITS
+
+
+def side_of(source: str, size: int, trained_on: str | None) -> int | None:
+    """Side of the digits of `source` in frames of `size` pixels; None: 28 / 64 of the frame.
+
+    Without numbers they are as large as those that the model was `trained_on`, if it was on digits.
+    """
+    if ":" not in source:
+        source = trained_on if trained_on and is_digits(trained_on) else source
+    asked, side = parse_source(source.replace("_", "-"))
     require(
         ":" not in source or asked == size,
         f"{source}: the model reads frames of {size} pixels; write moving-digits or moving-digits:{size}",
     )
+    return side
+
+
+def build(config: RunConfig, source: str, train: bool) -> DigitClips:
+    """The clips of a run whose manifest is `source`, moving-digits[:SIZE[:SIDE]]."""
+    size = config.model.image_size
+    side = side_of(source, size, config.data.manifest)
     return DigitClips("train" if train else "test", size, config.train.seed if train else 0, side=side)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextvid_mcore.config import require
+from nextvid_mcore.config import MOVING_DIGITS, require
 from nextvid_mcore.data import decode
 from nextvid_mcore.data.decode import BadFile
 from nextvid_mcore.data.manifest import Item, Manifest
@@ -111,12 +111,18 @@ def read_all(items: Items, frames: int, size: int, fps: float) -> Iterator[Clip]
             print(f"skipped: {error}")
 
 
-def moving_digits(count: int, frames: int, size: int, skip: int = 0) -> list[Clip]:
-    """Clips `skip` .. of MNIST's test digits, as pretraining sees them, named by what they show."""
-    from nextvid_mcore.data.digits_source import DigitClips
+def moving_digits(
+    count: int, frames: int, size: int, skip: int = 0, source: str = MOVING_DIGITS, trained_on: str = ""
+) -> list[Clip]:
+    """Clips `skip` .. of MNIST's test digits, as pretraining sees them, named by what they show.
+
+    source, trained_on: how large the digits are, see `digits_source.side_of`.
+    """
+    from nextvid_mcore.data.digits_source import DigitClips, side_of
     from nextvid_mcore.data.moving_digits import DIRECTIONS
 
-    video, labels = DigitClips("test", size).clips(range(skip, skip + count), frames)
+    side = side_of(source, size, trained_on)
+    video, labels = DigitClips("test", size, side=side).clips(range(skip, skip + count), frames)
     names = [f"a {digit} moving {DIRECTIONS[direction]}" for digit, direction in labels.tolist()]
     return [Clip(clip, -1, name, False) for clip, name in zip(normalize(video), names, strict=True)]
 

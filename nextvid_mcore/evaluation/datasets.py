@@ -205,9 +205,11 @@ class DigitData(Dataset):
             config.segments == config.views == 1,
             f"moving digits have one segment and one view, not {config.segments} and {config.views}",
         )
-        self.clips = DigitClips(split, config.size, seed=config.seed, device=device)
+        self.clips = DigitClips(split, config.size, seed=config.seed, device=device, side=config.side)
         self.config, self.items, self.tasks = config, items, dict(TASKS)
         self.identity = f"moving-digits on grey {split} {items} {config.seed} every {self.clips.hold}"
+        if config.side is not None:
+            self.identity += f" of {config.side}"
 
     def __len__(self) -> int:
         return self.items

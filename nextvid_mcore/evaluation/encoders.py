@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, require
 from nextvid_mcore.hub import HubError, VisionTransformer, load_config, load_encoder
+from nextvid_mcore.hub.export import made_clips
 from nextvid_mcore.rng import key
 
 LAST = (-1,)
@@ -76,8 +77,10 @@ class HubEncoder(Wrapped):
         module: VisionTransformer,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        clips: str = "",
     ) -> None:
         super().__init__(name, module, module.image_size, module.depth)
+        self.clips = clips  # what made clips it was trained on, as an export's config.json says it
         self.frame_multiple = module.tubelet_size
         self.mean, self.std = mean, std  # of pixels in [0, 1]; None: it reads [-1, 1]
 
@@ -161,11 +164,12 @@ def random_encoder(what: str, seed: int) -> HubEncoder:
             "mlp_width": shape.mlp,
             "norm_eps": model.norm_eps,
             "rope_base": model.rope_base,
+            "clips": made_clips(run),
         }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "init") % 2**32)
         module = VisionTransformer.from_config(config)
-    return HubEncoder(f"random:{what}", module)
+    return HubEncoder(f"random:{what}", module, clips=config["clips"])
 
 
 def build_encoder(spec: str, seed: int = 0) -> Encoder:
@@ -198,6 +202,6 @@ def build_encoder(spec: str, seed: int = 0) -> Encoder:
     except (OSError, json.JSONDecodeError, AttributeError):
         pass  # load_encoder says what is wrong with it
     try:
-        return HubEncoder(spec, load_encoder(path))
+        return HubEncoder(spec, load_encoder(path), clips=load_config(path)["clips"])
     except HubError as error:
         raise ConfigError(f"encoder {spec}: {error}") from None

@@ -123,8 +123,9 @@ def roll_out(
     return video
 
 
-def run_config_of(config: dict, target: TargetConfig | None = None, fps: float = 4.0) -> RunConfig:
-    """A RunConfig with the shapes of an exported config.json; its masks are Table 8's."""
+def run_config_of(config: dict, fps: float = 4.0) -> RunConfig:
+    """A RunConfig with the shapes, the target and the made clips of an exported config.json; its masks are
+    Table 8's."""
 
     def shape(prefix: str) -> TransformerShape:
         width, depth, heads, mlp = (config[f"{prefix}{k}"] for k in ("width", "depth", "heads", "mlp_width"))
@@ -141,5 +142,7 @@ def run_config_of(config: dict, target: TargetConfig | None = None, fps: float =
         norm_eps=config["norm_eps"],
     )
     stage = StageConfig("export", 1, frames=config["frames"], batch=1, lr_start=0.0, lr_end=0.0)
-    target = target or TargetConfig(config["target_kind"])
-    return RunConfig(config["recipe"], model, (stage,), target=target, data=DataConfig(fps=fps))
+    target = TargetConfig(config["target_kind"], pixel_scale=config["target_pixel_scale"])
+    made = config["clips"] or None
+    data = DataConfig(manifest=made, eval_manifest=made, fps=fps)
+    return RunConfig(config["recipe"], model, (stage,), target=target, data=data)

@@ -35,6 +35,7 @@ class ProbeConfig:
     rate: float = 4  # see rate_is
     rate_is: Literal["step", "fps"] = "step"
     size: int = 256
+    side: int | None = None  # of moving digits in pixels; None: 28 / 64 of a frame
     augment: int | None = None  # differently cropped copies of the training set; 0: none; None: one an epoch
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_aspect: tuple[float, float] = (0.75, 4 / 3)
@@ -54,6 +55,10 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         for name in ("segments", "views", "frames", "size", "batch", "epochs", "layers", "heads", "k"):
             require(getattr(self, name) >= 1, f"{name} must be 1 or more, got {getattr(self, name)}")
+        require(
+            self.side is None or (self.dataset == "moving_digits" and self.side >= 1),
+            f"side {self.side}: it is that of moving digits, 1 pixel or more",
+        )
         require(self.method in METHODS, f"method {self.method!r}: choose one of {', '.join(METHODS)}")
         require(self.rate > 0, f"rate must be positive, got {self.rate}")
         require(

@@ -47,6 +47,10 @@ CONFIG_KEYS: dict[str, type] = {
     "target_kind": str,
     "target_channels": int,  # C
 }
+LATER: dict[str, str | float] = {  # keys that folders written before them lack: their values there
+    "target_pixel_scale": 1.0,  # of target_kind pixels: latents over this are pixels
+    "clips": "",  # moving-digits:SIZE:SIDE where it was trained on clips that are made
+}
 
 
 class HubError(ValueError):
@@ -54,14 +58,16 @@ class HubError(ValueError):
 
 
 def check_config(config: dict, where: str) -> dict:
-    """`config` itself if it has exactly the known keys with values of the right kind."""
+    """`config`, with what it lacks of `LATER`, if its keys are known and its values of the right kind."""
     version = config.get("format_version")
     if version != FORMAT_VERSION:
         raise HubError(f"{where}: format version {version!r}; this code reads version {FORMAT_VERSION}")
-    missing, surplus = CONFIG_KEYS.keys() - config.keys(), config.keys() - CONFIG_KEYS.keys()
+    kinds = CONFIG_KEYS | {key: type(value) for key, value in LATER.items()}
+    config = LATER | config
+    missing, surplus = kinds.keys() - config.keys(), config.keys() - kinds.keys()
     if missing or surplus:
         raise HubError(f"{where}: {_names('missing', missing)}{_names('unknown', surplus)}".rstrip("; "))
-    for key, kind in CONFIG_KEYS.items():
+    for key, kind in kinds.items():
         value, lowest = config[key], 0 if key == "step" else 1
         if kind is str and not isinstance(value, str):
             raise HubError(f"{where}: {key} is {value!r}; it must be text")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nextvid_mcore import __version__
-from nextvid_mcore.config import ModelConfig, RunConfig
+from nextvid_mcore.config import MOVING_DIGITS, ModelConfig, RunConfig
 from nextvid_mcore.hub import FILES, FORMAT_VERSION, HubError, check_config
 
 LAYER = {  # inside block.layers.{i} -> inside blocks.{i}
@@ -128,6 +128,12 @@ def frames_at(config: RunConfig, step: int) -> int:
     return stage.frames
 
 
+def made_clips(config: RunConfig) -> str:
+    """The run's source where its clips are made (data/digits_source.py), "" where they are read."""
+    source = config.data.manifest or ""
+    return source if source.partition(":")[0] == MOVING_DIGITS else ""
+
+
 def flat_config(config: RunConfig, channels: int, step: int, weights: str) -> dict:
     """config.json of an export. channels: C of the target; weights: "ema" or "online"."""
     model = config.model
@@ -155,6 +161,8 @@ def flat_config(config: RunConfig, channels: int, step: int, weights: str) -> di
             **shape("decoder", "decoder_"),
             "target_kind": config.target.kind,
             "target_channels": channels,
+            "target_pixel_scale": config.target.pixel_scale,
+            "clips": made_clips(config),
         },
         "the run's configuration",
     )

@@ -100,9 +100,32 @@ def digits_l() -> RunConfig:
     return make("l")
 
 
+def digits_32() -> RunConfig:
+    """The full model of docs/results.md: 32 pixels, digits of 22, 1200 steps; minutes on a GPU."""
+    config, narrow = make("m", 1200, image=32), TransformerShape(192, 2, 6, 768)
+    return dataclasses.replace(
+        config,
+        recipe="digits_32",
+        model=dataclasses.replace(
+            config.model, predictor=narrow, decoder=narrow, init_std=0.02, compile=False
+        ),
+        target=dataclasses.replace(config.target, compile=False),  # not worth a minute here
+        data=dataclasses.replace(config.data, manifest=f"{MOVING_DIGITS}:32:22"),
+        train=dataclasses.replace(config.train, precision="bf16"),
+        eval=dataclasses.replace(config.eval, every=150, knn_every=150),
+        checkpoint=CheckpointConfig(every=600, keep=1),
+    )
+
+
 def digits() -> RunConfig:
     """The same as digits_m."""
     return dataclasses.replace(digits_m(), recipe="digits")
 
 
-RECIPES = {"digits": digits, "digits_s": digits_s, "digits_m": digits_m, "digits_l": digits_l}
+RECIPES = {
+    "digits": digits,
+    "digits_s": digits_s,
+    "digits_m": digits_m,
+    "digits_l": digits_l,
+    "digits_32": digits_32,
+}

@@ -71,12 +71,19 @@ def test_config_of_the_recipes() -> None:
         ({"step": -1}, (), "step is -1"),
         ({"norm_eps": True}, (), "norm_eps is True"),
         ({"recipe": 3}, (), "recipe is 3; it must be text"),
+        ({"target_pixel_scale": 0.0}, (), "target_pixel_scale is 0.0; it must be a positive number"),
     ],
 )
 def test_bad_configs(folder: Path, change: dict, drop: tuple[str, ...], message: str) -> None:
     rewrite(folder, change, drop)
     with pytest.raises(hub.HubError, match=message):
         hub.load_encoder(folder)
+
+
+def test_folders_from_before_a_key(folder: Path) -> None:
+    rewrite(folder, {}, tuple(hub.LATER))
+    assert hub.load_config(folder) == CONFIG  # tiny's own are the defaults
+    hub.load_encoder(folder)
 
 
 def test_bad_weights(folder: Path) -> None:

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The full model of docs/results.md, kept: pretraining on moving digits, then its pictures and a look at its
+# features. About two minutes on a GPU, an hour on a laptop's CPU; run again, it goes on. Needs the extra
+# `tools` (scripts/install.sh train,demo,tools). Everything lies in $RUN; flags are pretrain's:
+#     bash examples/digits.sh [--train.steps 200 ...]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+RUN=${RUN:-runs/digits_32}
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+plots=$RUN/plots
+
+"$python" -m nextvid_mcore.pretrain digits_32 --out "$RUN" "$@"
+"$python" tools/convert_to_torch.py "$RUN" --out "$RUN/encoder" --all --force
+if [ "${PICTURES:-1}" = 1 ]; then
+    "$python" tools/generate.py "$RUN" --clips 3                                      # Figure 5
+    "$python" tools/generate.py "$RUN" --mode autoregressive --clips 3 --start 2 --length 6
+    for task in digit direction; do                                                   # Figure 7
+        "$python" tools/tsne.py "$RUN/encoder" --data moving_digits --task $task --items 1000 --out "$plots/tsne_$task.png"
+    done
+    "$python" tools/pca.py "$RUN/encoder" --data moving_digits --clips 3
+    "$python" tools/plot_run.py "$RUN" --out "$plots/run.png"                         # Figure 6
+    for of in "" random; do                                                           # and of fresh weights
+        "$python" tools/probe.py "${of:+$of:}$RUN/encoder" --dataset moving_digits --method knn \
+            --train-items 4000 --val-items 2000 --out "$RUN/knn$of" --no-progress
+    done
+fi
