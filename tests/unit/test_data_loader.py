@@ -24,6 +24,7 @@ from nextvid_mcore.data.guard import DataError
 from nextvid_mcore.data.loader import ClipBatch, ClipDataset, build_dataset, build_loader, iterate
 from nextvid_mcore.data.manifest import Item
 
+PATIENCE = 60.0  # seconds at the most; processes that end do so in a fraction of one
 REQUESTS = [(8, (0, 1, 2)), (8, (9, 4)), (16, (3,)), (8, (5, 6)), (4, (20, 21, 22)), (8, (7, 8))]
 
 
@@ -58,6 +59,24 @@ def workers() -> list[int]:
         if child.status() != psutil.STATUS_ZOMBIE and "spawn_main" in " ".join(child.cmdline()):
             found.append(child.pid)
     return found
+
+
+def end(pids: list[int]) -> bool:
+    """Whether all of them end. A loader tells a worker to, and on a busy machine that may take a while."""
+    deadline = time.monotonic() + PATIENCE
+    while any(running(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def running(pid: int) -> bool:
+    """False for a process that is gone, or dead and waits for a parent that doesn't ask."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_batches_are_what_was_asked_for(tmp_path: Path, media_items: dict[str, list[Item]]) -> None:
@@ -129,7 +148,7 @@ def test_workers_change_nothing_but_the_process(tmp_path: Path, media_items: dic
     assert len(pids) == 2
     assert all(same(a, b) for a, b in zip(alone, [first, *batches], strict=True))
     assert torch.equal(torch.get_rng_state(), state)
-    assert not any(psutil.pid_exists(pid) for pid in pids), "a finished loader leaves no process"
+    assert end(pids), "a finished loader leaves no process"
 
 
 def test_bad_files_are_redrawn_inside_their_set(
@@ -228,8 +247,8 @@ def slow(config: RunConfig) -> Slow:
 def test_a_worker_that_hangs_is_an_error(tmp_path: Path, media_items: dict[str, list[Item]]) -> None:
     batches = iterate(slow(configure(tmp_path, media_items)), [(4, (1,))], workers=1, timeout=2)
     with pytest.raises(DataError, match="within 2 s.*data.timeout"):
-        next(batches)
-    assert not workers(), "closing the loader ends a worker that hangs"
+        next(batches)  # on a busy machine the worker may not even have come to the file
+    assert end(workers()), "closing the loader ends a worker that hangs"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere signals act as they always do")
@@ -244,7 +263,7 @@ def test_signals_to_the_whole_job_are_the_parents_to_answer(
     for name in ("INT", "TERM", "USR1"):
         subprocess.run(["/bin/sh", "-c", f"kill -s {name} {pid}"], check=True)  # not from its parent
     assert [batch.index.item() for batch in batches] == list(range(1, 9))
-    assert not workers()
+    assert end([pid])
 
 
 def test_a_worker_that_dies_is_an_error(tmp_path: Path, media_items: dict[str, list[Item]]) -> None:
@@ -286,18 +305,7 @@ def test_workers_die_with_their_parent_even_if_they_hang(
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) >= 2 and all(psutil.pid_exists(pid) for pid in pids)
         parent.kill()
-    deadline = time.monotonic() + 30
-    while alive := [pid for pid in pids if psutil.pid_exists(pid) and running(pid)]:
-        assert time.monotonic() < deadline, f"{alive} outlived their parent"
-        time.sleep(0.1)
-
-
-def running(pid: int) -> bool:
-    """False for a process that is gone, or dead and waits for a parent that doesn't ask."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    assert end(pids), "workers outlived their parent"
 
 
 def test_numpy_is_not_seeded_by_anyone(tmp_path: Path, media_items: dict[str, list[Item]]) -> None:
