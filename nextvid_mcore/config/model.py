@@ -53,7 +53,8 @@ class ModelConfig:
     align: bool = True  # Table 2, "Align.": the alignment loss and the reference's forward pass
     context: Literal["isolated", "joint"] = "isolated"  # Table 2, "C-Iso.": models/predictor.py
     condition: Literal["concat", "cross", "cross_self"] = "concat"  # Table 5: models/decoder.py
-    backend: Literal["local", "te"] = "local"  # torch, or Transformer Engine (needs CUDA)
+    # torch, or Transformer Engine (needs CUDA); auto: Transformer Engine where it and a GPU are there
+    backend: Literal["local", "te", "auto"] = "local"
     compile: bool = True  # on CUDA: fuse what stands between matrix products (models/fused.py)
 
     def __post_init__(self) -> None:

@@ -58,9 +58,8 @@ class RunConfig:
         if not named:
             return
         require(
-            self.model.backend == "te",
-            f"fp8 ({named}) runs in Transformer Engine's linears; use --model.backend te, not "
-            f"{self.model.backend}",
+            self.model.backend != "local",
+            f"fp8 ({named}) runs in Transformer Engine's linears; use --model.backend te, not local",
         )
         require(
             self.train.precision == "bf16",

@@ -1,7 +1,8 @@
 """megatron-core layer specs for the three kinds of layer, with two backends.
 
 `local` builds from torch and megatron-core's own parallel linears and runs anywhere; `te` builds the
-same layers, with the same parameter names, from Transformer Engine's modules and needs CUDA.
+same layers, with the same parameter names, from Transformer Engine's modules and needs CUDA. `auto`, which
+the paper's recipes have, is `te` where it can run; the plan and the log say what came of it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions import transformer_engine as te
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import CrossAttentionSubmodules, SelfAttentionSubmodules
@@ -45,19 +47,34 @@ class Backend:
     norm: Any
 
 
-@functools.cache
+def resolve(name: str) -> tuple[str, str]:
+    """The backend that `name` means on this machine, and why where `auto` had the choice."""
+    if name != "auto":
+        return name, ""
+    if not torch.cuda.is_available():
+        return "local", "no CUDA GPU is visible"
+    if not te.HAVE_TE:
+        return "local", "Transformer Engine is not installed"
+    return "te", "Transformer Engine and a GPU are there"
+
+
+def backend_note(name: str) -> str:
+    """For the plan and the log: `backend: te`, or what `auto` is here."""
+    chosen, why = resolve(name)
+    return f"backend: {chosen}" if chosen == name else f"backend: auto, which is {chosen} ({why})"
+
+
 def get_backend(name: str) -> Backend:
-    """`local` or `te`.
+    """`local`, `te` or `auto`.
 
     Raises:
         ConfigError: `te` where Transformer Engine or CUDA is missing.
     """
+    name, _ = resolve(name)
     if name == "local":
         return Backend(ColumnParallelLinear, RowParallelLinear, local_norm())
     if name != "te":
-        raise ConfigError(f"unknown backend {name!r}; there are local and te")
-    from megatron.core.extensions import transformer_engine as te
-
+        raise ConfigError(f"unknown backend {name!r}; there are local, te and auto")
     if not te.HAVE_TE:
         raise ConfigError(
             "backend te needs Transformer Engine, which is not installed: pip install "
@@ -178,7 +195,7 @@ def transformer_config(shape: TransformerShape, model: ModelConfig, split: Split
         recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
     if split.pipeline > 1:
         recompute["num_layers_in_last_pipeline_stage"] = split.last_stage_layers
-    on_gpu = torch.cuda.is_available()
+    on_gpu, fused = torch.cuda.is_available(), resolve(model.backend)[0] == "te"
     return TransformerConfig(
         num_layers=shape.depth,
         hidden_size=shape.width,
@@ -190,7 +207,7 @@ def transformer_config(shape: TransformerShape, model: ModelConfig, split: Split
         sequence_parallel=split.sequence and split.tensor > 1,
         params_dtype=split.dtype,
         bf16=split.dtype == torch.bfloat16,
-        transformer_impl="local" if model.backend == "local" else "transformer_engine",
+        transformer_impl="transformer_engine" if fused else "local",
         # models/init.py fills every tensor from its name, so that no layout changes the start
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
@@ -204,7 +221,7 @@ def transformer_config(shape: TransformerShape, model: ModelConfig, split: Split
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         # Transformer Engine's weight gradients add themselves to the fp32 buffer
-        gradient_accumulation_fusion=model.backend == "te",
+        gradient_accumulation_fusion=fused,
         apply_rope_fusion=False,
         persist_layer_norm=False,
         attention_softmax_in_fp32=False,

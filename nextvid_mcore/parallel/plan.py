@@ -51,7 +51,7 @@ def _check_machine(config: RunConfig) -> None:
         nvdec.check()
     if config.eval.knn_every:
         build_labelled(config)
-    get_backend(config.model.backend)  # te: raises without CUDA or Transformer Engine
+    get_backend("te" if config.fp8.used else config.model.backend)  # raises if te can't run
     fp8.check_gpu(config.fp8)
     require(
         config.train.precision != "bf16" or not torch.cuda.is_available() or torch.cuda.is_bf16_supported(),
@@ -89,6 +89,8 @@ def _millions(count: float) -> str:
 
 
 def _model(config: RunConfig) -> Iterator[str]:
+    from nextvid_mcore.models.specs import backend_note
+
     model = config.model
     count = flops.parameters(model, flops.target_channels(config))
     yield f"Model {config.recipe}"
@@ -121,6 +123,7 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield f"  target: {target}, {flops.target_channels(config)} values a token"
     else:
         yield "  target: none, there is no generation"
+    yield f"  {backend_note(model.backend)} on this machine"
     if config.mask.static:
         counts = " and ".join(str(v) for v in config.mask.counts(model.tokens_per_frame))
         yield f"  masks: {counts} of {model.tokens_per_frame} tokens of a frame stay visible"

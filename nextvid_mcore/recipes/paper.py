@@ -32,7 +32,7 @@ SETS = (
 def _paper(name: str, encoder: TransformerShape) -> RunConfig:
     return RunConfig(
         recipe=name,
-        model=ModelConfig(encoder=encoder),
+        model=ModelConfig(encoder=encoder, backend="auto"),
         stages=STAGES,
         data=DataConfig(sets=SETS),
         train=TrainConfig(micro_batch=4),

@@ -35,6 +35,7 @@ from nextvid_mcore.data.guard import BadShareGuard, DataError
 from nextvid_mcore.data.loader import ClipBatch, build_dataset, build_loader
 from nextvid_mcore.data.sampler import rank_batches
 from nextvid_mcore.models import fp8
+from nextvid_mcore.models.specs import backend_note
 from nextvid_mcore.parallel import watchdog
 from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
 from nextvid_mcore.parallel.placement import resolve_placement
@@ -224,6 +225,7 @@ class Trainer:
         """Manifest and mixture are right before any step; and what is drawn from, said."""
         note = build_dataset(self.config).note
         self.progress.say(f"data: {note}")
+        self.progress.say(backend_note(self.config.model.backend))
 
     def _run(self, loader: Iterator[ClipBatch] | None) -> int:
         layout, config = self.placement.encoder.layout, self.config

@@ -12,6 +12,7 @@ from torch import Tensor
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, MaskConfig, RunConfig, TransformerShape
 from nextvid_mcore.masking import ClipMasks, draw_masks
+from nextvid_mcore.models import specs
 from nextvid_mcore.models.nextvid import MicroBatch, NextVid
 from nextvid_mcore.models.places import together
 from nextvid_mcore.models.sequences import (
@@ -312,6 +313,26 @@ def test_te_backend_says_what_it_misses(groups):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, backend="te"))
     with pytest.raises(ConfigError, match="backend te needs .*--model.backend local"):
         build(config, groups)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "installed", "backend", "why"),
+    [
+        (False, True, "local", "no CUDA GPU is visible"),
+        (True, False, "local", "Transformer Engine is not installed"),
+        (True, True, "te", "Transformer Engine and a GPU are there"),
+    ],
+)
+def test_auto_takes_te_where_it_can_run(monkeypatch, cuda, installed, backend, why):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(specs.te, "HAVE_TE", installed)
+    assert specs.get_backend("auto") == specs.get_backend(backend)
+    assert specs.backend_note("auto") == f"backend: auto, which is {backend} ({why})"
+    model = recipes.get("vit_l").model
+    assert model.backend == "auto" and recipes.get("tiny").model.backend == "local"
+    made = specs.transformer_config(model.encoder, model, Split())
+    assert made.transformer_impl == {"te": "transformer_engine"}.get(backend, backend)
+    assert made.gradient_accumulation_fusion == (backend == "te")
 
 
 def test_mask_keep_must_be_whole_tokens():
