@@ -11,10 +11,11 @@ Results go to FILE, a line a case and tau. A case that fails (out of memory, mos
 seconds ends all processes, with everyone's stack; torchrun's --max-restarts, or the same command again, goes
 on with the next one. No case is begun after --seconds.
 
-Columns. ratio: to the first case of the same recipe and tau, colocated data parallelism. ceiling: the ratio
-if all ranks were equally fast and waited for lack of work alone; bubble: and the chain had to fill and drain;
-of it: ratio / bubble. idle: share of a step that a seat's ranks spend in exchanges with other seats, mostly
-waiting: sends and receives of the schedule, the reference's weights, the first reduction after the schedule.
+Columns. ratio: to the first case of the same recipe and tau, colocated data parallelism launched kernel by
+kernel, as separate groups are (they can't be recorded as CUDA graphs). ceiling: the ratio if all ranks were
+equally fast and waited for lack of work alone; bubble: and the chain had to fill and drain; of it: ratio /
+bubble. idle: share of a step that a seat's ranks spend in exchanges with other seats, mostly waiting: sends
+and receives of the schedule, the reference's weights, the first reduction after the schedule.
 """
 
 from __future__ import annotations
@@ -25,10 +26,7 @@ START = time.time()
 
 import argparse
 import dataclasses
-import datetime
 import faulthandler
-import functools
-import gc
 import json
 import math
 import os
@@ -42,17 +40,18 @@ import torch
 import torch.distributed as dist
 from common import Bench, quick_start
 from stopwatch import watch_exchanges
+from world import join, leave
 
 from nextvid_mcore import cli, pretrain, recipes
 from nextvid_mcore.config import ConfigError, RunConfig
 from nextvid_mcore.parallel.balance import balance
-from nextvid_mcore.parallel.groups import init_distributed
 from nextvid_mcore.parallel.placement import resolve_placement
 from nextvid_mcore.schedule import Schedule
 
 TWO, THREE = "--parallel.placement two-groups", "--parallel.placement three-groups"
-GENERATOR, BRIDGE = "--parallel.reference generator", "--parallel.edge bridge"
-PATIENCE = 180.0  # seconds for one collective
+GENERATOR = "--parallel.reference generator"
+DIRECT, BRIDGE = "--parallel.edge direct", "--parallel.edge bridge"
+EAGER, RECORDED = "--train.cuda-graphs off", "--train.cuda-graphs on"
 ANY_BATCH = math.lcm(*range(1, 65))  # any number of replicas can share it
 
 
@@ -63,26 +62,24 @@ def say(what: str) -> None:
 
 
 def splits(world: int) -> list[str]:
-    """Placements to try, those first that answer the most."""
-    found, half = [""], f"--parallel.generator.data {world // 2} " if world > 2 else ""
+    """Placements to try, those first that answer the most. Separate groups are never recorded."""
+    found, half = [EAGER], f"--parallel.generator.data {world // 2} " if world > 2 else ""
+    if torch.cuda.is_available():
+        found.append(RECORDED)
     if world >= 2:
-        found.append(f"{TWO} {half}{GENERATOR}")
+        found.append(f"{TWO} {half}{GENERATOR} {DIRECT}")
+        found.append(f"{TWO} {half}{GENERATOR} {BRIDGE}")
     if world == 2:
-        found.append(TWO)
+        found.append(f"{TWO} {DIRECT}")
     if world >= 4:
         quarter = world // 4
-        found.append(f"{TWO} --parallel.generator.data {quarter}")
-        found.append(
-            f"{THREE} --parallel.predictor.data {quarter} --parallel.decoder.data {quarter} {GENERATOR}"
-        )
-    if world >= 2:
-        found.append(f"{TWO} {half}{GENERATOR} {BRIDGE}")
+        found.append(f"{TWO} --parallel.generator.data {quarter} {DIRECT}")
+        shares = f"--parallel.predictor.data {quarter} --parallel.decoder.data {quarter}"
+        found.append(f"{THREE} {shares} {GENERATOR} {DIRECT}")
     if world % 2 == 0:
-        found.append("--parallel.encoder.tensor 2 --parallel.sequence")
-    if world == 2:
-        found.append(f"{TWO} {BRIDGE}")
+        found.append(f"--parallel.encoder.tensor 2 --parallel.sequence {EAGER}")
     if world >= 4:
-        found.append(f"{TWO} --parallel.encoder.pipeline 2 {half}".strip())
+        found.append(f"{TWO} --parallel.encoder.pipeline 2 {half}{DIRECT}")
     return found
 
 
@@ -149,6 +146,7 @@ def run_case(config: RunConfig, steps: int, warmup: int) -> Iterator[dict[str, A
             "ceiling": ideal.ceiling,
             "with_bubble": ideal.speed,
         }
+    bench.step.close()
 
 
 class Results:
@@ -170,43 +168,6 @@ class Results:
     def add(self, case: str, **row: Any) -> None:
         with open(self.path, "a") as file:
             file.write(json.dumps({"case": case, **row}) + "\n")
-
-
-@functools.cache
-def meeting_point() -> dist.Store:
-    """The launcher's store, or one that rank 0 keeps."""
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=not agent and os.environ["RANK"] == "0",
-    )
-
-
-def join(number: int) -> None:
-    """A world of its own for every case, so that nothing of an earlier one is left."""
-    cuda, key = torch.cuda.is_available(), f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{number}"
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        store=dist.PrefixStore(key, meeting_point()),
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=datetime.timedelta(seconds=PATIENCE),
-    )
-    init_distributed(PATIENCE)
-
-
-def leave() -> None:
-    from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
-
-    BridgeCommunicator._broadcast_pg_cache.clear()
-    BridgeCommunicator._bridge_pg_cache.clear()
-    dist.destroy_process_group()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def in_time(results: Results, seconds: float | None) -> bool:
@@ -331,7 +292,9 @@ def report(
 
 def short(split: str) -> str:
     """A placement's settings without what all of them begin with."""
-    words = split.replace("--parallel.placement ", "").replace("--parallel.", "").split()
+    words = (
+        split.replace("--parallel.placement ", "").replace("--parallel.", "").replace("--train.", "").split()
+    )
     return " ".join(words) if "--parallel.placement" in split else " ".join(["colocated", *words])
 
 

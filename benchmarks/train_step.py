@@ -7,7 +7,11 @@ The step is the real one (training/step.py): both masks, reference forward, pred
 backward, clipping, AdamW, EMA; steps follow each other without waiting, as in a run. One row a case, compared
 as a ratio to the first. A case is a list of settings over those of the command line (`KEYS`). MFU counts the
 model FLOPs of what was really visible, without recomputation, over 989 TFLOP/s. Memory is what the allocator
-reserved. With torchrun the batch is split over the ranks and a row says clips/s per GPU.
+reserved. With torchrun the batch is split over the ranks and a row says clips/s per GPU; there a case with
+gpus=1 trains on every GPU for itself, and the row is rank 0's:
+
+    torchrun --nproc-per-node 2 benchmarks/train_step.py vit_g --accumulate 2 --graphs on --case gpus=1 \
+        --case gpus=2 --case "tensor=2 sequence=1 micro_batch=32 generator=2"
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import gc
+import os
 import time
 import traceback
 from typing import Any
@@ -24,10 +28,10 @@ import torch
 import torch.distributed as dist
 from common import PEAK_BF16, Bench, quick_start
 from parts import PARTS, kernels, shares
+from world import first_says, join, leave
 
 from nextvid_mcore import flops, recipes
 from nextvid_mcore.config import Fp8Config, RoleParallel, RunConfig
-from nextvid_mcore.parallel.groups import init_distributed
 
 KEYS = {
     "recipe": str,
@@ -41,8 +45,10 @@ KEYS = {
     "accumulate": int,  # micro-batches a step
     "frames": int,
     "tau": int,
+    "gpus": int,  # 1: each GPU for itself; else the world's
     "tensor": int,
     "sequence": int,
+    "generator": int,  # data replicas of predictor and decoder on the tensor ranks
     "vae": int,  # 1: VA-VAE of random weights encodes the clips in every step
 }
 
@@ -59,7 +65,7 @@ def configure(case: dict[str, Any], world: int) -> RunConfig:
         config.stages[0],
         frames=case["frames"],
         tau_samples=case["tau"],
-        batch=case["micro_batch"] * case["accumulate"] * world // case["tensor"],
+        batch=case["micro_batch"] * case["accumulate"] * (world // case["tensor"]),
     )
     return dataclasses.replace(
         config,
@@ -72,6 +78,7 @@ def configure(case: dict[str, Any], world: int) -> RunConfig:
         parallel=dataclasses.replace(
             config.parallel,
             encoder=RoleParallel(tensor=case["tensor"]),
+            generator=RoleParallel(data=case["generator"] * (world // case["tensor"]) or None),
             sequence=bool(case["sequence"]),
             recompute=case["recompute"],
         ),
@@ -100,12 +107,15 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--tau", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--sequence", type=int, default=0)
+    parser.add_argument("--generator", type=int, default=0)
     parser.add_argument("--vae", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--kernels", type=int, default=0, help="print so many kernels of every case")
+    parser.add_argument("--shares", type=int, default=1, help="0: without the parts' shares, an eager step")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no case begins")
     args = parser.parse_args(argv)
     cases = []
@@ -132,14 +142,13 @@ def measure(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[
         bench = Bench(config)
     found: dict[str, Any] = {"measured": bench.measure(args.steps, args.warmup)}
     found["flops"] = flops.clip_flops(config, config.stages[0], executed=True).total
-    graphs = bench.step.engine.graphs
     if bench.cuda:
         with contextlib.suppress(RuntimeError):  # a profiler that cannot record costs the gaps alone
             found["idle"], found["kernels"] = kernels(bench.take)
-        if graphs is not None:  # parts are told apart in an eager step
-            graphs.clear()
-            torch.cuda.empty_cache()
-            bench.step.engine.graphs = None
+    bench.step.close()
+    if bench.cuda and args.shares:  # parts are told apart in an eager step
+        torch.cuda.empty_cache()
+        bench.step.engine.graphs = None
         with contextlib.suppress(torch.OutOfMemoryError):
             found["shares"] = shares(bench.step, bench.take)
     return found
@@ -154,28 +163,27 @@ def label(case: dict[str, Any], cases: list[dict[str, Any]]) -> str:
 def main() -> None:
     args, cases = parse()
     begun = time.perf_counter()
-    init_distributed()
-    world, first, lines = dist.get_world_size(), None, []
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    first, lines = None, []
     head = (
         f"{'clips/s':>8} {'ms':>8} {'MFU':>6} {'GiB':>6} {'ratio':>6} "
         + " ".join(f"{part[:6]:>6}" for part in (*PARTS, "other", "gaps"))
         + "  case"
     )
-    for case in cases:
-        if time.perf_counter() - begun > args.limit:
+    for number, case in enumerate(cases):
+        if not first_says(number, time.perf_counter() - begun <= args.limit):
             lines.append(f"not begun for want of time: {label(case, cases)}")
             continue
+        join(number, alone=case["gpus"] == 1)
         try:
-            found = measure(args, case, world)
+            found = measure(args, case, dist.get_world_size())
         except Exception as error:  # one case must not cost the others
-            if dist.get_rank() == 0:
+            if rank == 0:
                 traceback.print_exc(limit=-6)
             lines.append(f"{type(error).__name__}: {str(error).splitlines()[0][:90]!r} {label(case, cases)}")
             continue
         finally:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            leave()
         measured = found["measured"]
         rate = case["micro_batch"] * case["accumulate"] / measured.seconds / case["tensor"]
         first = first or rate
@@ -186,16 +194,15 @@ def main() -> None:
             + " ".join(f"{share.get(part, float('nan')):>6.1%}" for part in (*PARTS, "other", "gaps"))
             + f"  {label(case, cases)}"
         )
-        if dist.get_rank() == 0:
+        if rank == 0:
             print(lines[-1], f"loss {measured.loss:.4f}, {time.perf_counter() - begun:.0f} s", flush=True)
             for name, ms, calls in found.get("kernels", [])[: args.kernels]:
                 print(f"    {ms:>8.2f} ms {calls:>5} x  {name[:110]}")
-    if dist.get_rank() == 0:
+    if rank == 0:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         print(f"\n{world} x {name}, torch {torch.__version__}; {args.steps} steps after {args.warmup}")
         print({key: cases[0][key] for key in KEYS if len({each[key] for each in cases}) == 1})
         print("\n".join([head, *lines]))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -218,6 +218,9 @@ def build_groups(layout: Layout, rank_offset: int = 0, timeout: float = 600.0) -
 
 def init_distributed(timeout: float = 600.0) -> None:
     """Join the world that torchrun describes, or be a world of one. NCCL with CUDA, else gloo."""
+    if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+        # recorded collectives would keep addresses that such segments take back
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     if not dist.is_initialized():
         cuda = torch.cuda.is_available()
         if cuda:

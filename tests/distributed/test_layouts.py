@@ -39,7 +39,8 @@ class Case:
     placement: str = "colocated"
     reference_at: str = "encoder"
     edge: str = "direct"
-    compile: bool = True  # on a GPU
+    compile: bool = False  # the pieces between matrix products, on a GPU
+    graphs: str = "off"
     generator: tuple[int | None, int | None] = (None, None)  # tensor, data
     predictor: tuple[int | None, int | None] = (None, None)
     decoder: tuple[int | None, int | None] = (None, None)
@@ -125,7 +126,7 @@ def configure(case: Case) -> RunConfig:
         },
     ).altered(
         model={"backend": case.backend, "compile": case.compile},
-        train={"micro_batch": case.micro, "precision": case.precision},
+        train={"micro_batch": case.micro, "precision": case.precision, "cuda_graphs": case.graphs},
     )
     for row in case.rows:
         config = ablate(config, row)
@@ -153,7 +154,10 @@ def rank(case: Case) -> dict:
         mine = parity.clips(config, point, home.data_rank, home.layout.data, micro)
         out["micro_batches"] = len(mine)
         if number == 0:
-            with torch.profiler.profile() as profile:
+            if case.graphs == "on":
+                step.gradients(point, mine)  # so that what is looked at was recorded
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            with torch.profiler.profile(activities=activities) as profile:
                 step.gradients(point, mine)
             out["traffic"] = collectives(profile)
             # under the distributed optimizer a rank's buffer holds the reduced gradient of its own share
@@ -169,6 +173,7 @@ def rank(case: Case) -> dict:
         run_with = step.model.reference.sharded_state_dict(prefix="reference.", metadata=metadata)
         out["reference"] = parity.shards(run_with, lambda p: p)
     out["shapes"] = {n: tuple(p.shape) for n, p in step.model.named_parameters()}
+    step.close()
     return out
 
 
