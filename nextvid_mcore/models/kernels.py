@@ -4,6 +4,7 @@
               any pattern, anywhere.
     flex      FlexAttention, all stretches in one call: no mask in memory, blocks that nobody sees are not
               computed. CUDA, half precision, patterns that hold for every row.
+    framewise scaled_dot_product_attention without a mask, once a frame: its queries and the keys they see.
     plain     scaled_dot_product_attention without a mask, where every query sees every key.
 
 benchmarks/attention.py compares them.
@@ -61,6 +62,16 @@ def masked(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor
             F.scaled_dot_product_attention(queries, k[:, :, keys], v[:, :, keys], attn_mask=x.allowed)
         )
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def framewise(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+    """The same by one call a frame, for patterns with spans; the result lies as [s, rows, A, d] in memory."""
+    parts = []
+    for x in pattern.spans:
+        queries, keys = slice(x.q_start, x.q_stop), slice(x.k_start, x.k_stop)
+        out = F.scaled_dot_product_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys])
+        parts.append(out.permute(2, 0, 1, 3))
+    return torch.cat(parts).permute(1, 2, 0, 3)
 
 
 @functools.cache
