@@ -1,11 +1,12 @@
 """Which attention kernel is fastest for each network's pattern: forward, and forward with backward.
 
-    python benchmarks/attention.py --recipe vit_g --micro-batch 16
+    python benchmarks/attention.py --recipe vit_g --frames 16 64 --micro-batch 16 4
 
 Patterns: the reference encoder (a whole clip, frame-causal), the student (both masks), the predictor (queries
-of every frame on earlier frames' context) and the decoder (frames in rows of their own, no mask). Rates count
-useful work alone: pairs of query and key that see each other, 4 FLOPs a pair and channel forward, 10 more
-backward. Every kernel is first compared with fp32 attention on the same numbers.
+of every frame on earlier frames' context) and the decoder (frames in rows of their own, no mask). Times are
+of a CUDA graph, as a recorded step runs them. Rates count useful work alone: pairs of query and key that see
+each other, 4 FLOPs a pair and channel forward, 10 more backward. Every kernel is first compared with fp32
+attention on the same numbers.
 """
 
 from __future__ import annotations
@@ -22,14 +23,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nextvid_mcore import recipes
-from nextvid_mcore.models import kernels
+from nextvid_mcore.models import flash4, kernels
 from nextvid_mcore.models.attention import AttentionPattern, Frames, regular_pattern
 
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 def with_backend(function: Callable, backend: str) -> Callable:
@@ -56,11 +53,69 @@ def flex_of(block: int, tuned: bool, kernel_options: dict | None = None) -> Call
     return call
 
 
-def cases(args: argparse.Namespace, device: torch.device) -> list[tuple]:
+def flash4_blocks(block: tuple[int, int]) -> Callable:
+    """FlashAttention-4 with other blocks than ours; forward only, its backward pass takes no others."""
+
+    @functools.cache
+    def ranges(pattern: AttentionPattern) -> flash4.Ranges:
+        return flash4.key_ranges(pattern.spans, pattern.ranges.low.device, block)
+
+    return lambda q, k, v, pattern: flash4.attend(q, k, v, ranges(pattern))
+
+
+@functools.cache
+def _keys_of(pattern: AttentionPattern, device: torch.device) -> Tensor:
+    return torch.tensor([x.k_stop for x in pattern.spans], dtype=torch.int32, device=device)
+
+
+def flash4_by_frame(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+    """Without a mask: frames as rows, rows as heads; every frame gets all keys and how many it may use.
+
+    For one stretch, forward only (its backward pass would write the keys' gradients once a frame).
+    """
+    rows, heads_, s, d = q.shape
+    frames = len(pattern.spans)
+    q = q.permute(2, 0, 1, 3).reshape(frames, s // frames, rows * heads_, d).transpose(1, 2)
+    k, v = (
+        x.permute(2, 0, 1, 3).reshape(1, -1, rows * heads_, d).expand(frames, -1, -1, -1).transpose(1, 2)
+        for x in (k, v)
+    )
+    out = flash4.attend(q, k, v, seqused_k=_keys_of(pattern, q.device), tile_mn=(128, 128))
+    return out.transpose(1, 2).reshape(s, rows, heads_, d).permute(1, 2, 0, 3)
+
+
+def flash4_tiles(q: Tensor, k: Tensor, v: Tensor, pattern: None) -> Tensor:
+    return flash4.attend(q, k, v, tile_mn=(128, 128))
+
+
+def kernels_of(case: tuple, searched: bool) -> dict[str, Callable]:
+    """Ours and simple ones first: what fails on the device takes the rest of the table along."""
+    name, *_, pattern, backward = case
+    if not torch.cuda.is_available():
+        return (
+            {"sdpa": kernels.plain}
+            if pattern is None
+            else {"masked": kernels.masked, "framewise": kernels.framewise}
+        )
+    if pattern is None:
+        tried = {x: with_backend(kernels.plain, x) for x in BACKENDS}
+        return tried | {"flash4": flash4.flash4, "flash4 128": flash4_tiles}
+    tried = {"masked cudnn": with_backend(kernels.masked, "cudnn")}
+    tried |= {f"framewise {x}": with_backend(kernels.framewise, x) for x in BACKENDS}
+    tried |= {"flash4": flash4.flash4, "flex": kernels.flex}
+    if not backward:
+        tried |= {"flash4 192": flash4_blocks((192, 128)), "flash4 by frame": flash4_by_frame}
+    tried["flex on flash4"] = flex_of(128, False, {"BACKEND": "FLASH"})
+    if searched:
+        tried |= {"flex 128 searched": flex_of(128, True), "flex 64 searched": flex_of(64, True)}
+    return tried
+
+
+def cases(args: argparse.Namespace, frames: int, b: int, device: torch.device) -> list[tuple]:
     """(name, rows, heads, head width, queries, keys, pattern, with backward)."""
     config = recipes.get(args.recipe)
-    model, b = config.model, args.micro_batch
-    n, t = model.tokens_per_frame, model.token_frames(args.frames)
+    model = config.model
+    n, t = model.tokens_per_frame, model.token_frames(frames)
     counts = config.mask.counts(n)
     whole = (Frames(0, t, n),)
     visible = tuple(Frames(0, t - 1, v) for v in counts)
@@ -92,22 +147,30 @@ def heads(rows: int, s: int, count: int, width: int, device: torch.device) -> Te
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
-    """Median time on the device."""
+    """Median time on the device, recorded once and played again."""
     if not torch.cuda.is_available():
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
-    for _ in range(3):
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     times = []
-    for _ in range(repeats):
+    for _ in range(repeats + 2):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        function()
+        graph.replay()
         stop.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop) / 1e3)
-    return sorted(times)[len(times) // 2]
+    graph.reset()
+    return sorted(times[2:])[repeats // 2]
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -141,59 +204,69 @@ def measure(case: tuple, kernel: Callable, repeats: int, device: torch.device) -
     return seconds(forward, repeats), seconds(both, repeats) if backward else float("nan"), worst
 
 
+def figures(case: tuple, kernel: str, call: Callable, frames: int, repeats: int, device: torch.device) -> str:
+    """One line of the table."""
+    name, b, count, width, queries, keys, pattern, _ = case
+    line = f"{name:<10} {frames:>3} {kernel:<17}"
+    start = time.perf_counter()
+    if "flash4" in kernel and not flash4.available(device):
+        return f"{line} not here: the package flash-attn-4 is missing, or the GPU is older than Hopper"
+    pairs = queries * keys if pattern is None else sum(x.allowed.sum().item() for x in pattern.stretches)
+    work = 4 * pairs * b * count * width
+    try:
+        forward, both, worst = measure(case, call, repeats, device)
+    except Exception as problem:  # one kernel's refusal must not cost the others' figures
+        traceback.print_exc(limit=6)
+        return f"{line} {type(problem).__name__}: {str(problem)[:90]!r}"
+    return (
+        f"{line} {1e3 * forward:>9.3f} {work / forward / 1e12:>8.0f} {1e3 * both:>9.3f} "
+        f"{3.5 * work / both / 1e12:>8.0f} {worst:>9.1e} {time.perf_counter() - start:>6.1f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--recipe", default="vit_g", choices=recipes.names())
-    parser.add_argument("--micro-batch", type=int, default=16)
-    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--frames", type=int, nargs="+", default=[16])
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[16], help="one a number of frames")
     parser.add_argument("--tau", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--only", nargs="+", help="patterns to measure")
+    parser.add_argument("--kernels", nargs="+", help="kernels to measure")
+    parser.add_argument("--searched", action="store_true", help="FlexAttention's tiles searched: 30 s a line")
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), help="seconds after which no line begins"
+    )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
-    for case in cases(args, device):
-        name, b, count, width, queries, keys, pattern, _ = case
-        if args.only and name not in args.only:
-            continue
-        pairs = queries * keys if pattern is None else sum(x.allowed.sum().item() for x in pattern.stretches)
-        work = 4 * pairs * b * count * width
-        if pattern is None:
-            tried = {x: with_backend(kernels.plain, x) for x in BACKENDS} if device.type == "cuda" else {}
-            tried = tried or {"sdpa": kernels.plain}
-        else:
-            tried = {"masked sdpa": kernels.masked}
-            if device.type == "cuda":
-                tried |= {
-                    "masked cudnn": with_backend(kernels.masked, "cudnn"),
-                    "flex 128": flex_of(128, False),
-                    "flex, ours": flex_of(128, False, kernels.HOPPER_TILES),
-                    "flex 128 tuned": flex_of(128, True),
-                    "flex 64 tuned": flex_of(64, True),
-                }
-        for kernel, call in tried.items():
-            start = time.perf_counter()
-            try:
-                forward, both, worst = measure(case, call, args.repeats, device)
-            except Exception as problem:  # one kernel's refusal must not cost the others' figures
-                traceback.print_exc(limit=3)
-                rows.append(f"{name:<10} {kernel:<14} {type(problem).__name__}: {str(problem)[:80]!r}")
+    begun, lines, all_cases = time.perf_counter(), {}, []
+    for frames, b in zip(args.frames, args.micro_batch, strict=True):
+        all_cases += [
+            (frames, x) for x in cases(args, frames, b, device) if not args.only or x[0] in args.only
+        ]
+    names = dict.fromkeys(name for _, case in all_cases for name in kernels_of(case, args.searched))
+    print(f"patterns ready after {time.perf_counter() - begun:.0f} s", flush=True)
+    for kernel in names:  # of every pattern, then the next: what comes last may break the device
+        for i, (frames, case) in enumerate(all_cases):
+            call = kernels_of(case, args.searched).get(kernel)
+            if call is None or (args.kernels and kernel not in args.kernels):
                 continue
-            rows.append(
-                f"{name:<10} {kernel:<14} {1e3 * forward:>9.3f} {work / forward / 1e12:>8.0f} "
-                f"{1e3 * both:>9.3f} {3.5 * work / both / 1e12:>8.0f} {worst:>9.1e} "
-                f"{time.perf_counter() - start:>6.1f}"
-            )
-            print(rows[-1], flush=True)
+            if time.perf_counter() - begun > args.limit:
+                lines[i, kernel] = (
+                    f"{case[0]:<10} {frames:>3} {kernel:<17} not begun within {args.limit:.0f} s"
+                )
+                continue
+            lines[i, kernel] = figures(case, kernel, call, frames, args.repeats, device)
+            print(lines[i, kernel], flush=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"\n{args.recipe}, {args.frames} frames, micro-batch {args.micro_batch}, bf16, one layer; {name}")
+    print(f"\n{args.recipe}, micro-batch {args.micro_batch}, bf16, one layer, CUDA graph; {name}")
     print(
-        f"{'pattern':<10} {'kernel':<14} {'fwd ms':>9} {'TFLOP/s':>8} {'f+b ms':>9} {'TFLOP/s':>8} "
+        f"{'pattern':<10} {'fr':>3} {'kernel':<17} {'fwd ms':>9} {'TFLOP/s':>8} {'f+b ms':>9} {'TFLOP/s':>8} "
         f"{'error':>9} {'all s':>6}"
     )
-    print("\n".join(rows))
+    print("\n".join(lines[key] for key in sorted(lines, key=lambda x: x[0])))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
               any pattern, anywhere.
     flex      FlexAttention, all stretches in one call: no mask in memory, blocks that nobody sees are not
               computed. CUDA, half precision, patterns that hold for every row.
+    flash4    FlashAttention-4, the same patterns: taken before flex where it is installed, Hopper or newer.
     framewise scaled_dot_product_attention without a mask, once a frame: its queries and the keys they see.
     plain     scaled_dot_product_attention without a mask, where every query sees every key.
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from nextvid_mcore.models import fused
+from nextvid_mcore.models.flash4 import flash4
 
 if TYPE_CHECKING:
     from nextvid_mcore.models.attention import AttentionPattern, Stretch
@@ -118,5 +120,5 @@ def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]
     half = q.dtype in (torch.bfloat16, torch.float16)
     fits = q.shape[-1] >= MIN_HEAD and q.shape[2] >= SHORTEST
     if pattern.blocks is not None and half and fits and fused.compiles(q):
-        return flex
+        return flex if pattern.ranges is None else flash4
     return masked

@@ -26,8 +26,9 @@ def _core_attentions(module: nn.Module) -> list[tuple[str, nn.Module]]:
 def _sdpa_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: Any) -> str:
     """What torch chooses for these [s, rows, A, d]; with a pattern, for its first stretch."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    if kernels.choose(q, pattern) is kernels.flex:
-        return f"flex ({q.shape[2]} x {k.shape[2]} tokens, {q.shape[1]} heads of {q.shape[3]})"
+    kernel = kernels.choose(q, pattern)
+    if kernel in (kernels.flex, kernels.flash4):
+        return f"{kernel.__name__} ({q.shape[2]} x {k.shape[2]} tokens, {q.shape[1]} heads of {q.shape[3]})"
     mask = None
     if pattern is not None:
         first = pattern.stretches[0]

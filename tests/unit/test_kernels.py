@@ -52,7 +52,9 @@ def test_spans_say_the_same_as_the_stretches() -> None:
             seen[x.q_start : x.q_stop, x.k_start : x.k_stop] = True
         assert torch.equal(seen, wanted)
         ranges = flash4.key_ranges(pattern.spans, CPU, block=16)
-        assert torch.equal(create_mask(ranges.blocks.mask_mod, None, None, *sizes, device="cpu")[0, 0], wanted)
+        assert torch.equal(
+            create_mask(ranges.blocks.mask_mod, None, None, *sizes, device="cpu")[0, 0], wanted
+        )
         made = [torch.randn(2, 3, s, 16, dtype=torch.float64) for s in (sizes[0], sizes[1], sizes[1])]
         one, other = ([x.clone().requires_grad_() for x in made] for _ in range(2))
         found, plain = kernels.framewise(*one, pattern), kernels.masked(*other, pattern)
@@ -81,6 +83,8 @@ def test_choice(monkeypatch) -> None:
     monkeypatch.setattr(fused, "compiles", lambda x: True)
     assert kernels.choose(half, flexible) is kernels.flex
     assert kernels.choose(half, pattern) is kernels.masked  # no blocks
+    object.__setattr__(flexible, "ranges", flash4.key_ranges(flexible.spans, CPU))
+    assert kernels.choose(half, flexible) is kernels.flash4
     assert kernels.choose(half.float(), flexible) is kernels.masked
     assert kernels.choose(half[..., :8], flexible) is kernels.masked
     assert kernels.choose(half[:, :, :100], flexible) is kernels.masked
