@@ -77,6 +77,36 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+UNREAD = {  # changes that a method, or a kind of data, would pass over without a word
+    "knn": (
+        "augment",
+        "batch",
+        "epochs",
+        "heads",
+        "flip",
+        "holdout",
+        "lrs",
+        "weight_decays",
+        "mlp",
+        "stop_after",
+    ),
+    "linear": ("heads", "mlp", "k"),
+    "attentive": ("k",),
+    "moving_digits": ("classes", "rate", "rate_is", "flip", "segments", "views"),
+    "a list": ("train_items", "val_items"),
+}
+
+
+def unread(args: argparse.Namespace) -> list[str]:
+    """What is to be said about settings that change nothing."""
+    notes = []
+    for what in (args.method, "moving_digits" if args.dataset == "moving_digits" else "a list"):
+        given = [f"--{name.replace('_', '-')}" for name in UNREAD[what] if getattr(args, name) is not None]
+        if given:
+            notes.append(f"{', '.join(given)}: not read with {what}, so nothing changes")
+    return notes
+
+
 def config_of(args: argparse.Namespace, encoder: Encoder) -> tuple[ProbeConfig, list[str]]:
     """The preset with this command's changes, and what is to be said about it."""
     changes: dict[str, Any] = {"method": args.method}
@@ -86,7 +116,7 @@ def config_of(args: argparse.Namespace, encoder: Encoder) -> tuple[ProbeConfig, 
     for name in ("lrs", "weight_decays"):
         if getattr(args, name) is not None:
             changes[name] = tuple(getattr(args, name))
-    notes = []
+    notes = unread(args)
     config = preset(args.dataset, **changes)
     fits = isinstance(encoder, HubEncoder) or args.dataset != "moving_digits"  # others resize small frames
     if args.size is None and encoder.image_size not in (None, config.size) and fits:
@@ -140,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name in ("encode_batch", "chunk", "save_every"):
             require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be 1 or more")
+        require(args.workers >= 0, f"--workers must be 0 or more, got {args.workers}")
+        require(args.stop_after is None or args.stop_after >= 1, "--stop-after must be 1 or more")
         encoder = build_encoder(args.encoder, args.seed or 0)
         config, notes = config_of(args, encoder)
         here = ranks_.start(args.device)
@@ -164,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif here.first:
             print(f"stopped before the end; the same command goes on from {args.out}")
         return 0 if results is not None else 3
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:  # a full disk too
         if here is None or here.first:
             print(f"probe: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ draws windows, crop and flip by (seed, c, index). So a reading is a pure functio
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from nextvid_mcore.evaluation.presets import ProbeConfig
 from nextvid_mcore.rng import numpy_rng
 
 PLAIN, VIEWS = -1, -2  # in place of a copy
+MAX_BAD = 0.05  # share of unreadable items of a split; above it there is no result
+LOOKED_AT = 256  # files of a list that must be there before anything starts
 
 
 class Request(NamedTuple):
@@ -97,6 +100,18 @@ def view_crops(height: int, width: int, views: int) -> list[transforms.Crop]:
     ]
 
 
+def check_there(where: Path, paths: Sequence[str]) -> None:
+    """Refuse a list of which more than MAX_BAD is missing, before hours of training: `LOOKED_AT` are looked
+    at, the first and the last among them."""
+    some = np.unique(np.linspace(0, len(paths) - 1, LOOKED_AT).round().astype(int))
+    missing = [str(paths[i]) for i in some if not os.path.exists(paths[i])]
+    require(
+        len(missing) <= MAX_BAD * len(some),
+        f"{where}: {len(missing)} of {len(some)} files looked at are not there, e.g. {missing[:1]}; relative "
+        "paths are taken from the list's folder",
+    )
+
+
 # Lists of files ----------------------------------------------------------------------------------
 
 
@@ -109,8 +124,10 @@ class ListData(Dataset):
         config: ProbeConfig,
         classes: int | None = None,
         frames_of_image: int | None = None,
+        names: Sequence[str] = (),
     ) -> None:
-        """`frames_of_image`: of a still picture's clip; encoders that look at single frames need one."""
+        """`frames_of_image`: of a still picture's clip; encoders that look at single frames need one.
+        `names`: of the training set's classes, where its folders name them; this set's folders are those."""
         path = Path(path).expanduser().absolute()
         require(path.exists(), f"there is no {path}; give a list of files or a folder of class folders")
         require(
@@ -118,10 +135,25 @@ class ListData(Dataset):
             f"{path} is neither a folder nor a list ({', '.join(sorted(LISTS))})",
         )
         source = Source("probe", path, None)
-        entries = list(source.entries(source.classes()))
+        found = source.classes()
+        strange = sorted(set(found) - set(names)) if names else []
+        require(
+            not strange,
+            f"{path}: class folder {', '.join(strange[:3])} is none of the training set's classes",
+        )
+        require(
+            bool(names) or not found or classes in (None, len(found)),
+            f"{path} has {len(found)} class folders and the training list {classes} classes: folders are "
+            "numbered by their names, so give a list here too",
+        )
+        self.names = tuple(names) or found
+        entries = list(source.entries(self.names))
         require(len(entries) > 0, f"{path} names no video or image")
         unknown = next((e.path for e in entries if e.kind is None), None)
-        require(unknown is None, f"{path}: {unknown} has an extension of neither video nor image")
+        require(
+            unknown is None,
+            f"{path}: {unknown} ends like neither video nor image; a line is a path, then a whole number",
+        )
         none = next((e.path for e in entries if e.label < 0), None)
         require(none is None, f"{path}: {none} has no label; write it behind the path, or use class folders")
         self.label = np.array([entry.label for entry in entries], dtype=np.int64)
@@ -140,6 +172,7 @@ class ListData(Dataset):
         mixed = bool(self.still.any()) and not self.still.all()
         require(not mixed, f"{path} mixes images and videos; give one list for each")
         self.frames = self.image_frames if self.still[0] else config.frames
+        check_there(path, self.paths)
 
     def __len__(self) -> int:
         return len(self.label)
@@ -245,9 +278,11 @@ def build_data(
     )
     frames = 1 if per_frame else None
     first = ListData(train, config, frames_of_image=frames)
-    second = ListData(val, config, classes=first.tasks["label"], frames_of_image=frames)
+    second = ListData(val, config, first.tasks["label"], frames, first.names)
+    shared = sorted(set(second.paths.tolist()) & set(first.paths.tolist()))
     require(
-        first.path != second.path and first.identity != second.identity,
-        f"training and validation are the same items ({first.path}); give a held-out list",
+        not shared,
+        f"{len(shared)} of {len(second)} items of {second.path} are training items too, e.g. {shared[:1]}; "
+        "give a held-out list",
     )
     return first, second

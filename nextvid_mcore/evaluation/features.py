@@ -142,7 +142,10 @@ class Store:
         return math.prod(self.shape) * (4 if self.wide else 2)
 
     def _map(self, name: str, dtype: type, shape: tuple[int, ...], create: bool = False) -> np.memmap:
-        return np.memmap(self.folder / name, dtype, "w+" if create else "r+", shape=shape)
+        path, length = self.folder / name, math.prod(shape) * np.dtype(dtype).itemsize
+        if not create and (found := path.stat().st_size) != length:  # numpy would make up what is missing
+            raise ValueError(f"{name} has {found} bytes instead of {length}")
+        return np.memmap(path, dtype, "w+" if create else "r+", shape=shape)
 
     def _maps(self, create: bool = False) -> dict[str, np.memmap]:
         items, tasks = len(self.indices), len(self.extractor.data.tasks)
@@ -168,7 +171,10 @@ class Store:
             (self.folder / "facts.new").write_text(json.dumps(self.facts, indent=2))
             os.replace(self.folder / "facts.new", self.folder / "facts.json")
         ranks.barrier()
-        maps = self._maps()
+        try:
+            maps = self._maps()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.folder} is damaged ({error}); delete it and start again") from None
         todo = np.flatnonzero(maps["done"] == 0).tolist()
         ranks.barrier()  # nobody marks anything before everybody has looked
         parts = chunks(self.indices.tolist(), self.chunk)

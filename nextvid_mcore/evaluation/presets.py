@@ -9,6 +9,7 @@ Its input range, mean 0.5 and deviation 0.5, is that of every encoder here.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,7 +61,8 @@ class ProbeConfig:
             f"side {self.side}: it is that of moving digits, 1 pixel or more",
         )
         require(self.method in METHODS, f"method {self.method!r}: choose one of {', '.join(METHODS)}")
-        require(self.rate > 0, f"rate must be positive, got {self.rate}")
+        require(0 < self.rate < math.inf, f"rate must be positive, got {self.rate}")
+        require(0 <= self.flip <= 1, f"flip is a share in [0, 1], got {self.flip}")
         require(
             self.rate_is == "fps" or float(self.rate).is_integer(),
             f"a frame step is a whole number, got {self.rate}; give another, or --rate-is fps",
@@ -73,7 +75,7 @@ class ProbeConfig:
         )
         for name in ("lrs", "weight_decays"):
             values = getattr(self, name)
-            require(all(v >= 0 for v in values), f"{name} must be 0 or more, got {values}")
+            require(all(0 <= v < math.inf for v in values), f"{name} must be 0 or more, got {values}")
             require(len(set(values)) == len(values), f"{name} names a value twice: {values}")
         require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
 

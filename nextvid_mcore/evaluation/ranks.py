@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nextvid_mcore.config import ConfigError, require
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -56,8 +58,16 @@ def start(device: str | None = None, timeout: float = 3600.0) -> Ranks:
     """Join torchrun's processes: NCCL on GPUs, gloo on a CPU. Without torchrun: this process alone."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.device(kind)
+    try:
+        where = torch.device(kind)
+    except RuntimeError:
+        raise ConfigError(f"--device {kind}: write cpu, cuda or cuda:1") from None
+    require(where.type in ("cpu", "cuda"), f"--device {kind}: write cpu, cuda or cuda:1")
     if where.type == "cuda":
+        there = torch.cuda.device_count()
+        require(
+            (where.index or 0) < there, f"--device {kind}: this machine has {there} GPUs; write --device cpu"
+        )
         if where.index is None:
             where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(where)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from nextvid_mcore.config import ConfigError
 
 Z95 = 1.959963984540054  # of the normal distribution, two-sided 95%
 
@@ -33,6 +36,19 @@ def score(correct: int, total: int, unreadable: int, classes: int) -> dict[str, 
         "classes": classes,
         "chance": 100 / classes,
     }
+
+
+def writable_folder(path: Path, flag: str = "--out") -> Path:
+    """`path`, made where it isn't there. ConfigError, before any work, where nothing can be written in it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise ConfigError(
+            f"{flag} {path} cannot be written ({error.strerror}); name another folder"
+        ) from None
+    return path
 
 
 def write_json(path: Path, value: Any) -> None:

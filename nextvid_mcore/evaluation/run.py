@@ -14,18 +14,17 @@ from typing import Any
 import torch
 
 from nextvid_mcore import __version__
-from nextvid_mcore.config import require
+from nextvid_mcore.config import ConfigError, require
 from nextvid_mcore.data.guard import DataError
 from nextvid_mcore.evaluation import knn, sweep
-from nextvid_mcore.evaluation.datasets import PLAIN, ProbeData
+from nextvid_mcore.evaluation.datasets import MAX_BAD, PLAIN, ProbeData
 from nextvid_mcore.evaluation.encoders import Encoder, identity, spread_layers
 from nextvid_mcore.evaluation.features import Copies, Extractor, Source, Store, chunks
 from nextvid_mcore.evaluation.presets import ProbeConfig
 from nextvid_mcore.evaluation.ranks import Ranks
-from nextvid_mcore.evaluation.results import score, write_json
+from nextvid_mcore.evaluation.results import score, writable_folder, write_json
 
 RESULTS, STATE = "results.json", "state.pt"
-MAX_BAD = 0.05  # share of unreadable items of a split; above it there is no result
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,19 @@ def check_frames(encoder: Encoder, config: ProbeConfig) -> None:
     )
 
 
+@torch.no_grad()
+def check_clips(encoder: Encoder, config: ProbeConfig, device: torch.device) -> None:
+    """Let the encoder see one clip of the probe's size, before hours of reading."""
+    frames = 1 if encoder.per_frame else config.frames
+    try:
+        encoder(torch.zeros(1, 3, frames, config.size, config.size, device=device), (encoder.depth - 1,))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"{encoder.name} can't take clips of {frames} frames of {config.size} x {config.size} pixels "
+            f"({str(error).splitlines()[0]}); set --frames and --size"
+        ) from None
+
+
 def check_readable(unreadable: int, items: int, what: str) -> None:
     if unreadable > MAX_BAD * items:
         raise DataError(
@@ -90,13 +102,22 @@ def run(
     settings = settings_of(config, encoder_id, train, val, job.half)
     file = job.out / RESULTS
     if ranks.first:
-        job.out.mkdir(parents=True, exist_ok=True)
+        writable_folder(job.out)
+        if job.cache is not None:
+            writable_folder(job.cache, "--cache")
     ranks.barrier()
     if file.exists():
-        done = json.loads(file.read_text())
-        sweep.check_same(done["settings"], settings, file)
+        try:
+            done = json.loads(file.read_text())
+            before = done["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{file} is no result of a probe ({error!r}); delete it to start again"
+            ) from None
+        sweep.check_same(before, settings, file)
         return done
     encoder.module.to(ranks.device)
+    check_clips(encoder, config, ranks.device)
     layers = spread_layers(encoder.depth, config.layers)
     common = {"half": job.half, "encode_batch": job.encode_batch, "workers": job.workers}
     common |= {"reduce": "tokens" if config.method == "attentive" else "mean"}
@@ -252,6 +273,11 @@ def _trained(
     chosen = []
     for number, task in enumerate(tasks):
         rows = [i for i, member in enumerate(trained.members) if member.task == number]
+        require(
+            any(math.isfinite(judged[i].loss) for i in rows),
+            f"{task}: no member of the sweep has a finite loss; lower --lrs {list(config.lrs)} and name "
+            "another --out",
+        )
         chosen.append(rows[sweep.best([judged[i] for i in rows])])
         outcome["sweep"][task] = [
             {

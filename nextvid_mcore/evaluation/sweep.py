@@ -238,7 +238,8 @@ def load_state(path: Path, sweep: Sweep, settings: dict[str, Any]) -> int:
     try:
         state = torch.load(path, map_location=sweep.ranks.device, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); delete it to start again") from None
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{path} cannot be read ({reason}); delete it to start again") from None
     check_same(state["settings"], settings, path)
     sweep.load(state)
     return state["step"]

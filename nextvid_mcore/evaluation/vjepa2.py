@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,8 @@ def build(config: Mapping[str, Any], state: dict[str, Tensor], where: str) -> VJ
 def read_checkpoint(path: str | Path, role: str | None = None) -> dict[str, Tensor]:
     """The encoder's state in a published .pt file. Tensors and plain values alone are unpickled."""
     try:
-        whole = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Only the zip format can be mapped; older files are read whole.
+        whole = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, EOFError) as error:
         raise ConfigError(
             f"{path} is not a checkpoint of plain tensors: {str(error).splitlines()[0]}"

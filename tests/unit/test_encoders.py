@@ -126,6 +126,8 @@ def test_bad_vjepa2_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     torch.save({"model": {}, "epoch": 1}, tmp_path / "other.pt")
     with pytest.raises(ConfigError, match="holds model, epoch and no target_encoder"):
         vjepa2.read_checkpoint(tmp_path / "other.pt")
+    torch.save({"encoder": state}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert vjepa2.read_checkpoint(tmp_path / "old.pt").keys() == state.keys()  # can't be mapped, but read
     torch.save({"encoder": pytest.raises}, tmp_path / "code.pt")
     with pytest.raises(ConfigError, match="not a checkpoint of plain tensors"):
         vjepa2.read_checkpoint(tmp_path / "code.pt")

@@ -321,6 +321,12 @@ def test_a_store_gives_what_was_computed_and_fills_gaps(tmp_path: Path, half: bo
     assert (np.array(again.maps["features"]) == before).all()
     with pytest.raises(ConfigError, match="lacks an item"):
         next(Store(tmp_path, extractor, PLAIN, range(10)).stream([Request(PLAIN, (11,))]))
+    os.truncate(store.folder / "features.bin", 1000)  # numpy would fill it up with zeros
+    with pytest.raises(ConfigError, match="features.bin has 1000 bytes instead of .* delete it"):
+        again.fill()
+    (store.folder / "features.bin").unlink()
+    with pytest.raises(ConfigError, match="No such file"):
+        again.fill()
     assert Store(tmp_path, extractor, 0, range(150)).folder != store.folder
 
 

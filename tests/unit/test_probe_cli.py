@@ -54,6 +54,7 @@ def test_pictures_end_to_end(pictures: Path, tmp_path: Path, capsys: pytest.Capt
     assert "1 could not be read and count as wrong" in printed and got["settings"]["epochs"] == 40
     assert call(tmp_path / "k", *options, "--method", "knn", "--k", "3") == 0
     assert json.loads((tmp_path / "k" / "results.json").read_text())["tasks"]["label"]["correct"] == 60
+    assert "--weight-decays: not read with knn, so nothing changes" in capsys.readouterr().out
     assert call(tmp_path / "a", *options, "--seed", "4") == 2
     assert "seed was 0 and is 4" in capsys.readouterr().err
 
@@ -62,7 +63,7 @@ def test_messages(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     train = str(pictures / "train")
     for options, message in (
         (["--dataset", "k400"], "k400 needs --train and --val"),
-        (["--dataset", "custom", "--train", train, "--val", train], "same items"),
+        (["--dataset", "custom", "--train", train, "--val", train], "training items too"),
         (["--dataset", "custom", "--train", "nowhere", "--val", train], "nowhere"),
         (["--dataset", "custom", "--rate", "2.5"], "--rate-is fps"),
         (["--dataset", "moving_digits", "--train", train], "leave --train and --val out"),
@@ -73,6 +74,29 @@ def test_messages(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     video = ["--dataset", "custom", "--train", train, "--val", str(pictures / "val"), "--frames", "3"]
     assert call(tmp_path / "x", *video, encoder="random:tiny") == 2
     assert "clips of a multiple of 2 frames, not 3" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "results.json").write_text("{")
+    fine = [*video[:-1], "2", "--size", "16", "--epochs", "1"]
+    for out, options, message in (
+        ("x", ["--size", "20"], "frames of 20 x 20 pixels (video has shape (1, 3, 2, 20, 20)"),
+        ("x", ["--device", "banana"], "--device banana: write cpu, cuda or cuda:1"),
+        ("x", ["--device", "cuda:99"], "GPUs; write --device cpu"),
+        ("x", ["--workers", "-1"], "--workers must be 0 or more"),
+        ("x", ["--stop-after", "-3"], "--stop-after must be 1 or more"),
+        ("x", ["--flip", "2"], "flip is a share in [0, 1], got 2"),
+        ("x", ["--lrs", "inf"], "lrs must be 0 or more, got (inf,)"),
+        (
+            "x",
+            ["--lrs", "1e30", "--heads", "4"],
+            "no member of the sweep has a finite loss; lower --lrs [1e+30]",
+        ),
+        ("file", [], "cannot be written (File exists); name another folder"),
+        ("file/x", [], "cannot be written (Not a directory)"),
+        ("half", [], "is no result of a probe"),
+    ):
+        assert call(tmp_path / out, *fine, *options, encoder="random:tiny") == 2, message
+        assert message in capsys.readouterr().err
 
 
 def test_presets_and_what_changes_them() -> None:

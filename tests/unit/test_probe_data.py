@@ -134,10 +134,42 @@ def test_folders_of_classes_and_still_pictures(tmp_path: Path) -> None:
     assert video.shape == (1, 1, 1, 3, 16, 16, 16) and (video == 150).all()
     frame, _ = build_data(config, str(tmp_path / "train"), str(tmp_path / "val"), "cpu", per_frame=True)
     assert frame[Request(PLAIN, (1,))].video.shape == (1, 1, 1, 3, 1, 16, 16)
-    with pytest.raises(ConfigError, match="same items"):
+    with pytest.raises(ConfigError, match="2 of 2 items .* are training items too"):
         build_data(config, str(tmp_path / "train"), str(tmp_path / "train"), "cpu")
     with pytest.raises(ConfigError, match="needs --train and --val"):
         build_data(config, None, None, "cpu")
+
+
+def test_class_folders_mean_the_same_in_both_sets(tmp_path: Path) -> None:
+    """A validation folder may lack a class: its folders are numbered by the training set's names."""
+    for name in ("ant", "bee", "cat"):
+        media.image(tmp_path / "train" / name / "1.png")
+    for name in ("bee", "cat"):
+        media.image(tmp_path / "val" / name / "2.png")
+    train, val = build_data(SMALL, str(tmp_path / "train"), str(tmp_path / "val"), "cpu")
+    assert train.label.tolist() == [0, 1, 2] and val.label.tolist() == [1, 2]
+    assert val.tasks == {"label": 3}
+    media.image(tmp_path / "val" / "dog" / "2.png")
+    with pytest.raises(ConfigError, match="dog is none of the training"):
+        build_data(SMALL, str(tmp_path / "train"), str(tmp_path / "val"), "cpu")
+    (tmp_path / "train.csv").write_text("train/ant/1.png 0\ntrain/bee/1.png 1\n")
+    with pytest.raises(ConfigError, match="3 class folders and the training list 2"):
+        build_data(SMALL, str(tmp_path / "train.csv"), str(tmp_path / "val"), "cpu")
+
+
+def test_lists_of_files_that_are_not_there_and_shared_ones(tmp_path: Path) -> None:
+    for i in range(30):
+        media.image(tmp_path / f"{i}.png")
+
+    def listed(name: str, numbers: range) -> str:
+        (tmp_path / name).write_text("".join(f"{i}.png 0\n" for i in numbers))
+        return str(tmp_path / name)
+
+    assert len(ListData(listed("a.csv", range(0, 31)), SMALL)) == 31  # one of them is missing
+    with pytest.raises(ConfigError, match="2 of 12 files looked at are not there, .*30.png"):
+        ListData(listed("b.csv", range(20, 32)), SMALL)
+    with pytest.raises(ConfigError, match="1 of 15 items .* are training items too"):
+        build_data(SMALL, listed("c.csv", range(0, 16)), listed("d.csv", range(15, 30)), "cpu")
 
 
 def test_bad_lists(tmp_path: Path) -> None:
