@@ -22,7 +22,8 @@ from megatron.core.optimizer import clip_grads
 from torch import Tensor
 from torch.nn import Module
 
-from nextvid_mcore.config import OptimConfig
+from nextvid_mcore.config import OptimConfig, require
+from nextvid_mcore.models import fused
 from nextvid_mcore.parallel.groups import RoleGroups
 from nextvid_mcore.training.ema import Ema
 from nextvid_mcore.training.shards import ShardedAdamW
@@ -75,7 +76,16 @@ def wrap_roles(
         overlap_param_gather: gather weights bucket by bucket during the next forward pass (CUDA); not with
             compiled norms (models/fused.py), which read their weights without the modules' hooks.
         bucket_size: parameters of a bucket when reduction overlaps; None: megatron-core's choice.
+
+    Raises:
+        ConfigError: overlap_param_gather with compiled norms.
     """
+    trained = [p for module in model.roles().values() for p in module.parameters() if p.requires_grad]
+    require(
+        not (overlap_param_gather and any(map(fused.compiles, trained))),
+        "overlap_param_gather gathers weights in the modules' forward hooks, which compiled norms pass by; "
+        "use --model.compile False with it",
+    )
     wrapped = {}
     for name, module in model.roles().items():
         mine = groups_of(groups, name)

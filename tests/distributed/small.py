@@ -11,6 +11,7 @@ import torch
 from nextvid_mcore import recipes
 from nextvid_mcore.config import RunConfig, TransformerShape
 from nextvid_mcore.masking import draw_masks
+from nextvid_mcore.models import fused
 from nextvid_mcore.models.nextvid import MicroBatch, NextVid
 from nextvid_mcore.models.places import together
 from nextvid_mcore.models.sequences import patchify, visible_patches
@@ -41,6 +42,7 @@ def build(
     """Model and optimizers of this rank. ddp: settings of wrap_roles."""
     init_distributed(60)
     settings = settings or config()
+    fused.use(settings.model.compile)
     groups = build_groups(layout, timeout=60)
     seed_trackers(0, groups)
     last = settings.model.encoder.depth // layout.pipeline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ import torch.distributed as dist
 from launch import shared
 from small import RATES, assemble, build, config, drawn_step, largest_difference, snapshot, train_step
 
+from nextvid_mcore.config import ConfigError
+from nextvid_mcore.models import fused
 from nextvid_mcore.parallel.groups import Layout
+from nextvid_mcore.training.optimizer import wrap_roles
 
 STEPS = 3
 
@@ -31,7 +35,12 @@ def real_on_one_rank() -> tuple:
     return norms, assemble([end]), assemble([start]), shapes
 
 
-OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 500}
+OVERLAP = {
+    "settings": config().altered(model={"compile": False}),
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+    "bucket_size": 500,
+}
 
 
 @pytest.mark.parametrize(
@@ -194,3 +203,10 @@ def test_the_all_gather_gives_every_rank_the_whole_reference():
     for rank in shared(2).run(in_bf16, Layout(data=2)):
         for name, weights in rank["reference"].items():
             torch.testing.assert_close(weights, one["reference"][name], rtol=1e-2, atol=1e-4)
+
+
+def test_overlapped_gathers_and_compiled_norms_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(fused, "compiles", lambda x: True)  # as on CUDA
+    model = SimpleNamespace(roles=lambda: {"student": torch.nn.Linear(2, 2)})
+    with pytest.raises(ConfigError, match="overlap_param_gather .* use --model.compile False"):
+        wrap_roles(model, {}, overlap_grad_reduce=True, overlap_param_gather=True)
