@@ -29,9 +29,9 @@ from nextvid_mcore.parallel.groups import RoleGroups
 from nextvid_mcore.training import manifest
 from nextvid_mcore.training.manifest import CheckpointError
 from nextvid_mcore.training.optimizer import STUDENT, RoleOptimizers
-from nextvid_mcore.training.saving import STATE, Saver, sharded_state, together, visible
-from nextvid_mcore.training.saving import weight_tensors as _tensors
+from nextvid_mcore.training.saving import STATE, Saver, sharded_state, visible, weight_tensors
 from nextvid_mcore.training.shards import STATE_PREFIX
+from nextvid_mcore.training.together import together
 
 log = logging.getLogger(__name__)
 _HOW = ("backend", "compile")  # what computes the same, as FP8 does, which is no part of the model
@@ -240,7 +240,7 @@ def load_weights(
     verify(path)
     state = {}
     for name, module in modules.items():
-        entries = _tensors(module, f"{name}.", groups)
+        entries = weight_tensors(module, f"{name}.", groups)
         if which == "ema" and name.split(".")[0] == STUDENT:
             entries = {n: replace(e, key=f"{STATE_PREFIX}.ema.{e.key}") for n, e in entries.items()}
         state[name] = entries

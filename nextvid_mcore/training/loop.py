@@ -50,9 +50,10 @@ from nextvid_mcore.training.metrics import MetricsFile
 from nextvid_mcore.training.online_knn import OnlineKnn
 from nextvid_mcore.training.profiling import StepProfiler
 from nextvid_mcore.training.progress import Progress
-from nextvid_mcore.training.saving import Saver, together
+from nextvid_mcore.training.saving import Saver
 from nextvid_mcore.training.start import changes, find_checkpoint
 from nextvid_mcore.training.step import StepResult, TrainStep
+from nextvid_mcore.training.together import together
 from nextvid_mcore.training.wandb_sink import WandbSink
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

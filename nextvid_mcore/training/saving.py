@@ -1,10 +1,10 @@
 """Writing a checkpoint, at once or while training goes on; training/checkpoint.py says what is in it.
 
 A save has three parts. `begin` (all ranks together) plans it through megatron-core and takes the tensors to
-host memory. Then each rank writes, flushes and checks its own files, without a word to the others: in the
-main thread, or with `asynchronous` in another, from copies that training doesn't touch. At last all ranks
-together write the metadata and rename the folder: at once, or at the first `poll` after which every rank
-has written. A folder with a visible name is whole, whenever a process dies.
+host memory. Then each rank writes its own files (training/writing.py): in the main thread, or with
+`asynchronous` in another, from copies that training doesn't touch. At last all ranks together write the
+metadata and rename the folder: at once, or at the first `poll` after which every rank has written. A folder
+with a visible name is whole, whenever a process dies.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -30,44 +28,20 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.module import MegatronModule
-from torch.distributed.checkpoint import CheckpointException
 
 from nextvid_mcore.config import RunConfig
 from nextvid_mcore.parallel.groups import RoleGroups
 from nextvid_mcore.training import manifest
 from nextvid_mcore.training.manifest import CheckpointError
 from nextvid_mcore.training.optimizer import RoleOptimizers, groups_of
+from nextvid_mcore.training.together import reason_of, together
+from nextvid_mcore.training.writing import HostMemory, Note, Pending, copied
 
 # It warns of its own asynchronous saving, which is planned for removal, also on a synchronous save.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
 
 STATE = "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
-Note = Callable[[dict[str, float]], None]
-
-
-def together(what: str, action: Callable[[], Any]) -> Any:
-    """Run `action` on every rank; if it failed on any, raise CheckpointError on all."""
-    result, error = None, None
-    try:
-        result = action()
-    except (Exception, CheckpointException) as caught:  # torch's is not an Exception
-        error = caught
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, None if error is None else _reason(error))
-    failed = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
-    if failed:
-        rank, reason = failed[0]
-        raise CheckpointError(f"{what} failed on rank {rank}: {reason}") from error
-    return result
-
-
-def _reason(error: BaseException) -> str:
-    """One line; of a failed write, what the ranks that failed said."""
-    if isinstance(error, CheckpointException):
-        told = [str(exception) for exception, _ in error.failures.values()]
-        return "; ".join(told) or "the tensors could not be written"
-    return str(error) if isinstance(error, CheckpointError) else repr(error).splitlines()[0]
 
 
 def weight_tensors(module: MegatronModule, prefix: str, groups: RoleGroups) -> dict[str, ShardedTensor]:
@@ -124,78 +98,6 @@ def _require_space(folder: Path, state: dict[str, Any]) -> None:
         )
 
 
-def _copied(buckets: list[Any]) -> list[Any]:
-    """megatron-core's write buckets with tensors of their own."""
-    return [
-        (path, name, (plain, [(item, tensor.clone()) for item, tensor in tensors]))
-        for path, name, (plain, tensors) in buckets
-    ]
-
-
-class _HostMemory:
-    """The most host memory this process takes over what it has now, where the kernel counts that."""
-
-    def __init__(self) -> None:
-        self._process = psutil.Process()
-        self._before = self._process.memory_info().rss
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        except OSError:
-            pass
-
-    def gib(self) -> float:
-        peak = self._process.memory_info().rss
-        try:
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    peak = max(peak, int(line.split()[1]) * 1024)
-        except OSError:
-            pass
-        return max(0, peak - self._before) / 2**30
-
-
-def _written(buckets: list[Any], transforms: list[Any]) -> dict[int, Any]:
-    """Write megatron-core's buckets, one file each. Its own loop over them drops the reason of a failure."""
-    results = {}
-    for number, bucket in enumerate(buckets):
-        write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
-        number, found = write(transforms, number, bucket, None, None, True)
-        if isinstance(found, Exception):
-            while not isinstance(found, OSError) and found.__context__ is not None:
-                found = found.__context__  # of torch's "unexpected pos", the write that failed
-            raise found
-        results[number] = found
-    return results
-
-
-@dataclass
-class _Pending:
-    """A save that has begun."""
-
-    final: Path
-    partial: Path
-    content: dict[str, Any]
-    request: Any  # megatron-core's AsyncRequest
-    buckets: Any
-    note: Note | None
-    memory: _HostMemory
-    begin: float = field(default_factory=time.perf_counter)
-    thread: threading.Thread | None = None
-    error: BaseException | None = None
-    files: dict[str, Any] = field(default_factory=dict)
-
-    def write(self) -> None:
-        """This rank's tensors, flushed, with their checksums. Talks to no other rank."""
-        try:
-            if self.request.async_fn is not None:
-                self.request.async_fn_args[2].put(_written(self.buckets, self.request.async_fn.args[0]))
-            self.buckets = None
-            own = [path for path in self.partial.iterdir() if path.name.startswith(f"__{dist.get_rank()}_")]
-            self.files = {path.name: manifest.fingerprint(path) for path in own}
-        except BaseException as error:  # raised by all ranks together, in the main thread
-            self.error = error
-
-
 class Saver:
     """Saves a run's checkpoints, one at a time. Every rank makes one and calls all of it.
 
@@ -217,7 +119,7 @@ class Saver:
     ) -> None:
         self.root, self.config, self.optimizers, self.keep = Path(folder).absolute(), config, optimizers, keep
         self.asynchronous, self.newest = asynchronous, newest
-        self._pending: _Pending | None = None
+        self._pending: Pending | None = None
 
     def begin(
         self, step: int, samples: int, extra: dict[str, Any] | None = None, note: Note | None = None
@@ -236,7 +138,7 @@ class Saver:
         """
         self.wait()
         final, partial = self.root / f"step_{step:08d}", self.root / f".step_{step:08d}.partial"
-        begin, memory = time.perf_counter(), _HostMemory()
+        begin, memory = time.perf_counter(), HostMemory()
         there = [self._together(final, lambda: self._prepare(final, partial))]
         dist.broadcast_object_list(there, src=0)
         if there[0]:
@@ -256,7 +158,7 @@ class Saver:
         }
         try:
             request, buckets = self._together(final, lambda: self._plan(partial))
-            self._pending = _Pending(final, partial, content, request, buckets, note, memory, begin)
+            self._pending = Pending(final, partial, content, request, buckets, note, memory, begin)
             if self.asynchronous:
                 self._note(self._pending, "save_seconds")
                 self._pending.thread = threading.Thread(target=self._pending.write, daemon=True)
@@ -335,10 +237,10 @@ class Saver:
         )
         buckets = None if request.preload_fn is None else request.preload_fn()
         if self.asynchronous and buckets is not None and not torch.cuda.is_available():
-            buckets = _copied(buckets)  # on a GPU they are copies already
+            buckets = copied(buckets)  # on a GPU they are copies already
         return request, buckets
 
-    def _note(self, pending: _Pending, name: str) -> None:
+    def _note(self, pending: Pending, name: str) -> None:
         """Tell the cost so far; all ranks take part."""
         costs: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(costs, (time.perf_counter() - pending.begin, pending.memory.gib()))
@@ -357,7 +259,7 @@ class Saver:
         def written() -> None:
             if pending.error is not None:
                 free = shutil.disk_usage(self.root).free / 1e9
-                reason = f"{_reason(pending.error)} ({free:.3f} GB are free in {self.root})"
+                reason = f"{reason_of(pending.error)} ({free:.3f} GB are free in {self.root})"
                 raise CheckpointError(reason) from pending.error
 
         def close() -> None:

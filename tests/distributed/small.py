@@ -17,7 +17,7 @@ from nextvid_mcore.models.places import together
 from nextvid_mcore.models.sequences import patchify, visible_patches
 from nextvid_mcore.models.specs import Split
 from nextvid_mcore.parallel.groups import Layout, build_groups, init_distributed, seed_trackers
-from nextvid_mcore.training import checkpoint
+from nextvid_mcore.training import saving
 from nextvid_mcore.training.optimizer import RoleOptimizers, finalize_grads, wrap_roles
 
 CHANNELS, T, CLIPS = 12, 4, 4
@@ -98,7 +98,7 @@ def drawn_step(optimizers: RoleOptimizers, step: int) -> Any:
     """A step with gradients drawn by parameter name, equal in every layout; works on pipeline stages."""
     optimizers.zero_grad()
     for role, module in optimizers.modules.items():
-        for entry in checkpoint._tensors(module, f"{role}.", optimizers.groups).values():
+        for entry in saving.weight_tensors(module, f"{role}.", optimizers.groups).values():
             axes = entry.prepend_axis_num
             layer = entry.global_offset[0] if axes else 0
             seed = zlib.crc32(f"{entry.key}.{layer}.{step}".encode())
@@ -115,7 +115,7 @@ def snapshot(optimizers: RoleOptimizers) -> list[tuple]:
     """This rank's shards of weights, master weights, moments and EMA."""
     out = []
     for role, module in optimizers.modules.items():
-        weights = checkpoint._tensors(module, f"{role}.", optimizers.groups)
+        weights = saving.weight_tensors(module, f"{role}.", optimizers.groups)
         state = optimizers.optimizers[role].sharded_tensors(weights, loading=False)
         entries = [*weights.values(), *(e for entry in state.values() for e in entry.values())]
         for e in entries:
