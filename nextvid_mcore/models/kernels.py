@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from nextvid_mcore.models import fused
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 MIN_HEAD = 16  # FlexAttention takes no narrower heads
 BLOCK = 128  # tokens; what nobody in a block of so many sees is skipped
+HOPPER_BLOCK = 64
 SHORTEST = 128  # queries; for fewer FlexAttention is another kernel, made for decoding
 # Tiles that inductor's own search found fastest for stretches of 48 to 256 tokens a frame, heads of 64, H100;
 # other GPUs get inductor's, since these may not fit their shared memory
@@ -37,7 +39,7 @@ HOPPER, HOPPER_TILES = (
     (9, 0),
     {
         "fwd_BLOCK_M": 64,
-        "fwd_BLOCK_N": 128,
+        "fwd_BLOCK_N": 64,
         "bwd_BLOCK_M1": 32,
         "bwd_BLOCK_N1": 64,
         "bwd_BLOCK_M2": 64,
@@ -47,11 +49,23 @@ HOPPER, HOPPER_TILES = (
     },
 )
 SPAN = 1 << 16  # frame numbers lie below it
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, pattern: None = None) -> Tensor:
     """Every query of a row sees every key of it; all [rows, A, s, d]."""
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor, pattern: None = None) -> Tensor:
+    """The same by cuDNN where it takes these heads, else by what torch would choose."""
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        return plain(q, k, v)
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
@@ -84,7 +98,11 @@ def _compiled_flex() -> Callable[..., Tensor]:
 @functools.cache
 def tiles(device: torch.device) -> dict[str, int] | None:
     """FlexAttention's options on `device`; None: inductor's own."""
-    return HOPPER_TILES if torch.cuda.get_device_capability(device) == HOPPER else None
+    return HOPPER_TILES if _hopper(device) else None
+
+
+def _hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
@@ -92,10 +110,11 @@ def flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     return _compiled_flex()(q, k, v, block_mask=pattern.blocks, kernel_options=tiles(q.device))
 
 
-def flex_blocks(stretches: Sequence[Stretch], block: int = BLOCK) -> BlockMask:
+def flex_blocks(stretches: Sequence[Stretch], block: int | None = None) -> BlockMask:
     """FlexAttention's form of stretches that have a rule and the same frames in every row.
 
     A key is numbered stretch * SPAN + frame; every rule lets a query see one range of these numbers.
+    block: tokens of a block; None: what is fastest where the stretches lie.
     """
     keys, low, high = [], [], []
     for i, x in enumerate(stretches):
@@ -106,6 +125,7 @@ def flex_blocks(stretches: Sequence[Stretch], block: int = BLOCK) -> BlockMask:
         low.append(first + i * SPAN)
         high.append(last + i * SPAN)
     keys, low, high = (torch.cat(x).int() for x in (keys, low, high))
+    block = block or (HOPPER_BLOCK if _hopper(keys.device) else BLOCK)
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (low[query] <= keys[key]) & (keys[key] <= high[query])
@@ -115,9 +135,9 @@ def flex_blocks(stretches: Sequence[Stretch], block: int = BLOCK) -> BlockMask:
 
 def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]:
     """The kernel for queries [rows, A, s, d]."""
-    if pattern is None:
-        return plain
     half = q.dtype in (torch.bfloat16, torch.float16)
+    if pattern is None:
+        return cudnn if half and fused.compiles(q) and _hopper(q.device) else plain
     fits = q.shape[-1] >= MIN_HEAD and q.shape[2] >= SHORTEST
     if pattern.blocks is not None and half and fits and fused.compiles(q):
         return flex if pattern.ranges is None else flash4
