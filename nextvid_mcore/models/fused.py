@@ -1,9 +1,10 @@
-"""The elementwise work between matrix products, each piece a function that torch.compile makes one kernel.
+"""The elementwise work between matrix products, each piece a function that is one kernel on a GPU.
 
-On a GPU these pieces only move memory, so a chain of them costs as many passes as it has operations.
-Called on CUDA tensors a function here runs compiled; on a CPU, and inside `eager()`, the same function runs
-as it is written: that is the reference. The number of tokens (or rows) is left open in the compiled code, so
-ragged masks and longer clips compile nothing again; widths are constants of it.
+There these pieces only move memory, so a chain of them costs as many passes as it has operations. Called on
+CUDA tensors a function here runs compiled, by torch.compile or, where that makes several kernels of it, from
+models/triton_pieces.py; on a CPU, and inside `eager()`, it runs as it is written: that is the reference. The
+number of tokens (or rows) is left open in the compiled code, so ragged masks and longer clips compile nothing
+again; widths are constants of it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -81,34 +83,65 @@ def _add(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     return x + (y + bias)
 
 
-@fuse(open_dim=0)
-def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(x + bias)
-
-
 def add(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     """x + y + bias: residual, output of a linear, and that linear's bias; [s, rows, D]."""
     return _add(x.flatten(0, 1), y.flatten(0, 1), bias).view(x.shape)
 
 
 @fuse(open_dim=0)
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 @fuse(open_dim=0)
 def _add_norm(
     x: Tensor, y: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = x + (y + bias)
-    return x, F.layer_norm(x, x.shape[-1:], weight, norm_bias, eps)
+    return x, *torch.native_layer_norm(x, x.shape[-1:], weight, norm_bias, eps)
 
 
-def norm(x: Tensor, module: Module, eps: float) -> Tensor:
-    """`module`, a LayerNorm with weight and bias, on [s, rows, D]; not compiled, the module's own kernel."""
+class _Norm(torch.autograd.Function):
+    """x [N, D] itself and its norm: both gradients meet in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        normed, mean, rstd = _norm(x, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        return x, normed
+
+    @staticmethod
+    def backward(ctx: Any, dpast: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
+        return *_triton().norm_backward(dnormed, dpast, *ctx.saved_tensors, linear=False), None
+
+
+class _AddNorm(torch.autograd.Function):
+    """x + y + bias [N, D], and its norm."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, normed, mean, rstd = _add_norm(x, y, bias, weight, norm_bias, eps)
+        ctx.save_for_backward(total, mean, rstd, weight)
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        dx, dweight, dnorm_bias, dbias = _triton().norm_backward(dnormed, dtotal, *saved, linear=True)
+        return dx, dx, dbias, dweight, dnorm_bias, None
+
+
+def norm(x: Tensor, module: Module, eps: float) -> tuple[Tensor, Tensor]:
+    """x [s, rows, D], for what goes on past the norm, and `module` of it: a LayerNorm with weight and bias.
+
+    Not compiled, the norm is the module's own kernel.
+    """
     if not compiles(x):
-        return module(x)
-    return _norm(x.flatten(0, 1), module.weight, module.bias, eps).view(x.shape)
+        return x, module(x)
+    past, normed = _Norm.apply(x.flatten(0, 1), module.weight, module.bias, eps)
+    return past.view(x.shape), normed.view(x.shape)
 
 
 def add_norm(x: Tensor, y: Tensor, bias: Tensor, module: Module, eps: float) -> tuple[Tensor, Tensor]:
@@ -116,13 +149,15 @@ def add_norm(x: Tensor, y: Tensor, bias: Tensor, module: Module, eps: float) -> 
     if not compiles(x):
         x = add(x, y, bias)
         return x, module(x)
-    total, normed = _add_norm(x.flatten(0, 1), y.flatten(0, 1), bias, module.weight, module.bias, eps)
+    total, normed = _AddNorm.apply(x.flatten(0, 1), y.flatten(0, 1), bias, module.weight, module.bias, eps)
     return total.view(x.shape), normed.view(x.shape)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """Exact GELU of x + bias; x: [s, rows, width]."""
-    return _bias_gelu(x.flatten(0, 1), bias).view(x.shape)
+    if not compiles(x):
+        return F.gelu(x + bias)
+    return _triton().BiasGelu.apply(x.flatten(0, 1), bias).view(x.shape)
 
 
 @fuse(open_dim=1)
@@ -138,28 +173,11 @@ def gated_add(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first R dimensions of heads [N, A, d]; cos and sin: fp32 [N, 1, R / 2]."""
+    """Turn the first R dimensions of heads [..., A, d]; cos and sin: fp32 [..., 1, R / 2]."""
     half = cos.shape[-1]
     first, second = x[..., :half].float(), x[..., half : 2 * half].float()
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), dim=-1)
-
-
-@fuse(open_dim=0)
-def _rotate_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv.chunk(3, dim=-1)
-    return _rotate(q, cos, sin), _rotate(k, cos, sin), v.contiguous()
-
-
-@fuse(open_dim=0)
-def _rotate_kv(kv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    k, v = kv.chunk(2, dim=-1)
-    return _rotate(k, cos, sin), v.contiguous()
-
-
-@fuse(open_dim=0)
-def _rotate_q(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _rotate(q, cos, sin)
 
 
 def rotate_heads(parts: int, packed: Tensor, heads: int, rope: Tensor) -> tuple[Tensor, ...]:
@@ -167,14 +185,25 @@ def rotate_heads(parts: int, packed: Tensor, heads: int, rope: Tensor) -> tuple[
 
     Args:
         parts: 3 for [q, k, v] of each head, 2 for [k, v], 1 for q alone.
-        packed: [s, rows, heads * parts * d], as megatron-core's linears have it.
+        packed: [s, rows, heads * parts * d], as megatron-core's linears have it, which keep nothing of it:
+            compiled, it is turned in place.
         rope: `rope.turns` of the tokens, [2, s, rows, R / 2].
 
     Returns:
-        `parts` tensors [s, rows, heads, d] of their own memory, so that `packed` can be freed.
+        `parts` tensors [s, rows, heads, d]; compiled, views of `packed`.
     """
     s, rows = packed.shape[:2]
-    cos, sin = rope.flatten(1, 2).unsqueeze(2)
-    heads_first = packed.reshape(s * rows, heads, -1)
-    found = {1: _rotate_q, 2: _rotate_kv, 3: _rotate_qkv}[parts](heads_first, cos, sin)
-    return tuple(x.view(s, rows, heads, -1) for x in (found if isinstance(found, tuple) else (found,)))
+    if compiles(packed):
+        flat = packed.reshape(s * rows, -1)
+        found = _triton().Turn.apply(flat, *rope.flatten(1, 2), heads, parts)
+        return tuple(x.unflatten(0, (s, rows)) for x in found)
+    cos, sin = rope.unsqueeze(3)
+    *turned, last = packed.view(s, rows, heads, parts, -1).unbind(3)
+    turned = [_rotate(x, cos, sin) for x in turned]
+    return (*turned, last) if parts > 1 else (_rotate(last, cos, sin),)
+
+
+def _triton() -> ModuleType:
+    from nextvid_mcore.models import triton_pieces  # needs CUDA's compiler, and time to import
+
+    return triton_pieces

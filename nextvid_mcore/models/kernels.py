@@ -7,6 +7,7 @@
     flash4    FlashAttention-4, the same patterns: taken before flex where it is installed, Hopper or newer.
     framewise scaled_dot_product_attention without a mask, once a frame: its queries and the keys they see.
     plain     scaled_dot_product_attention without a mask, where every query sees every key.
+    cudnn     the same by cuDNN: on Hopper.
 
 benchmarks/attention.py compares them.
 """

@@ -106,11 +106,8 @@ class EncoderLayer(TransformerLayer):
     ) -> tuple[Tensor, None]:
         """hidden_states [s (/ tp), rows, D] -> the same, and None."""
         eps = self.config.layernorm_epsilon
-        attended = self.self_attention(
-            fused.norm(hidden_states, self.input_layernorm, eps),
-            rotary_pos_emb=rotary_pos_emb,
-            attention_bias=attention_bias,
-        )
+        hidden_states, normed = fused.norm(hidden_states, self.input_layernorm, eps)
+        attended = self.self_attention(normed, rotary_pos_emb=rotary_pos_emb, attention_bias=attention_bias)
         hidden_states, normed = fused.add_norm(hidden_states, *attended, self.pre_mlp_layernorm, eps)
         return fused.add(hidden_states, *self.mlp(normed)), None
 
@@ -131,8 +128,9 @@ class ContextLayer(TransformerLayer):
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [queries, rows, E] and context [keys, rows, E] -> the same two."""
         eps = self.config.layernorm_epsilon
+        hidden_states, normed = fused.norm(hidden_states, self.pre_cross_attn_layernorm, eps)
         attended = self.cross_attention(
-            fused.norm(hidden_states, self.pre_cross_attn_layernorm, eps),
+            normed,
             key_value_states=context,
             rotary_pos_emb=rotary_pos_emb,
             attention_bias=attention_bias,

@@ -2,13 +2,13 @@
 
 On a GPU these pieces only move memory, so what counts is how often a tensor is read and written:
 
-    gelu      with bias; the backward pass adds up the bias's gradient while it has the numbers.
-    norm      backward: the gradient that passes by on the residual is added, and the gradients of weight, bias
-              and of the bias of the linear before are added up, in the pass that has the numbers.
-    turn      rotary positions in place, so that values are not copied; the backward pass writes the gradient of
-              the packed heads at once.
+    gelu    with bias; the backward pass adds up the bias's gradient while it has the numbers.
+    norm    backward: adds the gradient that comes past it on the residual, and adds up those of weight, bias,
+            and of the bias of the linear before.
+    turn    rotary positions in place, so that values are not copied; the backward pass writes the gradient
+            of the packed heads at once.
 
-Sums over tokens go over shares of them first (`SHARE`), and those are added in a fixed order: the same numbers
+Sums over tokens are first taken over shares of them, and those then added in a fixed order: the same numbers
 every time. models/fused.py has the functions that these stand for, and calls them.
 """
 
@@ -55,9 +55,7 @@ def _tail(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def _gelu_forward(
-    x, bias, y, rows, W: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PTX: tl.constexpr
-):
+def _gelu_forward(x, bias, y, rows, W: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PTX: tl.constexpr):
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     at = r.to(tl.int64)[:, None] * W + c[None, :]
@@ -188,7 +186,9 @@ def _turn_back(
         tl.store(to + HALF + i[None, :], second * c - first * s, mask=inside)
         if D > 2 * HALF:  # dimensions that are not turned
             rest = 2 * HALF + tl.arange(0, BT)[None, :]
-            tl.store(to + rest, tl.load(of + rest, mask=there & (rest < D), other=0.0), mask=there & (rest < D))
+            tl.store(
+                to + rest, tl.load(of + rest, mask=there & (rest < D), other=0.0), mask=there & (rest < D)
+            )
     if PARTS > 1:
         d = tl.arange(0, BD)[None, :]
         value = tl.load(dv + r * D + d, mask=there & (d < D), other=0.0)
@@ -237,8 +237,10 @@ class BiasGelu(torch.autograd.Function):
 def norm_backward(
     dnormed: Tensor, dpast: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, linear: bool
 ) -> tuple[Tensor, ...]:
-    """Gradients of LayerNorm's input (with `dpast`, which came past it), weight, bias; `linear`: of a bias too
-    that was added to the input. x: [N, D]."""
+    """Gradients of LayerNorm's input x [N, D] (with `dpast`, which came past the norm), weight and bias.
+
+    linear: of a bias too that was added to the input.
+    """
     rows, width = x.shape
     block = triton.next_power_of_2(width)
     at_once = max(1, 2048 // block)
@@ -248,14 +250,14 @@ def norm_backward(
     dx = torch.empty_like(x)
     sums = torch.empty(parts, (3 if linear else 2) * width, dtype=torch.float32, device=x.device)
     _norm_backward[(parts,)](
-        dnormed.contiguous(), dpast.contiguous(), x, mean, rstd, weight, dx, sums, rows, share,
+        dnormed.contiguous(), dpast.contiguous(), x.contiguous(), mean, rstd, weight, dx, sums, rows, share,
         D=width, BLOCK=block, BR=at_once, LINEAR=linear,
     )  # fmt: skip
     return dx, *_sum_of(sums, weight.dtype).split(width)
 
 
 class Turn(torch.autograd.Function):
-    """[N, A * parts * d] -> `parts` views [N, A, d] of the same memory, in which queries and keys are turned."""
+    """[N, A * parts * d] -> `parts` views [N, A, d] of the same memory, queries and keys turned."""
 
     @staticmethod
     def forward(ctx, packed: Tensor, cos: Tensor, sin: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:

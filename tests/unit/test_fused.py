@@ -1,4 +1,7 @@
-"""The fused pieces: compiled (by the front end alone; tests/gpu has the kernels) they are what is written."""
+"""The fused pieces are what is written: compiled by torch's front end alone, Triton's kernels interpreted.
+
+tests/gpu has both as they are compiled for the GPU.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def compiled(monkeypatch) -> None:
 def values(function, *inputs: Tensor) -> list[Tensor]:
     """Outputs, and the gradients of a fixed projection of them."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    out = function(*leaves)
+    out = function(*(x * 1 for x in leaves))  # rotary pieces write over what they get
     out = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(1)
     sum((x * torch.randn(x.shape, generator=generator)).sum() for x in out).backward()
@@ -50,11 +53,21 @@ def pieces(s: int, rows: int, width: int) -> list[tuple]:
     module.weight.data.copy_(draw(width))
     turns = rope.turns(rope.angles(rope.token_positions(torch.arange(s * rows).view(s, rows), 4, 4), 16))
     qkv = draw(s, rows, 3 * 32)
+    weight, bias = module.weight, module.bias
+    del module.weight, module.bias  # to be leaves of the test
+
+    def with_norm(function):
+        def call(*args: Tensor):
+            module.weight, module.bias = args[-2:]
+            return function(*args[:-2], module, 1e-5)
+
+        return call
+
     return [
         (fused.add, x, y, vector),
         (fused.bias_gelu, x, vector),
-        (lambda a: fused.norm(a, module, 1e-5), x),
-        (lambda *a: fused.add_norm(*a, module, 1e-5), x, y, vector),
+        (with_norm(fused.norm), x, weight, bias),
+        (with_norm(fused.add_norm), x, y, vector, weight, bias),
         (lambda *a: fused.modulate(*a, 1e-6), x, row, row + 1),
         (fused.gated_add, x, row, y, vector),
         (lambda a: fused.rotate_heads(3, a, 2, turns), qkv),
@@ -75,7 +88,7 @@ def test_compiled_equals_written_and_sizes_stay_open(compiled) -> None:
             for a, b in zip(wanted, found, strict=True):
                 torch.testing.assert_close(a, b)
         graphs.append(counters["stats"]["unique_graphs"] - before)
-    assert graphs == [9, 0, 0]  # more rows compile nothing again
+    assert graphs == [5, 0, 0]  # more rows compile nothing again
 
 
 def test_rotated_heads_are_ropes() -> None:
@@ -88,7 +101,6 @@ def test_rotated_heads_are_ropes() -> None:
     torch.testing.assert_close(q, rope.rotate(parts[0], angles[:, :, None]))
     torch.testing.assert_close(k, rope.rotate(parts[1], angles[:, :, None]))
     assert torch.equal(v, parts[2])
-    assert all(x.is_contiguous() for x in (q, k, v))  # so that `packed` can be freed
 
 
 def test_gelu_is_exact() -> None:

@@ -88,3 +88,22 @@ def test_choice(monkeypatch) -> None:
     assert kernels.choose(half.float(), flexible) is kernels.masked
     assert kernels.choose(half[..., :8], flexible) is kernels.masked
     assert kernels.choose(half[:, :, :100], flexible) is kernels.masked
+
+
+def test_hopper_has_its_own_choices(monkeypatch) -> None:
+    from nextvid_mcore.models import inductor
+
+    monkeypatch.setattr(kernels, "_hopper", lambda device: True)
+    monkeypatch.setattr(fused, "compiles", lambda x: True)
+    kernels.tiles.cache_clear()
+    half = torch.randn(2, 3, 128, 16, dtype=torch.bfloat16)
+    assert kernels.choose(half, None) is kernels.cudnn
+    torch.testing.assert_close(kernels.cudnn(half, half, half), kernels.plain(half, half, half))
+    assert kernels.choose(half.float(), None) is kernels.plain
+    assert kernels.flex_blocks(regular_pattern(VISIBLE, VISIBLE, "causal", CPU).stretches).BLOCK_SIZE == (
+        64,
+        64,
+    )
+    (tile,) = inductor.Choices().get_flex_attention_bwd_configs(64, torch.bfloat16)
+    assert (tile.block_m1, tile.block_n1, tile.block_m2, tile.block_n2) == (32, 64, 64, 32)
+    kernels.tiles.cache_clear()

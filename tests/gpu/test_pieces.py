@@ -1,0 +1,128 @@
+"""The fused pieces as a GPU gets them, at ViT-G's widths in bf16, against what is written in fp32.
+
+Outputs and gradients may differ by bf16's rounding: 1% of a tensor's norm, 2% through attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from nextvid_mcore import rope
+from nextvid_mcore.models import fused, kernels
+from nextvid_mcore.models.attention import Frames, regular_pattern
+
+S, ROWS = 101, 7  # no multiple of any tile
+HEADS = {"encoder": (22, 64), "predictor": (12, 32)}  # heads, width of a head
+
+
+def draw(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device="cuda") * scale).bfloat16()
+
+
+def values(function: Callable, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Outputs, and the gradients of a fixed projection of them."""
+    leaves = [x.detach().clone().to(dtype).requires_grad_() for x in inputs]
+    out = function(*(x * 1 for x in leaves))  # rotary pieces write over what they get
+    out = out if isinstance(out, tuple) else (out,)
+    torch.manual_seed(1)
+    grads = [torch.randn(x.shape, device="cuda").bfloat16().to(dtype) for x in out]
+    return [x.detach() for x in out] + list(torch.autograd.grad(out, leaves, grads))
+
+
+def pieces() -> Iterator[tuple]:
+    """(name, function, its inputs)."""
+    torch.manual_seed(0)
+    for width in (1408, 384):
+        module = torch.nn.LayerNorm(width, device="cuda")
+
+        def with_norm(function: Callable, module: torch.nn.Module = module) -> Callable:
+            def call(*args: Tensor) -> object:
+                for name in ("weight", "bias"):
+                    module._parameters.pop(name, None)
+                module.weight, module.bias = args[-2:]
+                return function(*args[:-2], module, 1e-5)
+
+            return call
+
+        x, y, row = draw(S, ROWS, width), draw(S, ROWS, width), draw(1, ROWS, width)
+        vectors = [draw(width) for _ in range(3)]
+        yield f"add {width}", fused.add, [x, y, vectors[0]]
+        yield f"norm {width}", with_norm(fused.norm), [x, *vectors[:2]]
+        yield f"add_norm {width}", with_norm(fused.add_norm), [x, y, *vectors]
+        yield f"modulate {width}", lambda *a: fused.modulate(*a, 1e-6), [x, row, row + 1]
+        yield f"gated_add {width}", fused.gated_add, [x, row, y, vectors[0]]
+    for width in (6144, 1536, 200):
+        yield f"bias_gelu {width}", fused.bias_gelu, [draw(S, ROWS, width, scale=3.0), draw(width)]
+    tokens = torch.arange(S * ROWS, device="cuda").view(S, ROWS)
+    for heads, d in HEADS.values():
+        turns = rope.turns(rope.angles(rope.token_positions(tokens, 16, 16), d))
+        for parts in (1, 2, 3):
+            yield (
+                f"rotate_heads {parts} x {heads} x {d}",
+                lambda x, parts=parts, heads=heads, turns=turns: fused.rotate_heads(parts, x, heads, turns),
+                [draw(S, ROWS, heads * parts * d)],
+            )
+
+
+def far(found: list[Tensor], wanted: list[Tensor]) -> list[float]:
+    return [
+        ((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(found, wanted, strict=True)
+    ]
+
+
+def test_compiled_pieces_are_what_is_written() -> None:
+    wrong = []
+    for name, function, inputs in pieces():
+        with fused.eager():
+            wanted = values(function, inputs, torch.float32)
+        errors = far(values(function, inputs, torch.bfloat16), wanted)
+        print(f"{name}: {', '.join(f'{x:.1e}' for x in errors)}")
+        if not max(errors) < 1e-2:
+            wrong.append((name, errors))
+    assert not wrong
+
+
+@pytest.mark.parametrize("kind", ["student", "predictor", "decoder"])
+def test_attention_of_turned_heads(kind: str) -> None:
+    """From a linear's output to attention's, by the kernels that a network gets, against fp32."""
+    heads, d = HEADS["encoder" if kind == "student" else "predictor"]
+    visible, asked = (Frames(0, 7, 96), Frames(0, 7, 48)), (Frames(1, 7, 256),) * 2
+    device = torch.device("cuda")
+    queries, rows = {"student": (1008, 2), "predictor": (3584, 2), "decoder": (256, 14)}[kind]
+    pattern = {
+        "student": lambda: regular_pattern(visible, visible, "causal", device),
+        "predictor": lambda: regular_pattern(asked, visible, "autoregressive", device),
+        "decoder": lambda: None,
+    }[kind]()
+    keys = 256 if kind == "decoder" else 1008
+
+    def turns(s: int) -> Tensor:
+        tokens = torch.arange(s * rows, device=device).view(s, rows)
+        return rope.turns(rope.angles(rope.token_positions(tokens, 16, 16), d))
+
+    used = []
+
+    def attend(*packed: Tensor) -> Tensor:
+        if len(packed) == 1:
+            q, k, v = fused.rotate_heads(3, packed[0], heads, turns(queries))
+        else:
+            (q,) = fused.rotate_heads(1, packed[0], heads, turns(queries))
+            k, v = fused.rotate_heads(2, packed[1], heads, turns(keys))
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        used.append(kernels.choose(q, pattern))
+        out = used[-1](q, k, v, pattern).permute(2, 0, 1, 3)
+        return out.reshape(queries, rows, heads * d)
+
+    torch.manual_seed(0)
+    inputs = [draw(queries, rows, heads * 3 * d)]
+    if kind == "predictor":
+        inputs = [draw(queries, rows, heads * d), draw(keys, rows, heads * 2 * d)]
+    with fused.eager():
+        wanted = values(attend, inputs, torch.float32)
+    errors = far(values(attend, inputs, torch.bfloat16), wanted)
+    print(kind, used[-1].__name__, errors)
+    assert used[-1] is not used[0] and max(errors) < 2e-2
