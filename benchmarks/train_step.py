@@ -37,6 +37,7 @@ KEYS = {
     "recipe": str,
     "backend": str,
     "fp8": str,  # none, current, delayed, blockwise: of all roles, or role:recipe,role:recipe
+    "fp8_fused": int,  # 0: delayed's GELU writes bf16, which is then quantised
     "recompute": str,
     "compile": int,
     "graphs": str,  # on, off or auto
@@ -53,10 +54,9 @@ KEYS = {
 }
 
 
-def fp8_config(text: str) -> Fp8Config:
-    if ":" not in text:
-        return Fp8Config(all=text)
-    return Fp8Config(**dict(part.split(":") for part in text.split(",")))
+def fp8_config(text: str, fused: int) -> Fp8Config:
+    recipes = dict(part.split(":") for part in text.split(",")) if ":" in text else {"all": text}
+    return Fp8Config(**recipes, fused=bool(fused))
 
 
 def configure(case: dict[str, Any], world: int) -> RunConfig:
@@ -74,7 +74,7 @@ def configure(case: dict[str, Any], world: int) -> RunConfig:
         target=dataclasses.replace(
             config.target, kind="va_vae" if config.model.patch_size == 16 else "pixels"
         ),
-        fp8=fp8_config(case["fp8"]),
+        fp8=fp8_config(case["fp8"], case["fp8_fused"]),
         parallel=dataclasses.replace(
             config.parallel,
             encoder=RoleParallel(tensor=case["tensor"]),
@@ -99,6 +99,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     parser.add_argument("--case", action="append", default=[], help='such as "backend=te tau=4"')
     parser.add_argument("--backend", default="te", choices=["local", "te"])
     parser.add_argument("--fp8", default="none")
+    parser.add_argument("--fp8-fused", type=int, default=1)
     parser.add_argument("--recompute", default="none", choices=["none", "core_attn", "full"])
     parser.add_argument("--compile", type=int, default=1)
     parser.add_argument("--graphs", default="auto", choices=["auto", "on", "off"])

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from nextvid_mcore.models import fused
+from nextvid_mcore.models import fp8_mlp, fused
 from nextvid_mcore.models.attention import AttentionPattern
 
 
@@ -25,6 +25,8 @@ class FusedMLP(MLP):
 
     def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, Tensor]:
         """[s (/ tp), rows, D] -> the same shape, and the bias [D] that is still to be added."""
+        if fp8_mlp.fits(self.config, hidden_states):
+            return fp8_mlp.mlp(self, hidden_states)
         return self.linear_fc2(fused.bias_gelu(*self.linear_fc1(hidden_states)))
 
 

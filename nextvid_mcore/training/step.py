@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from nextvid_mcore.config import RunConfig
 from nextvid_mcore.data import ClipBatch
-from nextvid_mcore.models import fp8, fused
+from nextvid_mcore.models import fp8, fp8_mlp, fused
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch, NextVid
 from nextvid_mcore.parallel import watchdog
 from nextvid_mcore.parallel.reference_edge import ReferenceEdge
@@ -68,6 +68,7 @@ class TrainStep:
             torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         )
         fused.use(config.model.compile)
+        fp8_mlp.use(config.model.compile and config.fp8.fused)
         recorded = graphs.wanted(config, seats.placement)
         if recorded:
             graphs.own_stream()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import parity
 import pytest
@@ -175,14 +176,14 @@ def test_weights_are_quantised_again_after_every_update(recipe: str) -> None:
 def over_an_update(recipe: str, graphs: str) -> list[tuple[dict[str, float], dict[str, torch.Tensor]]]:
     """Losses and gradients before and after an update, late enough to be replayed."""
     # one micro-batch: else the engine runs the reference for all of them first, and scales follow the order
-    step, point = built(small(all=recipe).altered(train={"micro_batch": BATCH, "cuda_graphs": graphs}))
+    config = small(all=recipe).altered(train={"micro_batch": BATCH, "cuda_graphs": graphs})
+    step, point = built(config)
     assert (step.engine.graphs is not None) == (graphs == "on")
-    data, found = clips(step.config, point, step), []
+    data, found = clips(config, point, step), []
     for passes in (4, 1):
         for _ in range(passes):
             losses, _ = step.gradients(point, data)
-        named = step.model.named_parameters()
-        found.append((losses, {n: p.main_grad.float().cpu().clone() for n, p in named if p.requires_grad}))
+        found.append((losses, parity.gradients(step)))
         step.run(point, data)
     return found
 
@@ -199,6 +200,61 @@ def test_recorded_equals_eager(recipe: str) -> None:
             off = error(whole(grads2, role), whole(grads, role))
             print(f"\n{recipe:<12}{role:<11} recorded off by {off:.5f}", end="")
             assert off < 10 * rel, role
+
+
+def with_gelu(quantises: bool) -> tuple[dict[str, float], dict[str, torch.Tensor], int]:
+    """Losses and gradients in `delayed`, and how often GELU's kernel was called."""
+    from nextvid_mcore.models import fp8_mlp, triton_fp8
+
+    config = small(all="delayed")
+    step, point = built(config)
+    fp8_mlp.use(quantises)
+    with mock.patch.object(triton_fp8, "gelu", side_effect=triton_fp8.gelu) as gelu:
+        for _ in range(2):
+            losses, _ = step.gradients(point, clips(config, point, step))
+    return losses, parity.gradients(step), gelu.call_count
+
+
+def test_gelu_that_quantises() -> None:
+    """The same numbers as GELU in bf16 that is then quantised, but for a rounding in between."""
+    wanted, found = (shared(1).run(with_gelu, each, timeout=60)[0] for each in (False, True))
+    layers = 4 + 4 + 2 + 2
+    assert wanted[2] == 0 and found[2] == (3 + 2) * (BATCH // MICRO) * layers  # three rehearsals
+    assert found[0] == pytest.approx(wanted[0], rel=3e-3)
+    for role in ("student", "predictor", "decoder"):
+        off = error(whole(found[1], role), whole(wanted[1], role))
+        print(f"\nGELU to FP8 {role:<11} off by {off:.5f}", end="")
+        assert off < GRADIENT / 2, role
+
+
+@pytest.mark.parametrize("shape", [(1000, 384), (4096, 1536)])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_gelu_kernels(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    from nextvid_mcore.models import triton_fp8
+
+    generator = torch.Generator().manual_seed(0)
+    x, dy, bias = (torch.randn(*s, generator=generator).bfloat16() for s in (shape, shape, shape[1:]))
+    x[0, 0] = dy[0, 0] = 30.0  # beyond what the scale leaves room for
+    scale = torch.tensor(torch.finfo(dtype).max / 8)
+
+    def both(device: str) -> list:
+        given, amax = (each.to(device) for each in (x, bias, scale)), torch.zeros(3, 1, device=device)
+        x_, bias_, scale_ = given
+        found = [triton_fp8.gelu(x_, bias_, scale_, amax[i], dtype, bool(i)) for i in range(2)]
+        back, sums = triton_fp8.gelu_backward(dy.to(device), x_, bias_, scale_, amax[2], dtype)
+        return [*found, back, sums.cpu().float(), amax.cpu()]
+
+    found, wanted = both("cuda"), both("cpu")
+    torch.testing.assert_close(found[4], wanted[4], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[3], wanted[3], rtol=1e-2, atol=1e-2)
+    for a, b in zip(found[:3], wanted[:3], strict=True):
+        a_rows, b_rows = a.rows.cpu().float(), b.rows.float()
+        assert a_rows.isfinite().all() and a_rows.abs().max() == torch.finfo(dtype).max
+        assert (a_rows != b_rows).float().mean() < 1e-3  # ties
+        torch.testing.assert_close(a_rows, b_rows, rtol=0.3, atol=1e-2)
+        torch.testing.assert_close(a.inverse.cpu(), b.inverse)
+        if b.columns is not None:
+            assert torch.equal(a.columns.cpu().float(), a_rows.t())
 
 
 def losses_of(settings: dict[str, Any], folder: str, at: int, start: str | None, steps: int) -> list[float]:

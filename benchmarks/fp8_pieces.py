@@ -1,0 +1,110 @@
+"""Milliseconds and GB/s of GELU that writes FP8 (models/triton_fp8.py) against GELU and then quantising.
+
+    python benchmarks/fp8_pieces.py            # one GPU; about a minute
+
+ViT-G's MLP at micro-batch 16: 16,128 student and 32,768 reference tokens of 6,144 values. The tiles that are
+tried print their times; bytes are those that must be moved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from nextvid_mcore.models import fused, triton_fp8  # noqa: E402 (the clone is put on the path first)
+
+TILES = [(128, 64, 8), (64, 128, 8), (64, 64, 4), (128, 64, 4), (128, 32, 4), (256, 32, 8)]
+FLATS = [(8, 512, 8), (4, 512, 4), (4, 1024, 8), (16, 256, 8), (2, 1024, 4)]
+
+
+def milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
+    for _ in range(3):
+        run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+def show(name: str, run: Callable[[], object], count: int) -> None:
+    """count: bytes that the work must move."""
+    try:
+        ms = milliseconds(run)
+        print(f"{ms:>8.3f} ms {count / ms / 1e6:>6.0f} GB/s  {name}", flush=True)
+    except Exception:
+        print(f"failed: {name}")
+        traceback.print_exc(limit=-3)
+
+
+def quantiser(dtype: str, columns: bool):
+    """Transformer Engine's for `delayed`."""
+    from transformer_engine.pytorch.constants import TE_DType
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
+
+    scale, amax = torch.tensor(20.0, device="cuda"), torch.zeros(1, device="cuda")
+    made = Float8Quantizer(scale, amax, TE_DType[getattr(torch, dtype)], columnwise=columns)
+    made.internal = True
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--width", type=int, default=6144)
+    parser.add_argument("--student", type=int, default=16128)
+    parser.add_argument("--reference", type=int, default=32768)
+    args = parser.parse_args()
+    print(torch.cuda.get_device_name(), torch.__version__)
+    bias = torch.randn(args.width, device="cuda", dtype=torch.bfloat16)
+    scale, amax = torch.tensor(20.0, device="cuda"), torch.zeros(1, device="cuda")
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    for rows, columns in ((args.student, True), (args.reference, False)):
+        x = torch.randn(rows, 1, args.width, device="cuda", dtype=torch.bfloat16)
+        flat, size = x[:, 0], x.numel()
+        low = quantiser("float8_e4m3fn", columns)
+        with torch.no_grad():
+            show(f"GELU in bf16 {rows}", lambda x=x: fused.bias_gelu(x, bias), 4 * size)
+            show(f"quantise {rows} columns={columns}", lambda: low(flat), (3 + columns) * size)  # noqa: B023
+        name = "TILE" if columns else "FLAT"
+        for br, bc, warps in TILES if columns else FLATS:
+            setattr(triton_fp8, name, {"BR": br, "BC": bc, "num_warps": warps})
+            show(
+                f"GELU to FP8 {rows} columns={columns} tile {br} x {bc}, {warps} warps",
+                lambda: triton_fp8.gelu(flat, bias, scale, amax, e4m3, columns),  # noqa: B023
+                (3 + columns) * size,
+            )
+        if not columns:
+            continue
+        dy, leaf = torch.randn_like(x), x.clone().requires_grad_()
+        y = fused.bias_gelu(leaf, bias.requires_grad_())
+        low = quantiser("float8_e5m2", True)
+        show(
+            "derivative in bf16, with the bias's",
+            lambda: torch.autograd.grad(y, (leaf, bias), dy, retain_graph=True),  # noqa: B023
+            6 * size,
+        )
+        show("quantise it", lambda: low(dy[:, 0]), 4 * size)  # noqa: B023
+        for br, bc, warps in TILES:
+            triton_fp8.TILE = {"BR": br, "BC": bc, "num_warps": warps}
+            show(
+                f"derivative to FP8 tile {br} x {bc}, {warps} warps",
+                lambda: triton_fp8.gelu_backward(dy[:, 0], flat, bias, scale, amax, e5m2),  # noqa: B023
+                6 * size,
+            )
+
+
+if __name__ == "__main__":
+    main()

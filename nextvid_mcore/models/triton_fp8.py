@@ -1,0 +1,141 @@
+"""GELU and its derivative that write FP8, one kernel in Triton each, and what they stand for in torch.
+
+A linear in FP8 reads its input in one direction for the product and, where it is trained, in the other for
+the weight's gradient; Hopper's products take no other layout. Transformer Engine makes both from a tensor in
+bf16: with GELU before it that tensor is written and read once more than need be. Here GELU's kernel
+multiplies by the scale that the quantiser has (`delayed` knows it beforehand), rounds, writes both directions
+and leaves the largest value where the quantiser wants it. The derivative adds up the bias's gradient
+meanwhile, share by share, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nextvid_mcore.models import triton_pieces
+
+GPU = tl.constexpr(triton_pieces.PTX)
+# bf16 to fp32, two at a time: of a plain conversion Triton 3.6 makes two, and computes all that follows once
+# as the rows are stored and once as the columns are
+WIDEN = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Values times a scale, in FP8: `rows` [N, W], `columns` [W, N] or None; `inverse` [1] is 1 / scale."""
+
+    rows: Tensor
+    columns: Tensor | None
+    inverse: Tensor
+
+
+@triton.jit
+def _store(y, scale, amax, rows_out, columns_out, r, c, rows, W: tl.constexpr, LIMIT: tl.constexpr,
+           COLUMNS: tl.constexpr):  # fmt: skip
+    """Largest value, and the tile `y` in FP8 at rows `r` and columns `c`; outside of the matrix y is 0."""
+    inside = (r < rows)[:, None] & (c < W)[None, :]
+    tl.atomic_max(amax, tl.max(tl.abs(y)))
+    low = y * tl.load(scale)
+    if not GPU:  # there the conversion to FP8 does so
+        low = tl.clamp(low, -LIMIT, LIMIT)
+    low = low.to(rows_out.dtype.element_ty)
+    tl.store(rows_out + r.to(tl.int64)[:, None] * W + c[None, :], low, mask=inside)
+    if COLUMNS:
+        at = columns_out + c.to(tl.int64)[:, None] * rows + r[None, :]
+        tl.store(at, tl.trans(low), mask=tl.trans(inside))
+
+
+@triton.jit
+def _gelu_forward(x, bias, scale, amax, inverse, rows_out, columns_out, rows,
+                  W: tl.constexpr, LIMIT: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr,
+                  BC: tl.constexpr):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(inverse, 1.0 / tl.load(scale))
+    inside = (r < rows)[:, None] & (c < W)[None, :]
+    a = tl.load(x + r.to(tl.int64)[:, None] * W + c[None, :], mask=inside, other=0.0)
+    if GPU and a.dtype == tl.bfloat16:
+        a = tl.inline_asm_elementwise(WIDEN, "=r,=r,r", [a], tl.float32, is_pure=True, pack=2)
+    a = a.to(tl.float32)
+    a += tl.load(bias + c, mask=c < W, other=0.0).to(tl.float32)[None, :]
+    tail, _ = triton_pieces._tail(a, GPU)
+    y = tl.where(inside, tl.maximum(a, 0.0) - tl.abs(a) * tail, 0.0)
+    _store(y, scale, amax, rows_out, columns_out, r, c, rows, W, LIMIT, COLUMNS)
+
+
+@triton.jit
+def _gelu_backward(dy, x, bias, scale, amax, inverse, rows_out, columns_out, sums, rows,
+                   W: tl.constexpr, LIMIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(inverse, 1.0 / tl.load(scale))
+    inside = (r < rows)[:, None] & (c < W)[None, :]
+    at = r.to(tl.int64)[:, None] * W + c[None, :]
+    a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    a += tl.load(bias + c, mask=c < W, other=0.0).to(tl.float32)[None, :]
+    grad = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+    tail, bell = triton_pieces._tail(a, GPU)
+    grad = grad * (tl.where(a < 0, tail, 1.0 - tail) + a * bell * 0.3989422804014327)
+    tl.store(sums + tl.program_id(1).to(tl.int64) * W + c, tl.sum(grad, 0), mask=c < W)
+    _store(grad, scale, amax, rows_out, columns_out, r, c, rows, W, LIMIT, True)
+
+
+TILE = {"BR": 128, "BC": 64, "num_warps": 8}  # with both directions: 128 bytes in a row of columns
+FLAT = {"BR": 8, "BC": 512, "num_warps": 8}  # without columns
+
+
+def gelu(x: Tensor, bias: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, columns: bool) -> Scaled:
+    """Exact GELU of x [N, W] + bias [W], times `scale`, in `dtype`; `amax` [1] grows to its largest value."""
+    if not x.is_cuda:
+        return _scaled(F.gelu(x.float() + bias.float()), scale, amax, dtype, columns)
+    out, (rows, width) = _empty(x, dtype, columns), x.shape
+    tile = TILE if columns else FLAT
+    grid = (triton.cdiv(width, tile["BC"]), triton.cdiv(rows, tile["BR"]))
+    _gelu_forward[grid](
+        x, bias, scale, amax, out.inverse, out.rows, out.columns, rows,
+        W=width, LIMIT=torch.finfo(dtype).max, COLUMNS=columns, **tile,
+    )  # fmt: skip
+    return out
+
+
+def gelu_backward(
+    dy: Tensor, x: Tensor, bias: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype
+) -> tuple[Scaled, Tensor]:
+    """Gradient of x by `dy` [N, W] as `gelu` gives its values, both directions, and the bias's [W]."""
+    if not x.is_cuda:
+        a = (x.float() + bias.float()).requires_grad_()
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(F.gelu(a), a, dy.float())
+        return _scaled(grad, scale, amax, dtype, True), grad.sum(0).to(bias.dtype)
+    out, (rows, width) = _empty(x, dtype, True), x.shape
+    grid = (triton.cdiv(width, TILE["BC"]), triton.cdiv(rows, TILE["BR"]))
+    sums = torch.empty(grid[1], width, dtype=torch.float32, device=x.device)
+    _gelu_backward[grid](
+        dy, x, bias, scale, amax, out.inverse, out.rows, out.columns, sums, rows,
+        W=width, LIMIT=torch.finfo(dtype).max, **TILE,
+    )  # fmt: skip
+    return out, triton_pieces._sum_of(sums, bias.dtype)
+
+
+def _empty(x: Tensor, dtype: torch.dtype, columns: bool) -> Scaled:
+    return Scaled(
+        torch.empty_like(x, dtype=dtype),
+        torch.empty(x.shape[::-1], dtype=dtype, device=x.device) if columns else None,
+        torch.empty(1, dtype=torch.float32, device=x.device),
+    )
+
+
+def _scaled(y: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, columns: bool) -> Scaled:
+    """The reference: fp32 `y` as the kernels store it."""
+    amax.copy_(torch.maximum(amax, y.abs().max()))
+    limit = torch.finfo(dtype).max
+    low = (y * scale).clamp(-limit, limit).to(dtype)
+    return Scaled(low, low.t().contiguous() if columns else None, scale.reciprocal().reshape(1))
