@@ -19,7 +19,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 from common import Bench, quick_start
-from train_step import KEYS, configure
+from train_step import KEYS, configure, parse
 
 from nextvid_mcore import recipes
 from nextvid_mcore.config import MOVING_DIGITS, RunConfig
@@ -69,9 +69,9 @@ def main() -> None:
     args = parser.parse_args()
     init_distributed()
     recipe = recipes.get(args.recipe)
-    case = {"recipe": args.recipe, "fp8": "none", "recompute": "none", "tensor": 1, "sequence": 0, "tau": 1}
-    case |= {"vae": 0, "frames": recipe.stages[0].frames}
-    case |= {key: getattr(args, key) for key in KEYS if key not in case}
+    _, [case] = parse([args.recipe])  # what is not said here is train_step.py's
+    case |= {key: value for key, value in vars(args).items() if key in KEYS}
+    case["frames"] = recipe.stages[0].frames
     config = with_clips(configure(case, dist.get_world_size()), args.samples, args.workers)
     with quick_start():
         bench = Bench(config)
