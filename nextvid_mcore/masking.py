@@ -70,12 +70,6 @@ class ClipMasks:
         """Frame of every token, int64 [rows, s]."""
         return self.tokens // self.tokens_per_frame
 
-    def segment_ids(self) -> Tensor:
-        """Number of the segment that each place of a row belongs to, int64 [s]: tokens of different
-        segments must not see each other."""
-        lengths = torch.tensor([segment.length for segment in self.segments])
-        return torch.repeat_interleave(torch.arange(len(self.segments)), lengths)
-
     def of(self, segment: MaskSegment) -> Tensor:
         """The tokens of a segment: int64 [B or 1, length]."""
         return self.tokens[segment.rows, segment.start : segment.stop]

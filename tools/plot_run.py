@@ -28,10 +28,10 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 from nextvid_mcore.config import ConfigError, require  # noqa: E402
 from nextvid_mcore.evaluation.pictures import (  # noqa: E402
     LOSSES,
-    _running_mean,
-    _save,
-    _shade_stages,
     draw_losses,
+    running_mean,
+    save,
+    shade_stages,
 )
 from nextvid_mcore.training import metrics  # noqa: E402
 
@@ -111,7 +111,7 @@ def draw_values(ax: Axes, run: Run, key: str, colour: object, label: str | None,
     steps, values = run.steps, run.values(key)
     if window > 1 and not np.isnan(values).all() and key not in ("lr", "lr_flow"):
         ax.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-        values = _running_mean(values, window)
+        values = running_mean(values, window)
     there = np.isfinite(values)
     sparse = there.sum() <= max(3, len(values) // 5)  # written every now and then
     if sparse:
@@ -154,7 +154,7 @@ def figure(runs: list[Run], keys: list[str]) -> Figure:
             ax.set_yscale("log")
         if panel.startswith(KNN):
             ax.set_ylim(bottom=0)
-        _shade_stages(ax, stages, longest.steps)
+        shade_stages(ax, stages, longest.steps)
         knn = f"online kNN, {panel.removeprefix(KNN)} (%)" if panel.startswith(KNN) else panel
         ax.set_title(TITLES.get(panel, knn), pad=18, fontsize=10)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
@@ -192,7 +192,7 @@ def main() -> int:
         )
         runs = [Run.read(path, name) for path, name in zip(args.runs, names, strict=True)]
         keys = args.keys.split(",") if args.keys else DEFAULT + sorted(set().union(*(r.knn for r in runs)))
-        _save(figure(runs, keys), args.out)
+        save(figure(runs, keys), args.out)
     except ConfigError as error:
         print(f"plot_run: {error}", file=sys.stderr)
         return 2

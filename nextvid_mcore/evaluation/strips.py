@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from nextvid_mcore.config import ConfigError, require
-from nextvid_mcore.evaluation.pictures import _draw_frame, _save
+from nextvid_mcore.evaluation.pictures import save
 
 INK, PAPER, PALE = (34, 34, 34), (255, 255, 255), (226, 226, 226)
 GAP, LINE = 8, 20  # pixels between panels, of a line of text
@@ -77,13 +78,23 @@ def write_png(
         axes = part.subplots(len(strip.panels), len(shown), squeeze=False)
         for line, panel in zip(axes, strip.panels, strict=True):
             for ax, frame in zip(line, shown, strict=True):
-                _draw_frame(ax, panel.video[:, frame].float().cpu())
-                for text in ax.texts:
-                    text.set_text(panel.missing)
+                _draw_frame(ax, panel.video[:, frame].float().cpu(), panel.missing)
             line[0].set_ylabel(panel.name, fontsize=8)
         for ax, frame in zip(axes[0], shown, strict=True):
             ax.set_title(f"{word} {frame}", fontsize=8)
-    _save(figure, path)
+    save(figure, path)
+
+
+def _draw_frame(ax: Axes, frame: Tensor, missing: str) -> None:
+    """One frame [3, H, W]; all nan: the word `missing`."""
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    if frame.isnan().all():
+        ax.set_box_aspect(1)
+        ax.text(0.5, 0.5, missing, ha="center", va="center", fontsize=8, color="#888888")
+    else:
+        ax.imshow(((frame + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
 
 
 def film(strips: Sequence[Strip], least: int = 128) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Pictures show what they say: read back from the PNG, and from the figure's lines and bands."""
+"""Pictures show what they say: read back from the figure's lines and bands."""
 
 from __future__ import annotations
 
@@ -7,73 +7,11 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, MaskConfig
-from nextvid_mcore.evaluation.pictures import loss_figure, plot_losses, prediction_grid, visible_map
+from nextvid_mcore.evaluation.pictures import loss_figure, plot_losses, visible_map
 from nextvid_mcore.masking import draw_masks, draw_visible
-from nextvid_mcore.targets import build_target
-
-RED, GREEN, BLUE, HIDDEN = (255, 0, 0), (0, 255, 0), (0, 0, 255), (32, 51, 89)
-
-
-def flat(colour: tuple[int, int, int], clips: int, frames: int) -> torch.Tensor:
-    return (torch.tensor(colour) / 127.5 - 1).reshape(1, 3, 1, 1, 1).expand(clips, 3, frames, 64, 64)
-
-
-def areas(path) -> dict[tuple[int, int, int], int]:
-    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    return {c: int((np.abs(pixels - c).max(-1) <= 1).sum()) for c in (RED, GREEN, BLUE, HIDDEN)}
-
-
-def draw(path, rebuilt: tuple[int, int, int] = RED, clips: int = 2, frames: int = 8, **options) -> None:
-    """Red clips of which the student sees the upper half (not the last frame); green is generated."""
-    target = build_target(recipes.get("tiny"), "cpu", torch.float32)
-    visible = torch.zeros(clips, frames // 2, 8, 8, dtype=torch.bool)
-    visible[:, :-1, :4] = True
-    prediction_grid(
-        target,
-        flat(RED, clips, frames),
-        target.latents(flat(rebuilt, clips, frames)),
-        target.latents(flat(GREEN, clips, frames - 2)),
-        visible.flatten(2),
-        path,
-        **options,
-    )
-
-
-def test_grid_areas_are_those_of_the_frames_and_masks(tmp_path):
-    draw(tmp_path / "grids" / "grid.png")
-    found = areas(tmp_path / "grids" / "grid.png")
-    cell = found[GREEN] / 6  # 2 clips, 3 predicted frames
-    assert cell > 80**2 and found[BLUE] == 0
-    assert found[RED] / cell == pytest.approx(2 * (4 + 1.5), rel=0.03)  # the video, half of 3 seen frames
-    assert found[HIDDEN] / cell == pytest.approx(2 * (1.5 + 1), rel=0.05)  # the other half, the last frame
-
-
-def test_a_target_that_loses_detail_gets_a_row_of_its_own(tmp_path):
-    draw(tmp_path / "grid.png", rebuilt=BLUE)
-    found = areas(tmp_path / "grid.png")
-    assert found[BLUE] / (found[GREEN] / 6) == pytest.approx(8, rel=0.03)
-
-
-def test_long_clips_are_thinned(tmp_path):
-    draw(tmp_path / "all.png", clips=1, frames=16, columns=8)
-    draw(tmp_path / "some.png", clips=1, frames=16, columns=4)
-    widths = [Image.open(tmp_path / name).width for name in ("all.png", "some.png")]
-    assert widths[0] > 1.7 * widths[1]
-
-
-def test_grid_refuses_tensors_that_do_not_fit(tmp_path):
-    target = build_target(recipes.get("tiny"), "cpu", torch.float32)
-    video = flat(RED, 1, 8)
-    latents, visible = target.latents(video), torch.ones(1, 4, 64, dtype=torch.bool)
-    with pytest.raises(ConfigError, match=r"\(1, 3, 64, 384\)"):
-        prediction_grid(target, video, latents, latents, visible, tmp_path / "grid.png")
-    with pytest.raises(ConfigError, match="same clips"):
-        prediction_grid(target, video[:, :, :7], latents, latents[:, 1:], visible, tmp_path / "grid.png")
 
 
 @pytest.mark.parametrize("mode", ["fixed", "packed"])
