@@ -1,4 +1,4 @@
-"""Milliseconds and GB/s of GELU that writes FP8 (models/triton_fp8.py) against GELU and then quantising.
+"""Milliseconds and GB/s of GELU and norms that write FP8 (models/triton_fp8.py) against quantising later.
 
     python benchmarks/fp8_pieces.py            # one GPU; about a minute
 
@@ -23,6 +23,7 @@ if str(ROOT) not in sys.path:
 from nextvid_mcore.models import fused, triton_fp8  # noqa: E402 (the clone is put on the path first)
 
 TILES = [(128, 64, 8), (64, 128, 8), (64, 64, 4), (128, 64, 4), (128, 32, 4), (256, 32, 8)]
+ROWS = [(1, 1), (1, 2), (2, 2), (2, 4), (4, 4)]
 FLATS = [(8, 512, 8), (4, 512, 4), (4, 1024, 8), (16, 256, 8), (2, 1024, 4)]
 
 
@@ -59,6 +60,26 @@ def quantiser(dtype: str, columns: bool):
     return made
 
 
+def norms(rows: int, width: int = 1408) -> None:
+    """The reference's norms, with the addition before: [rows, 1408]."""
+    x, y = (torch.randn(rows, 1, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    bias, low = torch.zeros(width, device="cuda", dtype=torch.bfloat16), quantiser("float8_e4m3fn", False)
+    module = torch.nn.LayerNorm(width, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        show("add, norm in bf16", lambda: fused.add_norm(x, y, bias, module, 1e-6), 8 * x.numel())
+        show("quantise it", lambda: low(x[:, 0]), 3 * x.numel())
+        for at_once, warps in ROWS:
+            triton_fp8.ROW = {"BR": at_once, "num_warps": warps}
+            show(
+                f"add, norm to FP8, {at_once} rows at once, {warps} warps",
+                lambda: triton_fp8.norm(
+                    x[:, 0], y[:, 0], bias, module.weight, module.bias, 1e-6, low.scale, low.amax,
+                    torch.float8_e4m3fn,
+                ),
+                7 * x.numel(),
+            )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -68,6 +89,7 @@ def main() -> None:
     parser.add_argument("--reference", type=int, default=32768)
     args = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__)
+    norms(args.reference)
     bias = torch.randn(args.width, device="cuda", dtype=torch.bfloat16)
     scale, amax = torch.tensor(20.0, device="cuda"), torch.zeros(1, device="cuda")
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2

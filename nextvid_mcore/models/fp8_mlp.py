@@ -39,14 +39,15 @@ def fits(config: TransformerConfig, x: Tensor) -> bool:
     )
 
 
-def mlp(module: MLP, x: Tensor) -> tuple[Tensor, Tensor]:
+def mlp(module: MLP, x: Tensor, low: Any | None = None) -> tuple[Tensor, Tensor]:
     """Linear, bias and exact GELU, linear: x [s, rows, D] -> the same shape, and the bias [D] that is still
-    to be added."""
+    to be added. low: where no gradient is wanted, x as it was quantised before; then x gives its shape.
+    """
     one, two = module.linear_fc1, module.linear_fc2
     flat = x.flatten(0, 1)
     flat = one.prepare_forward(flat)  # makes the quantisers and enters them in the roll, as its own pass does
     two.prepare_forward(flat)
-    y = _Mlp.apply(flat, one.weight, one.bias, two.weight, one, two, torch.is_grad_enabled())
+    y = _Mlp.apply(flat, one.weight, one.bias, two.weight, one, two, torch.is_grad_enabled(), low)
     two.end_forward()
     one.end_forward()
     return y.view(x.shape), two.bias
@@ -55,21 +56,22 @@ def mlp(module: MLP, x: Tensor) -> tuple[Tensor, Tensor]:
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, one: Any, two: Any, trained: bool
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, one: Any, two: Any, trained: bool, low: Any
     ) -> Tensor:
         """x [N, D] -> [N, D]; in `trained` passes all is quantised in both directions."""
         from nextvid_mcore.models import triton_fp8
 
         first, second = (linear._get_quantizers(False, False, trained) for linear in (one, two))
         first[INPUT].set_usage(rowwise=True, columnwise=trained)
-        low_x, low_w1, low_w2 = first[INPUT](x), _weight(one, first, trained), _weight(two, second, trained)
+        low_x = first[INPUT](x) if low is None else low
+        low_w1, low_w2 = _weight(one, first, trained), _weight(two, second, trained)
         h = _product(low_w1, low_x, x.dtype)
         to = second[INPUT]
-        low_a = _tensor(triton_fp8.gelu(h, b1, to.scale, to.amax, _dtype(to), trained), to, x.dtype)
+        low_a = as_te(triton_fp8.gelu(h, b1, to.scale, to.amax, torch_dtype(to), trained), to, x.dtype)
         y = _product(low_w2, low_a, x.dtype)
         if trained:
-            for low in (low_x, low_a):
-                low.update_usage(rowwise_usage=False, columnwise_usage=True)
+            for each in (low_x, low_a):
+                each.update_usage(rowwise_usage=False, columnwise_usage=True)
             ctx.save_for_backward(h, b1)
             ctx.low, ctx.linears = (low_x, low_w1, low_a, low_w2), (one, two)
             ctx.gradients = first[GRADIENT], second[GRADIENT]
@@ -87,10 +89,10 @@ class _Mlp(torch.autograd.Function):
         da = _product(low_w2, low_dy, h.dtype, layout="NN", grad=True)
         dw2 = _weight_gradient(two, low_a, low_dy)
         del low_a, low_dy
-        scaled, db1 = triton_fp8.gelu_backward(da, h, b1, to.scale, to.amax, _dtype(to))
-        low_dh = _tensor(scaled, to, h.dtype)
+        scaled, db1 = triton_fp8.gelu_backward(da, h, b1, to.scale, to.amax, torch_dtype(to))
+        low_dh = as_te(scaled, to, h.dtype)
         dx = _product(low_w1, low_dh, h.dtype, layout="NN", grad=True)
-        return dx, _weight_gradient(one, low_x, low_dh), db1, dw2, None, None, None
+        return dx, _weight_gradient(one, low_x, low_dh), db1, dw2, None, None, None, None
 
 
 def _weight(linear: Any, quantizers: tuple, trained: bool) -> Any:
@@ -134,13 +136,14 @@ def _product(a: Any, b: Any, dtype: torch.dtype, **how: Any) -> Tensor:
     return general_gemm(a, b, out_dtype=dtype, use_split_accumulator="layout" in how, **how)[0]
 
 
-def _dtype(quantizer: Any) -> torch.dtype:
+def torch_dtype(quantizer: Any) -> torch.dtype:
+    """Of the values that `quantizer` makes."""
     from transformer_engine.pytorch.constants import TE_DType_To_Torch
 
     return TE_DType_To_Torch[quantizer.dtype]
 
 
-def _tensor(scaled: Any, quantizer: Any, dtype: torch.dtype) -> Any:
+def as_te(scaled: Any, quantizer: Any, dtype: torch.dtype) -> Any:
     """As Transformer Engine's products take it."""
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from nextvid_mcore.models import fp8_mlp, fused
+from nextvid_mcore.models import fp8_frozen, fp8_mlp, fused
 from nextvid_mcore.models.attention import AttentionPattern
 
 
@@ -107,6 +107,8 @@ class EncoderLayer(TransformerLayer):
         **unused: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states [s (/ tp), rows, D] -> the same, and None."""
+        if fp8_frozen.fits(self.config, hidden_states):
+            return fp8_frozen.encoder_layer(self, hidden_states, rotary_pos_emb, attention_bias), None
         eps = self.config.layernorm_epsilon
         hidden_states, normed = fused.norm(hidden_states, self.input_layernorm, eps)
         attended = self.self_attention(normed, rotary_pos_emb=rotary_pos_emb, attention_bias=attention_bias)

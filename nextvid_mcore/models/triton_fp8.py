@@ -1,4 +1,4 @@
-"""GELU and its derivative that write FP8, one kernel in Triton each, and what they stand for in torch.
+"""GELU, its derivative and LayerNorm that write FP8, a kernel in Triton each, and their references in torch.
 
 A linear in FP8 reads its input in one direction for the product and, where it is trained, in the other for
 the weight's gradient; Hopper's products take no other layout. Transformer Engine makes both from a tensor in
@@ -40,7 +40,9 @@ def _store(y, scale, amax, rows_out, columns_out, r, c, rows, W: tl.constexpr, L
            COLUMNS: tl.constexpr):  # fmt: skip
     """Largest value, and the tile `y` in FP8 at rows `r` and columns `c`; outside of the matrix y is 0."""
     inside = (r < rows)[:, None] & (c < W)[None, :]
-    tl.atomic_max(amax, tl.max(tl.abs(y)))
+    most = tl.max(tl.abs(y))
+    if most > tl.load(amax):  # few programs still have more
+        tl.atomic_max(amax, most)
     low = y * tl.load(scale)
     if not GPU:  # there the conversion to FP8 does so
         low = tl.clamp(low, -LIMIT, LIMIT)
@@ -88,8 +90,32 @@ def _gelu_backward(dy, x, bias, scale, amax, inverse, rows_out, columns_out, sum
     _store(grad, scale, amax, rows_out, columns_out, r, c, rows, W, LIMIT, True)
 
 
+@triton.jit
+def _norm(x, y, bias, weight, shift, total, scale, amax, inverse, rows_out, rows, eps,
+          D: tl.constexpr, LIMIT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+          BR: tl.constexpr):  # fmt: skip
+    c = tl.arange(0, BLOCK)
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    if tl.program_id(0) == 0:
+        tl.store(inverse, 1.0 / tl.load(scale))
+    inside = (r < rows)[:, None] & (c < D)[None, :]
+    at = r.to(tl.int64)[:, None] * D + c[None, :]
+    a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        a += tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        a += tl.load(bias + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+        tl.store(total + at, a, mask=inside)
+    a = tl.where(inside, a - (tl.sum(a, 1) / D)[:, None], 0.0)
+    a = a * (1.0 / tl.sqrt(tl.sum(a * a, 1) / D + eps))[:, None]
+    a = a * tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+    a = a + tl.load(shift + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+    a = tl.where(inside, a, 0.0)
+    _store(a, scale, amax, rows_out, None, r, c, rows, D, LIMIT, False)
+
+
 TILE = {"BR": 128, "BC": 64, "num_warps": 8}  # with both directions: 128 bytes in a row of columns
 FLAT = {"BR": 8, "BC": 512, "num_warps": 8}  # without columns
+ROW = {"BR": 1, "num_warps": 1}  # a warp a row: its sums need no barrier
 
 
 def gelu(x: Tensor, bias: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, columns: bool) -> Scaled:
@@ -123,6 +149,31 @@ def gelu_backward(
         W=width, LIMIT=torch.finfo(dtype).max, **TILE,
     )  # fmt: skip
     return out, triton_pieces._sum_of(sums, bias.dtype)
+
+
+def norm(
+    x: Tensor,
+    y: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    eps: float,
+    scale: Tensor,
+    amax: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Scaled]:
+    """x [N, D] (+ y + bias [D]), and its LayerNorm as `gelu` gives its values, rows alone."""
+    if not x.is_cuda:
+        total = x if y is None else x + (y + bias)
+        normed = F.layer_norm(total.float(), total.shape[-1:], weight.float(), shift.float(), eps)
+        return total, _scaled(normed, scale, amax, dtype, False)
+    out, (rows, width), block = _empty(x, dtype, False), x.shape, triton.next_power_of_2(x.shape[-1])
+    total = x if y is None else torch.empty_like(x)
+    _norm[(triton.cdiv(rows, ROW["BR"]),)](
+        x, y, bias, weight, shift, total, scale, amax, out.inverse, out.rows, rows, eps,
+        D=width, LIMIT=torch.finfo(dtype).max, ADD=y is not None, BLOCK=block, **ROW,
+    )  # fmt: skip
+    return total, out
 
 
 def _empty(x: Tensor, dtype: torch.dtype, columns: bool) -> Scaled:

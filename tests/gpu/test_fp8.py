@@ -202,29 +202,55 @@ def test_recorded_equals_eager(recipe: str) -> None:
             assert off < 10 * rel, role
 
 
-def with_gelu(quantises: bool) -> tuple[dict[str, float], dict[str, torch.Tensor], int]:
-    """Losses and gradients in `delayed`, and how often GELU's kernel was called."""
+def with_pieces(quantises: bool) -> tuple[dict[str, float], dict[str, torch.Tensor], tuple]:
+    """Losses and gradients in `delayed`, and how often the kernels of GELU and norm were called."""
     from nextvid_mcore.models import fp8_mlp, triton_fp8
 
     config = small(all="delayed")
     step, point = built(config)
     fp8_mlp.use(quantises)
-    with mock.patch.object(triton_fp8, "gelu", side_effect=triton_fp8.gelu) as gelu:
+    with (
+        mock.patch.object(triton_fp8, "gelu", side_effect=triton_fp8.gelu) as gelu,
+        mock.patch.object(triton_fp8, "norm", side_effect=triton_fp8.norm) as norm,
+    ):
         for _ in range(2):
             losses, _ = step.gradients(point, clips(config, point, step))
-    return losses, parity.gradients(step), gelu.call_count
+    return losses, parity.gradients(step), (gelu.call_count, norm.call_count)
 
 
-def test_gelu_that_quantises() -> None:
-    """The same numbers as GELU in bf16 that is then quantised, but for a rounding in between."""
-    wanted, found = (shared(1).run(with_gelu, each, timeout=60)[0] for each in (False, True))
-    layers = 4 + 4 + 2 + 2
-    assert wanted[2] == 0 and found[2] == (3 + 2) * (BATCH // MICRO) * layers  # three rehearsals
+def test_pieces_that_quantise() -> None:
+    """The same numbers as GELU and norm in bf16 that are then quantised, but for a rounding in between."""
+    wanted, found = (shared(1).run(with_pieces, each, timeout=60)[0] for each in (False, True))
+    passes = (3 + 2) * (BATCH // MICRO)  # three rehearsals
+    assert wanted[2] == (0, 0) and found[2] == (passes * (4 + 4 + 2 + 2), passes * 2 * 4)
     assert found[0] == pytest.approx(wanted[0], rel=3e-3)
     for role in ("student", "predictor", "decoder"):
         off = error(whole(found[1], role), whole(wanted[1], role))
-        print(f"\nGELU to FP8 {role:<11} off by {off:.5f}", end="")
+        print(f"\npieces to FP8 {role:<11} off by {off:.5f}", end="")
         assert off < GRADIENT / 2, role
+
+
+@pytest.mark.parametrize("width", [128, 1408])
+def test_norm_kernel(width: int) -> None:
+    from nextvid_mcore.models import triton_fp8
+
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 1000, width, generator=generator).bfloat16()
+    vectors, scale = torch.randn(3, width, generator=generator).bfloat16(), torch.tensor(50.0)
+    found = {}
+    for device in ("cuda", "cpu"):
+        amax, (bias, weight, shift) = torch.zeros(1, device=device), vectors.to(device)
+        given = (x.to(device), y.to(device), bias, weight, shift, 1e-6, scale.to(device), amax)
+        total, low = triton_fp8.norm(*given, torch.float8_e4m3fn)
+        found[device] = [z.cpu().float() for z in (total, low.rows, low.inverse, amax)]
+    (total, low, inverse, amax), wanted = found.values()
+    torch.testing.assert_close(total, wanted[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        low, wanted[1], rtol=0.13, atol=0.2
+    )  # of a sum that was rounded before or after
+    assert ((low - wanted[1]).norm() / wanted[1].norm()).item() < 0.03
+    torch.testing.assert_close(inverse, wanted[2])
+    torch.testing.assert_close(amax, wanted[3], rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(1000, 384), (4096, 1536)])

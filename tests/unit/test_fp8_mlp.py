@@ -57,6 +57,24 @@ def test_kernels_are_what_they_stand_for(monkeypatch, dtype: torch.dtype, rows: 
                 assert (low - high).norm() < 0.2 * high.norm()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled then: tests/gpu/test_fp8.py")
+def test_norm_is_what_it_stands_for() -> None:
+    from nextvid_mcore.models import triton_fp8 as t
+
+    x, y = torch.randn(2, 5, 24)
+    bias, weight, shift = torch.randn(3, 24)
+    for added in ((None, None), (y, bias)):
+        most = torch.zeros(2, 1)
+        rest = (*added, weight, shift, 1e-5, torch.tensor(100.0))
+        total, found = t.norm(x.as_subclass(Cuda), *rest, most[0], torch.float32)
+        wanted_total, wanted = t.norm(x, *rest, most[1], torch.float32)
+        torch.testing.assert_close(plain(total), wanted_total)
+        torch.testing.assert_close(plain(found.rows), wanted.rows, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(most[0], most[1])
+        torch.testing.assert_close(plain(found.inverse), wanted.inverse)
+        assert found.columns is None
+
+
 @dataclass
 class Low:
     """Stands for Transformer Engine's FP8 tensor: fp32 values times a scale, in one or both directions."""
@@ -67,6 +85,11 @@ class Low:
     fp8_dtype: str = "fp32"
     fake_dtype: torch.dtype | None = None
     quantizer: object = None
+
+    _data = property(lambda self: self.data.view(torch.float32))
+    _scale_inv = property(lambda self: self.fp8_scale_inv)
+    _fp8_dtype = property(lambda self: self.fp8_dtype)
+    _quantizer = property(lambda self: self.quantizer)
 
     def update_usage(self, rowwise_usage: bool, columnwise_usage: bool) -> None:
         self.data = self.data if rowwise_usage else None
@@ -190,6 +213,49 @@ def test_without_gradient_one_direction_is_made(te) -> None:
             y, _ = fp8_mlp.mlp(SimpleNamespace(linear_fc1=one, linear_fc2=two), x)
     torch.testing.assert_close(y, F.linear(F.gelu(F.linear(x, one.weight, one.bias)), two.weight))
     assert not (one.made[0].both or two.made[1].both) and two.made[1].seen == 2 and not two._fp8_workspaces
+
+
+def test_a_frozen_layer(te, monkeypatch) -> None:
+    from nextvid_mcore.models import fp8_frozen
+
+    def float8_tensor(shape, dtype, data, device, **rest) -> Low:
+        assert data.shape[:-1] == shape[:-1] and dtype == torch.float32
+        return Low(data, None, **rest)
+
+    module = ModuleType("transformer_engine.pytorch.tensor.float8_tensor")
+    module.Float8Tensor = float8_tensor
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch.manual_seed(0)
+    one, two, qkv = Linear(16, 48), Linear(48, 16), Linear(16, 16)
+    norms = [torch.nn.LayerNorm(16) for _ in range(2)]
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+
+    class Attention:
+        linear_qkv = qkv
+
+        def __call__(self, low, rotary_pos_emb, attention_bias):
+            assert (rotary_pos_emb, attention_bias) == ("rope", "pattern")
+            return low.rows() @ qkv.weight.t(), qkv.bias
+
+    layer = SimpleNamespace(
+        config=SimpleNamespace(layernorm_epsilon=1e-5),
+        input_layernorm=norms[0],
+        pre_mlp_layernorm=norms[1],
+        self_attention=Attention(),
+        mlp=SimpleNamespace(linear_fc1=one, linear_fc2=two),
+    )
+    x = torch.randn(5, 8, 16)
+    with torch.no_grad():
+        found = fp8_frozen.encoder_layer(layer, x, "rope", "pattern")
+        y = x + F.linear(norms[0](x), qkv.weight, qkv.bias)
+        hidden = F.gelu(F.linear(norms[1](y), one.weight, one.bias))
+        wanted = y + F.linear(hidden, two.weight, two.bias)
+    torch.testing.assert_close(found, wanted)
+    assert one.made[0].seen == qkv.made[0].seen == 0 and qkv.open == 0
+    torch.testing.assert_close(qkv.made[0].amax[0], norms[0](x).abs().max().detach())
+    torch.testing.assert_close(one.made[0].amax[0], norms[1](y).abs().max().detach())
 
 
 def test_what_goes_this_way(monkeypatch) -> None:
