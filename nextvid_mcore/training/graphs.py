@@ -18,7 +18,7 @@ import dataclasses
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
@@ -191,10 +191,10 @@ class Graphs:
     ) -> None:
         here.inputs = inputs.copy()
         gc.collect()
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         # other threads (loader, watchdog) go on calling CUDA meanwhile
         record = torch.cuda.graph(
-            graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+            graph, pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
         )
         reason = None
         try:
@@ -210,9 +210,17 @@ class Graphs:
                 ) from error
         if reason is not None:  # here, where the error's frames no longer hold the pass's memory
             gc.collect()
-            graph.reset()
+            _free(graph, pool, self.device)
             raise NotRecorded(reason)
         here.graph = graph
+
+
+def _free(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
+    """Give back a broken recording's memory: where CUDA refuses to end it, torch leaves its pool open."""
+    graph.reset()
+    with contextlib.suppress(RuntimeError):  # raised where it was ended, and `reset` has freed it
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
 
 
 def _first_reason(error: BaseException) -> str:

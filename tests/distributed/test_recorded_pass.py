@@ -66,7 +66,7 @@ def test_recorded_pass_of_several_ranks_equals_the_engine(layout: str) -> None:
 class FailingRecord:
     """Stands for torch.cuda.graph: the recording's end raises, after all or a part of the pass was done."""
 
-    def __init__(self, graph: object, **settings: object) -> None: ...
+    def __init__(self, graph: object, pool: object, **settings: object) -> None: ...
     def __enter__(self) -> None: ...
     def __exit__(self, *error: object) -> None:
         raise RuntimeError("capture was invalidated\nand some more lines")
@@ -96,10 +96,14 @@ def failed_recording(choice: str, early: bool) -> tuple[list, list[str], bool]:
     step.engine.graphs = recorder
     with (
         mock.patch.object(torch.cuda, "CUDAGraph"),
+        mock.patch.object(torch.cuda, "graph_pool_handle"),
+        mock.patch.object(torch._C, "_cuda_endAllocateToPool"),
+        mock.patch.object(torch._C, "_cuda_releasePool") as released,
         mock.patch.object(torch.cuda, "graph", FailingRecord),
         mock.patch.object(training_step.log, "warning", lambda text, *args: warnings.append(text % args)),
     ):
         found += [gradients(step), gradients(step)]
+    assert released.call_count == 1
     return found, warnings, step.engine.graphs is not None
 
 
