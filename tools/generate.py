@@ -20,7 +20,6 @@ FOLDER (default RUN/plots, or plots beside DIR) gets generated.png and .gif, or 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -81,9 +80,9 @@ def settings(args: argparse.Namespace) -> tuple[RunConfig, Path, Path]:
         for name, value in (("checkpoint", args.target_checkpoint), ("statistics", args.target_statistics))
         if value is not None
     }
-    config = dataclasses.replace(config, target=dataclasses.replace(config.target, **given))
+    config = config.altered(target=given)
     if args.fps:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, fps=args.fps))
+        config = config.altered(data={"fps": args.fps})
     return config, export, out
 
 

@@ -72,22 +72,19 @@ def ablate(config: RunConfig, row: str) -> RunConfig:
     stages = config.stages
     if it.tau_samples is not None:
         stages = tuple(dataclasses.replace(stage, tau_samples=it.tau_samples) for stage in stages)
-    return dataclasses.replace(
-        config,
+    return config.altered(
         recipe=f"{config.recipe}_{row}",
         stages=stages,
-        **{
-            part: dataclasses.replace(getattr(config, part), **getattr(it, part))
-            for part in ("model", "mask", "target", "optim")
-        },
+        model=it.model,
+        mask=it.mask,
+        target=it.target,
+        optim=it.optim,
     )
 
 
 def _recipe(name: str) -> Callable[[], RunConfig]:
     def make() -> RunConfig:
-        config = ablate(vit_l(), name)
-        train = dataclasses.replace(config.train, steps=ROWS[name].steps)
-        return dataclasses.replace(config, recipe=name, train=train)
+        return ablate(vit_l(), name).altered(recipe=name, train={"steps": ROWS[name].steps})
 
     make.__name__ = name
     make.__doc__ = f"ablation of vit_l, {ROWS[name].steps // 1000}K steps: {ROWS[name].says}."

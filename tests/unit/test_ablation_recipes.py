@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextvid_mcore import cli, flops, recipes
-from nextvid_mcore.config import ConfigError, RunConfig
+from nextvid_mcore.config import ConfigError
 from nextvid_mcore.parallel.groups import Layout, build_groups, init_distributed, seed_trackers
 from nextvid_mcore.parallel.plan import WIDTH, describe
 from nextvid_mcore.recipes.ablations import ROWS, ablate
@@ -24,10 +24,6 @@ def groups():
     groups = build_groups(Layout())
     seed_trackers(0, groups)
     return groups.collection
-
-
-def switched(config: RunConfig, **model: object) -> RunConfig:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
 
 
 # Sizes -------------------------------------------------------------------------------------------
@@ -61,7 +57,7 @@ def counted(work) -> int:
 
 @pytest.mark.parametrize("condition", ["cross", "cross_self"])
 def test_decoder_flops(condition):
-    config = switched(recipes.get("tiny"), condition=condition)
+    config = recipes.get("tiny").altered(model={"condition": condition})
     stage, n, E, C = config.stages[0], 64, 48, flops.target_channels(config)
 
     def work(linear) -> None:
@@ -78,7 +74,7 @@ def test_decoder_flops(condition):
 
 
 def test_joint_predictor_flops():
-    config = switched(recipes.get("tiny"), context="joint")
+    config = recipes.get("tiny").altered(model={"context": "joint"})
     stage, n, E, D, p = config.stages[0], 64, 48, 96, 3
 
     def work(linear) -> None:
@@ -183,7 +179,7 @@ def test_impossible_switches_say_so():
         ({"generate": False, "condition": "cross"}, "condition cross is a kind of decoder"),
     ):
         with pytest.raises(ConfigError, match=message):
-            switched(small(), **change)
+            small().altered(model=change)
     with pytest.raises(ConfigError, match="no ablation 'table9'; there are table2_gen,"):
         ablate(small(), "table9")
     with pytest.raises(ConfigError, match="decay in"):

@@ -43,14 +43,9 @@ def groups(seats):
     return seats.home.collection
 
 
-def switched(config: RunConfig, **model: object) -> RunConfig:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
-
-
 def lively(config: RunConfig) -> RunConfig:
     """Large weights everywhere, so that whatever is seen shows."""
-    train = dataclasses.replace(config.train, init_noise=0.2)
-    return dataclasses.replace(switched(config, init_std=0.2), train=train)
+    return config.altered(model={"init_std": 0.2}, train={"init_noise": 0.2})
 
 
 # C-Iso. off --------------------------------------------------------------------------------------
@@ -59,7 +54,7 @@ def lively(config: RunConfig) -> RunConfig:
 @pytest.mark.parametrize("mode", ["fixed", "packed", "truncate", "none"])
 @pytest.mark.parametrize("frame", [1, 2])
 def test_joint_predictions_see_no_frame_from_their_own_on(groups, mode, frame):
-    config = switched(small(mode), context="joint")
+    config = small(mode).altered(model={"context": "joint"})
     model = build(config, groups)
     video = video_of(config)
     other = video.clone()
@@ -74,7 +69,7 @@ def test_joint_predictions_see_no_frame_from_their_own_on(groups, mode, frame):
 
 def test_joint_rows_and_stretches_are_separate(groups):
     """packed: every (clip, mask) gives what it gives alone."""
-    config = switched(small("packed"), context="joint")
+    config = small("packed").altered(model={"context": "joint"})
     model = build(config, groups)
     video = video_of(config, clips=3)
     together = z_of(model, video, draw_masks(config.mask, config.model.grid, T_TOKENS - 1, 0, [4, 5, 6]))
@@ -82,7 +77,7 @@ def test_joint_rows_and_stretches_are_separate(groups):
         masks = draw_masks(config.mask, config.model.grid, T_TOKENS - 1, 0, [4 + i])
         alone = z_of(model, video[i : i + 1], masks)[:, :, :, 0]
         torch.testing.assert_close(alone, together[:, :, :, i], atol=1e-5, rtol=1e-5)
-    fixed = switched(small(), context="joint")
+    fixed = small().altered(model={"context": "joint"})
     both = draw_masks(fixed.mask, fixed.model.grid, T_TOKENS - 1, 0, [0, 1])
     first = both.segments[0]
     alone = dataclasses.replace(both, tokens=both.of(first), segments=(first,), counts=both.counts[:1])
@@ -124,7 +119,7 @@ def test_who_sees_whom_in_either_predictor(groups):
     query = (p + 1) * n + 5  # mask 2, frame 2, position 5, among the queries alone
     assert changed_by(isolated, masks, query).tolist() == [query]
 
-    joint = build(lively(switched(small(), context="joint")), groups)
+    joint = build(lively(small().altered(model={"context": "joint"})), groups)
     first_query = masks.segments[0].length + p * n + second.length  # of mask 2
     query = first_query + n + 5
     assert changed_by(joint, masks, query).tolist() == list(range(first_query + n, first_query + 2 * n))
@@ -137,12 +132,12 @@ def test_who_sees_whom_in_either_predictor(groups):
 
 def test_joint_sequence_is_as_long_as_the_layout_thinks(groups):
     for mode in ("fixed", "none"):
-        config = switched(small(mode), context="joint")
+        config = small(mode).altered(model={"context": "joint"})
         masks = draw_masks(config.mask, 8, T_TOKENS - 1, 0, [0])
         frames = T_TOKENS * config.model.tubelet_size
         length = predictor_sequence(config.model, masks, T_TOKENS, CPU).rope.shape[1]
         assert sequences(config, frames)["predictor"] == length
-        isolated = switched(config, context="isolated")
+        isolated = config.altered(model={"context": "isolated"})
         queries = predictor_sequence(isolated.model, masks, T_TOKENS, CPU).queries
         assert sequences(isolated, frames)["predictor"] == queries == length - masks.tokens.shape[1]
 
@@ -166,7 +161,7 @@ def decode(model: NextVid, **change: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("condition", ["concat", "cross", "cross_self"])
 def test_what_a_noisy_token_sees(groups, condition):
-    model = build(lively(switched(small(), condition=condition)), groups)
+    model = build(lively(small().altered(model={"condition": condition})), groups)
     base, n = decode(model), model.run.model.tokens_per_frame
 
     def changed(**change: tuple) -> Tensor:
@@ -184,7 +179,7 @@ def test_what_a_noisy_token_sees(groups, condition):
 @pytest.mark.parametrize("condition", ["cross", "cross_self"])
 def test_positions_reach_the_keys(groups, condition):
     """z of another position is another condition: exchanging two of its tokens changes the velocity."""
-    model = build(lively(switched(small(), condition=condition)), groups)
+    model = build(lively(small().altered(model={"condition": condition})), groups)
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(64, 1, model.run.model.predictor.width, generator=generator)
     noisy, tau = torch.randn(64, 1, CHANNELS, generator=generator), torch.tensor([0.5])
@@ -196,7 +191,8 @@ def test_positions_reach_the_keys(groups, condition):
 def test_cross_and_cross_self_start_the_same(groups):
     """One attention more or less is all: parameter for parameter the same network."""
     states = [
-        build(switched(small(), condition=c), groups).decoder.state_dict() for c in ("cross", "cross_self")
+        build(small().altered(model={"condition": c}), groups).decoder.state_dict()
+        for c in ("cross", "cross_self")
     ]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0] if torch.is_tensor(states[0][k]))
@@ -204,7 +200,7 @@ def test_cross_and_cross_self_start_the_same(groups):
 
 @pytest.mark.parametrize("condition", ["cross", "cross_self"])
 def test_fresh_cross_decoders_start_at_zero(groups, condition):
-    config = dataclasses.replace(switched(small(), condition=condition), train=recipes.get("tiny").train)
+    config = small().altered(model={"condition": condition}, train=recipes.get("tiny").train)
     model = build(config, groups)
     assert decode(model).abs().max() == 0
     layer = model.decoder.block.layers[1]
@@ -219,11 +215,11 @@ def test_fresh_cross_decoders_start_at_zero(groups, condition):
 @pytest.mark.parametrize("switch", ["generate", "align"])
 @pytest.mark.parametrize("context", ["isolated", "joint"])
 def test_a_switch_is_a_loss_of_weight_zero_without_its_networks(groups, switch, context):
-    config = switched(small(), context=context)
+    config = small().altered(model={"context": context})
     weightless = {"generate": "flow", "align": "align"}[switch]
-    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **{weightless: 0.0}))
+    config = config.altered(loss={weightless: 0.0})
     losses, grads = [], []
-    for settings in (config, switched(config, **{switch: False})):
+    for settings in (config, config.altered(model={switch: False})):
         model = build(settings, groups)
         batch = micro_batch(settings, model, video_of(settings), T_TOKENS - 1)
         if settings is not config:  # what the switch makes needless isn't there
@@ -246,7 +242,7 @@ def test_a_switch_is_a_loss_of_weight_zero_without_its_networks(groups, switch, 
 
 def test_absent_losses_are_absent_from_the_terms(groups):
     for switch, gone in (("generate", {"flow", "tau"}), ("align", {"align", "target", "aligned"})):
-        config = switched(small(), **{switch: False})
+        config = small().altered(model={switch: False})
         model = build(config, groups)
         terms = model(micro_batch(config, model, video_of(config), T_TOKENS - 1))
         assert {name for name, value in vars(terms).items() if value is None} == gone
@@ -299,7 +295,7 @@ def test_a_row_trains_and_shows_its_losses(seats, row, monkeypatch):
 
         monkeypatch.setattr(NextVid, "reference_features", forbidden)
     if not config.model.generate:  # nothing asks for a target: this one's files don't exist
-        config = dataclasses.replace(config, target=dataclasses.replace(config.target, kind="va_vae"))
+        config = config.altered(target={"kind": "va_vae"})
     step, results = steps(config, seats)
     roles = {"student", "predictor"} | ({"decoder"} if config.model.generate else set())
     assert step.roles.keys() == step.optimizers.optimizers.keys() == roles
@@ -326,7 +322,7 @@ def test_a_row_trains_and_shows_its_losses(seats, row, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_ema_off_is_the_student_itself(seats, precision):
     config = ablate(parity.small(), "table12_no_ema")
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
+    config = config.altered(train={"precision": precision})
     step, results = steps(config, seats)
     student, reference = step.model.student.encoder.state_dict(), step.model.reference.state_dict()
     for name, tensor in reference.items():
