@@ -52,7 +52,7 @@ def make_config(args: argparse.Namespace, recipe: str, seed: int) -> Any:
     return config.altered(
         model=shapes | {"backend": args.backend, "compile": args.compile},
         fp8=Fp8Config(all="none" if recipe == "bf16" else recipe),
-        train={"seed": seed, "precision": args.precision, "cuda_graphs": "off"},
+        train={"seed": seed, "precision": args.precision, "cuda_graphs": args.graphs},
         eval={"every": 0},
     )
 
@@ -99,10 +99,11 @@ def run_all(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     logs.mkdir(parents=True, exist_ok=True)
     waiting, running = list(args.runs), {}
     deadline = time.monotonic() + args.seconds
-    passed_on = ["steps", "batch", "width", "depth", "backend", "precision"] + ["manifest"] * bool(
+    passed_on = ["steps", "batch", "width", "depth", "backend", "precision", "graphs"] + ["manifest"] * bool(
         args.manifest
     )
     common = [x for name in passed_on for x in (f"--{name}", str(getattr(args, name)))]
+    common += ["--compile"] * args.compile
     while (waiting or running) and time.monotonic() < deadline:
         while waiting and len(running) < args.workers:
             run = waiting.pop(0)
@@ -193,6 +194,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--backend", default="te", choices=("te", "local"))
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("--graphs", default="auto", choices=("auto", "on", "off"))
     parser.add_argument("--compile", action="store_true", help="slower to start, and in every process")
     parser.add_argument("--manifest", help="real clips instead of moving digits")
     parser.add_argument("--workers", type=int, default=8, help="runs at a time")
