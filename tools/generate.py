@@ -48,6 +48,7 @@ from nextvid_mcore.evaluation.generation import (  # noqa: E402
     run_config_of,
 )
 from nextvid_mcore.evaluation.pictures import HIDDEN, visible_map  # noqa: E402
+from nextvid_mcore.evaluation.results import writable_folder  # noqa: E402
 from nextvid_mcore.evaluation.strips import Panel, Strip  # noqa: E402
 from nextvid_mcore.hub.export import run_config  # noqa: E402
 from nextvid_mcore.masking import draw_masks  # noqa: E402
@@ -177,13 +178,16 @@ def autoregressive(
 
 def draw(args: argparse.Namespace) -> list[Path]:
     """Generate, and write the pictures."""
-    for name in ("clips", "samples", "steps", "length", "start"):
+    for name in ("clips", "samples", "steps", "length", "start", "columns"):
         require(getattr(args, name) >= 1, f"--{name} must be 1 or more, got {getattr(args, name)}")
     require(args.skip >= 0, f"--skip must be 0 or more, got {args.skip}")
     require(args.keep is None or args.keep >= 1, f"--keep must be 1 or more, got {args.keep}")
+    require(args.frames is None or args.frames >= 1, f"--frames must be 1 or more, got {args.frames}")
+    require(args.fps is None or 0 < args.fps < float("inf"), f"--fps must be positive, got {args.fps}")
     if args.mp4:
         strips.check_mp4()
     config, export, out = settings(args)
+    writable_folder(out)
     networks, target = Networks.load(export), build_target(config, "cpu", torch.float32)
     require(
         target.channels == networks.decoder.channels,
@@ -238,7 +242,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         paths = draw(args)
-    except (ConfigError, hub.HubError, BadFile) as error:
+    except (ConfigError, hub.HubError, BadFile, OSError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
     for path in paths:

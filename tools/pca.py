@@ -27,6 +27,7 @@ from nextvid_mcore import hub  # noqa: E402
 from nextvid_mcore.config import ConfigError, require  # noqa: E402
 from nextvid_mcore.data.digits_source import is_digits  # noqa: E402
 from nextvid_mcore.evaluation import clips, strips  # noqa: E402
+from nextvid_mcore.evaluation.results import writable_folder  # noqa: E402
 from nextvid_mcore.evaluation.strips import Panel, Strip  # noqa: E402
 
 SPREAD = 0.02  # share of the values cut at either end of a colour's range
@@ -65,7 +66,9 @@ def draw(args: argparse.Namespace) -> list[Path]:
     require(
         not wrong, f"--layers {wrong}: the encoder has layers 0 to {encoder.depth - 1}, or -1 from the end"
     )
-    frames = args.frames or config["frames"]
+    frames = config["frames"] if args.frames is None else args.frames
+    clips.check_shape(encoder, frames, config["image_size"], args.fps)
+    out = writable_folder(args.out or args.folder.absolute().parent / "plots")
     if is_digits(args.data):
         taken = clips.moving_digits(
             args.clips, frames, config["image_size"], source=args.data, trained_on=config["clips"]
@@ -85,7 +88,6 @@ def draw(args: argparse.Namespace) -> list[Path]:
             name = f"after block\n{layer % encoder.depth + 1} of {encoder.depth}"
             panels.append(Panel(name, to_video(part[number], encoder, clip.video.shape)))
         rows.append(Strip(clip.name, panels))
-    out = args.out or args.folder.absolute().parent / "plots"
     paths = [out / "features.png", out / "features.gif"]
     title = f"Principal components of the features, {config['recipe']} step {config['step']}"
     strips.write_png(rows, paths[0], title, step=encoder.tubelet_size)
@@ -121,7 +123,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         paths = draw(args)
-    except (ConfigError, hub.HubError) as error:
+    except (ConfigError, hub.HubError, OSError) as error:
         print(f"pca: {error}", file=sys.stderr)
         return 2
     for path in paths:

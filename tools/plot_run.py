@@ -33,6 +33,7 @@ from nextvid_mcore.evaluation.pictures import (  # noqa: E402
     save,
     shade_stages,
 )
+from nextvid_mcore.evaluation.results import picture_file  # noqa: E402
 from nextvid_mcore.training import metrics  # noqa: E402
 
 TITLES = {
@@ -185,6 +186,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
+        picture_file(args.out)
         names = args.names.split(",") if args.names else [None] * len(args.runs)
         require(
             len(names) == len(args.runs),
@@ -193,7 +195,7 @@ def main() -> int:
         runs = [Run.read(path, name) for path, name in zip(args.runs, names, strict=True)]
         keys = args.keys.split(",") if args.keys else DEFAULT + sorted(set().union(*(r.knn for r in runs)))
         save(figure(runs, keys), args.out)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"plot_run: {error}", file=sys.stderr)
         return 2
     print(f"wrote {args.out}")

@@ -32,6 +32,7 @@ from nextvid_mcore.config import ConfigError, require  # noqa: E402
 from nextvid_mcore.data.digits_source import is_digits, side_of  # noqa: E402
 from nextvid_mcore.data.guard import DataError  # noqa: E402
 from nextvid_mcore.evaluation import clips, knn  # noqa: E402
+from nextvid_mcore.evaluation.results import picture_file  # noqa: E402
 from nextvid_mcore.rng import numpy_rng  # noqa: E402
 
 FOLDS = 10
@@ -106,7 +107,10 @@ def run(args: argparse.Namespace) -> str:
     """Extract, measure and draw; the line to print."""
     require(args.items >= 2, f"--items must be 2 or more, got {args.items}")
     config, encoder = hub.load_config(args.folder), hub.load_encoder(args.folder)
-    frames, size = args.frames or config["frames"], config["image_size"]
+    frames, size = config["frames"] if args.frames is None else args.frames, config["image_size"]
+    clips.check_shape(encoder, frames, size, args.fps)
+    require(args.perplexity > 0, f"--perplexity must be positive, got {args.perplexity:g}")
+    picture_file(args.out)
     if is_digits(args.data):
         side = side_of(args.data, size, config["clips"])
         features, labels, names = digit_features(encoder, args.items, frames, size, side, args.task)
@@ -126,7 +130,6 @@ def run(args: argparse.Namespace) -> str:
     chance = torch.bincount(labels).max().item() / len(labels)
     title = f"{what}: kNN accuracy {accuracy:.1%} (most frequent class {chance:.1%})\n"
     title += f"{len(labels)} clips of {classes} classes, {config['recipe']} step {config['step']}"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     figure(points, labels.tolist(), names, title).savefig(args.out)
     return f"{title.replace(chr(10), ', ')}\nwrote {args.out}"
 
@@ -146,7 +149,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         print(run(args))
-    except (ConfigError, DataError, hub.HubError) as error:
+    except (ConfigError, DataError, hub.HubError, OSError) as error:
         print(f"tsne: {error}", file=sys.stderr)
         return 2
     return 0

@@ -6,6 +6,7 @@ Middle window, centre crop, no flip (as in the held-out loss); an image is a cli
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextvid_mcore.config import MOVING_DIGITS, require
+from nextvid_mcore.config import MOVING_DIGITS, ConfigError, require
 from nextvid_mcore.data import decode
 from nextvid_mcore.data.decode import BadFile
 from nextvid_mcore.data.manifest import Item, Manifest
 from nextvid_mcore.data.sampler import build_mixture
 from nextvid_mcore.data.sources import LISTS, Source, kind_of
 from nextvid_mcore.data.transforms import centre_crop, normalize, resize_clip
+from nextvid_mcore.hub import VisionTransformer
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,15 @@ def _of_files(path: Path, limit: int | None, kind: str | None) -> Items:
     if limit is not None and len(entries) > limit:
         entries = [entries[i] for i in np.linspace(0, len(entries) - 1, limit).round().astype(int)]
     return Items(entries, classes)
+
+
+def check_shape(encoder: VisionTransformer, frames: int, size: int, fps: float) -> None:
+    """ConfigError unless the encoder takes clips of this shape, read at such a rate."""
+    require(0 < fps < math.inf, f"--fps must be positive, got {fps:g}")
+    try:
+        encoder.grid((1, 3, frames, size, size))
+    except ValueError as error:
+        raise ConfigError(f"--frames {frames}: {error}") from None
 
 
 def read(item: Item, frames: int, size: int, fps: float) -> Clip:

@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from nextvid_mcore.config import ConfigError
+from nextvid_mcore.config import ConfigError, require
 
+PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
 Z95 = 1.959963984540054  # of the normal distribution, two-sided 95%
 
 
@@ -48,6 +49,16 @@ def writable_folder(path: Path, flag: str = "--out") -> Path:
         raise ConfigError(
             f"{flag} {path} cannot be written ({error.strerror}); name another folder"
         ) from None
+    return path
+
+
+def picture_file(path: Path, flag: str = "--out") -> Path:
+    """`path`, if a picture can be written there; ConfigError before any work otherwise."""
+    require(
+        path.suffix.lower() in PICTURES and not path.is_dir(),
+        f"{flag} {path} is no picture's name; end it in one of {', '.join(PICTURES)}",
+    )
+    writable_folder(path.parent, flag)
     return path
 
 

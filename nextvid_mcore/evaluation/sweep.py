@@ -12,6 +12,7 @@ import functools
 import math
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,11 +224,19 @@ def save_state(path: Path, sweep: Sweep, settings: dict[str, Any], step: int) ->
     """The first rank writes; the file is whole or the old one."""
     if sweep.ranks.first:
         temporary = path.with_name(path.name + ".new")
-        with open(temporary, "wb") as file:
-            torch.save({"step": step, "settings": settings, **sweep.state()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                torch.save({"step": step, "settings": settings, **sweep.state()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch's writer has an error of its own for a full disk
+            reason, free = str(error).splitlines()[0], shutil.disk_usage(path.parent).free / 1e6
+            temporary.unlink(missing_ok=True)
+            raise ConfigError(
+                f"step {step} could not be saved to {path} ({reason}; {free:.0f} MB were "
+                "free): make room, the same command goes on from the last state saved"
+            ) from None
     sweep.ranks.barrier()
 
 

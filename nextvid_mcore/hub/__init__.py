@@ -60,6 +60,9 @@ class HubError(ValueError):
 def check_config(config: dict, where: str) -> dict:
     """`config`, with what it lacks of `LATER`, if its keys are known and its values of the right kind."""
     version = config.get("format_version")
+    for key, what in (("stages", "a training run"), ("model_type", "a folder for transformers")):
+        if version is None and key in config:
+            raise HubError(f"{where} is of {what}; give what tools/convert_to_torch.py RUN --out DIR wrote")
     if version != FORMAT_VERSION:
         raise HubError(f"{where}: format version {version!r}; this code reads version {FORMAT_VERSION}")
     kinds = CONFIG_KEYS | {key: type(value) for key, value in LATER.items()}

@@ -25,6 +25,9 @@ from nextvid_mcore import __version__
 from nextvid_mcore.config import MOVING_DIGITS, ModelConfig, RunConfig
 from nextvid_mcore.hub import FILES, FORMAT_VERSION, HubError, check_config
 
+# Settings of earlier versions of a configuration's parts, at the value that is the only one now.
+RETIRED = {"Fp8Config": {"wgrad": True}}
+
 LAYER = {  # inside block.layers.{i} -> inside blocks.{i}
     "input_layernorm": "norm1",
     "pre_cross_attn_layernorm": "norm1",
@@ -89,7 +92,8 @@ def run_config(plain: Mapping[str, Any]) -> RunConfig:
 
 def _rebuild(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints, gone = typing.get_type_hints(kind), RETIRED.get(kind.__name__, {})
+        value = {name: x for name, x in value.items() if name not in gone or x != gone[name]}
         unknown = sorted(value.keys() - hints.keys())
         if unknown:
             raise HubError(

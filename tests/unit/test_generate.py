@@ -177,7 +177,9 @@ def test_the_picture(run: Path) -> None:
         assert len(image.convert("L").getcolors(256) or []) > 20
 
 
-def test_mistakes_are_one_sentence(run: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_sentence(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     module = tool()
     with pytest.raises(module.ConfigError, match="config.json does not exist; give a run"):
         module.read_run(tmp_path)
@@ -186,3 +188,12 @@ def test_mistakes_are_one_sentence(run: Path, tmp_path: Path) -> None:
         module.Networks.load(encoder_alone)
     ended = start(str(run), "--mask", "3")
     assert ended.returncode == 2 and ended.stderr == "generate: --mask 3: the run has masks 1 to 2\n"
+    (tmp_path / "file").touch()
+    for options, message in (
+        (("--columns", "0"), "--columns must be 1 or more"),
+        (("--fps", "0"), "--fps must be positive, got 0"),
+        (("--frames", "-4"), "--frames must be 1 or more, got -4"),
+        (("--out", str(tmp_path / "file")), "file cannot be written"),
+    ):
+        monkeypatch.setattr("sys.argv", ["generate", str(run), *options])
+        assert module.main() == 2 and message in capsys.readouterr().err

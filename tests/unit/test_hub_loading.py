@@ -1,5 +1,6 @@
 """Exported folders: strict loading, and nothing but torch and safetensors behind it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -78,6 +79,25 @@ def test_bad_configs(folder: Path, change: dict, drop: tuple[str, ...], message:
     rewrite(folder, change, drop)
     with pytest.raises(hub.HubError, match=message):
         hub.load_encoder(folder)
+
+
+def test_a_run_or_a_transformers_folder_is_told_so(tmp_path: Path) -> None:
+    for content, message in (
+        ({"stages": []}, "is of a training run"),
+        ({"model_type": "vit"}, "transformers"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(hub.HubError, match=message):
+            hub.load_encoder(tmp_path)
+
+
+def test_a_retired_setting_at_its_last_value_is_passed_over() -> None:
+    plain = json.loads(json.dumps(dataclasses.asdict(recipes.get("tiny"))))
+    plain["fp8"]["wgrad"] = True
+    assert export.run_config(plain) == recipes.get("tiny")
+    plain["fp8"]["wgrad"] = False
+    with pytest.raises(hub.HubError, match="fp8 has 'wgrad'"):
+        export.run_config(plain)
 
 
 def test_folders_from_before_a_key(folder: Path) -> None:

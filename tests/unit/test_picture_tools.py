@@ -139,6 +139,8 @@ def test_features_as_colours_over_time(folder, tmp_path, monkeypatch, capsys):
         assert image.n_frames == 6
     monkeypatch.setattr(sys, "argv", ["pca", *arguments, "--layers", "9"])
     assert module.main() == 2 and "0 to 3" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["pca", *arguments, "--frames", "5"])
+    assert module.main() == 2 and "T (frames) must be a multiple of 2" in capsys.readouterr().err
 
 
 # --- t-SNE -----------------------------------------------------------------------------------------
@@ -166,6 +168,13 @@ def test_tsne_of_two_classes(folder, tmp_path, monkeypatch, capsys):
     assert len(Image.open(out).convert("RGB").getcolors(2**16)) > 20
     monkeypatch.setattr(sys, "argv", [*command, str(folder / "one.avi")])
     assert module.main() == 2 and "has no labels" in capsys.readouterr().err
+    for options, words in (
+        (("--fps", "0"), "--fps must be positive"),
+        (("--frames", "3"), "must be a multiple of 2"),
+        (("--out", str(tmp_path / "x.xyz")), "is no picture's name"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*command, str(folder / "classes"), *options])
+        assert module.main() == 2 and words in capsys.readouterr().err
 
 
 def test_tsne_without_scikit_learn_says_so(monkeypatch):
@@ -261,6 +270,8 @@ def test_plot_run_on_the_command_line(tmp_path, monkeypatch, capsys):
         ([str(tmp_path)], "metrics.jsonl does not exist"),
         ([str(run), "--names", "x,y"], "2 names for 1 runs"),
         ([str(run), "--keys", "nothing"], "none of these numbers"),
+        ([str(run), "--out", str(tmp_path)], "is no picture's name"),
+        ([str(run), "--out", str(tmp_path / "o.png" / "o.png")], "cannot be written"),
     ):
         monkeypatch.setattr(sys, "argv", ["plot_run", *arguments])
         assert module.main() == 2 and words in capsys.readouterr().err

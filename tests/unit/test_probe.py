@@ -165,6 +165,24 @@ def test_a_resumed_sweep_is_the_unbroken_one(tmp_path: Path, stop_at: int) -> No
         sweep.train(new(), Toy(), plan(TOY), state, {"a": 1})
 
 
+def test_a_full_disk_is_said_and_the_last_state_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = sweep.Sweep(digits(lrs=(1e-3,)), {"label": 2}, 16, ALONE)
+    path = tmp_path / "state.pt"
+    sweep.save_state(path, small, {}, 5)
+
+    def full(_: object, file) -> None:  # noqa: ANN001
+        file.write(b"part")
+        raise RuntimeError("enforce fail at inline_container.cc: unexpected pos")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ConfigError, match="step 9 could not be saved to .* make room"):
+        sweep.save_state(path, small, {}, 9)
+    assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+    assert sweep.load_state(path, small, {}) == 5
+
+
 def test_a_signal_ends_a_step_and_saves(tmp_path: Path) -> None:
     seen: list[int] = []
     done = sweep.train(
