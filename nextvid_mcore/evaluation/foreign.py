@@ -7,6 +7,7 @@ taken from its files; a model that doesn't say them is refused, never guessed.
 from __future__ import annotations
 
 import importlib
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from nextvid_mcore.config import ConfigError, require
 from nextvid_mcore.evaluation.encoders import LAST, Wrapped, renormalise, resize
 
+UNUSED = {"pooler", "head", "predictor", "mask_token"}  # parts that no patch's features pass through
 FINAL_NORMS = ("layernorm", "post_layernorm", "norm")  # names of a last norm in transformers' models
 
 
@@ -85,12 +87,29 @@ def timm_encoder(text: str) -> TimmViT:
     name, equals, file = text.partition("=")
     require(not equals or Path(file).is_file(), f"timm:{text}: there is no file {file}")
     timm = optional("timm")
-    options = {"checkpoint_path": file} if equals else {"pretrained": True}
     try:
-        model = timm.create_model(name, num_classes=0, **options)
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
-        raise ConfigError(f"timm:{text} cannot be made: {str(error).splitlines()[0]}") from None
+        model = timm.create_model(name, num_classes=0, pretrained=not equals)
+        if equals:  # with or without its classifier, which is not used
+            missing, surplus = timm.models.load_checkpoint(model, file, strict=False)
+            head = str(model.pretrained_cfg.get("classifier") or "head")
+            surplus = [key for key in surplus if not key.startswith(head + ".")]
+            check_weights(f"timm:{text}", missing, surplus)
+    except ConfigError:
+        raise
+    except (RuntimeError, OSError, ValueError, AssertionError, pickle.UnpicklingError) as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise ConfigError(f"timm:{text} cannot be made: {reason}") from None
     return timm_vit(model, f"timm:{text}")
+
+
+def check_weights(name: str, missing: Sequence[str], surplus: Sequence[str] = ()) -> None:
+    """What isn't in a file would stay random, and the features with it."""
+    for what, keys in (("lack", missing), ("have besides", surplus)):
+        require(
+            not keys,
+            f"{name}: its weights {what} {len(keys)} tensors, e.g. "
+            f"{', '.join(sorted(keys)[:3])}: the file is of another model",
+        )
 
 
 def timm_vit(model: nn.Module, name: str) -> TimmViT:
@@ -183,10 +202,13 @@ def transformers_encoder(name: str) -> Foreign:
     """A model by its name or folder, with the normalisation that its image processor states."""
     transformers = optional("transformers")
     try:
-        model = transformers.AutoModel.from_pretrained(name)
+        model, info = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
         processor, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"transformers:{name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    used = "vision_model." if hasattr(model, "vision_model") else ""
+    lacking = [key for key in info["missing_keys"] if key.startswith(used)]
+    check_weights(f"transformers:{name}", [key for key in lacking if not UNUSED.intersection(key.split("."))])
     return transformers_model(model, processor, f"transformers:{name}")
 
 

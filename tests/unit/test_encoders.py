@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nextvid_mcore import hub, recipes
@@ -251,8 +252,20 @@ def test_an_image_vit_sees_frames_one_by_one() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
-def test_a_real_timm_vit() -> None:
+def test_a_real_timm_vit(tmp_path: Path) -> None:
     import timm
+
+    whole = timm.create_model("vit_tiny_patch16_224", num_classes=5)
+    torch.save(whole.state_dict(), tmp_path / "whole.pt")  # as published, with its classifier
+    spec = f"timm:vit_tiny_patch16_224={tmp_path}/"
+    assert torch.equal(build_encoder(spec + "whole.pt").module.norm.weight, whole.norm.weight)
+    state = {key: value for key, value in whole.state_dict().items() if "blocks.3.mlp" not in key}
+    torch.save(state, tmp_path / "part.pt")
+    with pytest.raises(ConfigError, match="its weights lack 4 tensors, e.g. blocks.3.mlp.fc1.bias"):
+        build_encoder(spec + "part.pt")
+    with pytest.raises(ConfigError, match="have besides 1 tensors, e.g. extra"):
+        torch.save(whole.state_dict() | {"extra": torch.zeros(1)}, tmp_path / "more.pt")
+        build_encoder(spec + "more.pt")
 
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, img_size=32, depth=3)
@@ -300,6 +313,12 @@ def test_real_transformers_models(tmp_path: Path) -> None:
     assert longer.shape == (2, 16, 24) and torch.allclose(longer[:, :8], tokens, atol=1e-5)
     with pytest.raises(ConfigError, match="takes 4 frames at a time, not 6"):
         encoder(torch.zeros(1, 3, 6, 16, 16))
+    weights = load_file(tmp_path / "mae" / "model.safetensors")
+    part = {key: value for key, value in weights.items() if "layer.1." not in key}
+    assert len(part) < len(weights)
+    save_file(part, tmp_path / "mae" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="its weights lack .* tensors, e.g. .*1"):  # not random, not silent
+        build_encoder(f"transformers:{tmp_path / 'mae'}")
 
     config = t.ViTConfig(image_size=16, patch_size=8, intermediate_size=48, **sizes)
     model = t.ViTModel(config, add_pooling_layer=False).eval()
