@@ -7,7 +7,7 @@
     flash4    FlashAttention-4, the same patterns: taken before flex where it is installed, Hopper or newer.
     framewise scaled_dot_product_attention without a mask, once a frame: its queries and the keys they see.
     plain     scaled_dot_product_attention without a mask, where every query sees every key.
-    cudnn     the same by cuDNN: on Hopper.
+    cudnn     the same by cuDNN: on Hopper, for rows of whole tiles.
 
 benchmarks/attention.py compares them.
 """
@@ -50,6 +50,9 @@ HOPPER, HOPPER_TILES = (
     },
 )
 SPAN = 1 << 16  # frame numbers lie below it
+# cuDNN computes tiles of 64 tokens, heads of 32 at least. Rows that are no whole tiles (16 tokens, heads of 8)
+# are the suspect of an illegal access in a recorded pass on two H200, and gain nothing from it.
+CUDNN_TOKENS, CUDNN_HEADS = 64, (32, 64, 128)
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -138,7 +141,8 @@ def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]
     """The kernel for queries [rows, A, s, d]."""
     half = q.dtype in (torch.bfloat16, torch.float16)
     if pattern is None:
-        return cudnn if half and fused.compiles(q) and _hopper(q.device) else plain
+        whole = q.shape[2] % CUDNN_TOKENS == 0 and q.shape[-1] in CUDNN_HEADS
+        return cudnn if half and whole and fused.compiles(q) and _hopper(q.device) else plain
     fits = q.shape[-1] >= MIN_HEAD and q.shape[2] >= SHORTEST
     if pattern.blocks is not None and half and fits and fused.compiles(q):
         return flex if pattern.ranges is None else flash4

@@ -96,8 +96,10 @@ def test_hopper_has_its_own_choices(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "_hopper", lambda device: True)
     monkeypatch.setattr(fused, "compiles", lambda x: True)
     kernels.tiles.cache_clear()
-    half = torch.randn(2, 3, 128, 16, dtype=torch.bfloat16)
+    half = torch.randn(2, 3, 128, 32, dtype=torch.bfloat16)
     assert kernels.choose(half, None) is kernels.cudnn
+    assert kernels.choose(half[:, :, :16], None) is kernels.plain  # no whole tile of tokens
+    assert kernels.choose(half[..., :8], None) is kernels.plain  # no head of cuDNN's
     torch.testing.assert_close(kernels.cudnn(half, half, half), kernels.plain(half, half, half))
     assert kernels.choose(half.float(), None) is kernels.plain
     assert kernels.flex_blocks(regular_pattern(VISIBLE, VISIBLE, "causal", CPU).stretches).BLOCK_SIZE == (
