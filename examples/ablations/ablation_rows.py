@@ -230,6 +230,10 @@ def variants(budget: Budget) -> dict[str, tuple[str, RunConfig]]:
     out["align_raw"] = "pretrain", part(full, "model", align_target="none")
     for mode in ("packed", "truncate"):
         out[f"mask_{mode}"] = "pretrain", part(full, "mask", mode=mode)
+    wide = generator_shape(f"{full.model.patch_dim}x2")  # one width for both: the decoder reads predictions
+    wide = part(full, "model", predictor=wide, decoder=wide)
+    out["decoder_wide"] = "pretrain", wide
+    out["decoder_wide_gen"] = "pretrain", recipes.ablate(wide, "table2_gen_ciso")
     assert alone == out["table2_gen_ciso"][1]
     for size in digits.SIZES:
         for share in (0.25, 0.5, 1.0):
@@ -252,6 +256,7 @@ ORDER: list[tuple[str, int]] = [  # short runs first: their places are free agai
     *[(row, 0) for row in ("align_raw", "table5_cross", "table5_cross_self", "table11_tau4")],
     *[(row, 0) for row in ("mask_packed", "real_align", "mask_truncate")],
     *[(row, 0) for row in _SCALES if row != "scale_m_1"],
+    *[(row, seed) for seed in (0, 1) for row in ("decoder_wide", "decoder_wide_gen")],
 ]
 
 

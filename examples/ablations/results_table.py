@@ -44,6 +44,8 @@ LABEL = {
     "real_align": "Alignment, context isolation",
     "real_supervised": "Supervised from scratch",
     "align_raw": "Alignment target as it is, not layer-normed",
+    "decoder_wide": "Predictor and decoder as wide as the target has channels (384, not 192)",
+    "decoder_wide_gen": "The same, generation and context isolation alone",
     "mask_packed": "Masks: packed, whatever the blocks leave",
     "mask_truncate": "Masks: cut at the smallest count of the batch",
 }
@@ -95,6 +97,11 @@ SECTIONS: list[tuple[str, str, list[tuple[str, str, str | None]]]] = [
         "Choices the paper is silent on",
         "",
         [(row, "", None) for row in ("full", "align_raw", "mask_packed", "mask_truncate")],
+    ),
+    (
+        "The decoder's width",
+        "",
+        [(row, "", None) for row in ("full", "decoder_wide", "table2_gen_ciso", "decoder_wide_gen")],
     ),
 ]
 REAL_ROWS = ("real_random", "real_full", "real_align", "real_supervised")
