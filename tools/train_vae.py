@@ -22,6 +22,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ from nextvid_mcore.data.manifest import Manifest  # noqa: E402
 from nextvid_mcore.data.moving_digits import parse_source  # noqa: E402
 from nextvid_mcore.data.sampler import build_mixture  # noqa: E402
 from nextvid_mcore.data.transforms import normalize  # noqa: E402
+from nextvid_mcore.evaluation.ranks import device_of  # noqa: E402
+from nextvid_mcore.evaluation.results import writable_folder  # noqa: E402
 from nextvid_mcore.rng import key, numpy_rng  # noqa: E402
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape  # noqa: E402
 
@@ -66,6 +69,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("size", "blocks", "latent", "steps", "batch", "frames", "lr"):
             require(getattr(self, name) > 0, f"--{name} must be positive, got {getattr(self, name)}")
+        require(self.seed >= 0, f"--seed must be 0 or more, got {self.seed}")
         require(self.kl >= 0, f"--kl must be 0 or more, got {self.kl}")
         require(
             len(self.multipliers) > 0 and min(self.multipliers) >= 1,
@@ -138,19 +142,24 @@ class Training:
     """The autoencoder, its optimizer and the number of finished steps; on disk in OUT/training.pt."""
 
     def __init__(self, settings: Settings, out: Path, device: str) -> None:
-        self.settings, self.out, self.device = settings, out, torch.device(device)
+        self.settings, self.out, self.device = settings, out, device_of(device)
+        writable_folder(out)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(settings.seed, "init"))
             self.model = AutoencoderKL(settings.shape)
         self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), settings.lr, (0.9, 0.95), weight_decay=0)
         self.step, self.rows = 0, []
-        out.mkdir(parents=True, exist_ok=True)
         if (out / "training.pt").exists():
             self.resume()
 
     def resume(self) -> None:
-        state = torch.load(self.out / "training.pt", map_location=self.device, weights_only=True)
+        path = self.out / "training.pt"
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"{path} cannot be read ({reason}); delete it to start again") from None
         mine, theirs = plain(self.settings), state["settings"]
         other = [f"{k} {theirs.get(k)} (now {mine[k]})" for k in mine if mine[k] != theirs.get(k)]
         require(
@@ -272,13 +281,14 @@ def main() -> int:
     try:
         require(args.samples >= 1 and args.save_every >= 1, "--samples and --save-every must be 1 or more")
         names = [field.name for field in dataclasses.fields(Settings)]
+        require(args.workers >= 0, f"--workers must be 0 or more, got {args.workers}")
         settings = Settings(**{name: getattr(args, name) for name in names})
         training = Training(settings, args.out, args.device)
         millions = sum(p.numel() for p in training.model.parameters()) / 1e6
         print(f"{millions:.2f}M parameters; step {training.step} of {settings.steps}", flush=True)
         training.run(workers=args.workers, save_every=args.save_every, progress=True)
         found = training.finish(args.workers, args.samples)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, OSError) as error:
         print(f"train_vae: {error}", file=sys.stderr)
         return 2
     print(f"{args.out}: mean squared error {found['mse']:.4f} (PSNR {found['psnr']:.1f} dB)", end="")

@@ -54,20 +54,26 @@ class Ranks:
             self.sum(torch.zeros(1, device=self.device))
 
 
+def device_of(name: str) -> torch.device:
+    """The device that --device names, if it is there."""
+    try:
+        where = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: write cpu, cuda or cuda:1") from None
+    require(where.type in ("cpu", "cuda"), f"--device {name}: write cpu, cuda or cuda:1")
+    there = torch.cuda.device_count()
+    require(
+        where.type == "cpu" or (where.index or 0) < there,
+        f"--device {name}: this machine has {there} GPUs; write --device cpu",
+    )
+    return where
+
+
 def start(device: str | None = None, timeout: float = 3600.0) -> Ranks:
     """Join torchrun's processes: NCCL on GPUs, gloo on a CPU. Without torchrun: this process alone."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(kind)
-    except RuntimeError:
-        raise ConfigError(f"--device {kind}: write cpu, cuda or cuda:1") from None
-    require(where.type in ("cpu", "cuda"), f"--device {kind}: write cpu, cuda or cuda:1")
+    where = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type == "cuda":
-        there = torch.cuda.device_count()
-        require(
-            (where.index or 0) < there, f"--device {kind}: this machine has {there} GPUs; write --device cpu"
-        )
         if where.index is None:
             where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(where)

@@ -105,3 +105,15 @@ def test_wrong_settings_are_named(vae, settings, tmp_path, monkeypatch, capsys):
     flags = ["--manifest", str(tmp_path / "none"), "--out", str(tmp_path / "x"), "--size", "16"]
     monkeypatch.setattr(sys, "argv", ["train_vae", *flags, "--multipliers", "1,2", "--workers", "0"])
     assert vae.main() == 2 and "no manifest at" in capsys.readouterr().err
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "training.pt").write_bytes(b"torn")
+    small = ["--manifest", settings.manifest, "--size", "16", "--multipliers", "1,2", "--workers", "0"]
+    for options, words in (
+        (["--device", "banana"], "--device banana: write cpu"),
+        (["--workers", "-1"], "--workers must be 0 or more, got -1"),
+        (["--seed", "-1"], "--seed must be 0 or more, got -1"),
+        (["--out", str(tmp_path / "half")], "training.pt cannot be read"),
+        (["--out", str(tmp_path / "half" / "training.pt")], "cannot be written (File exists)"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train_vae", *small, "--out", str(tmp_path / "y"), *options])
+        assert vae.main() == 2 and words in capsys.readouterr().err
