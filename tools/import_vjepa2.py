@@ -23,6 +23,7 @@ import torch  # noqa: E402
 
 from nextvid_mcore.config import ConfigError, require  # noqa: E402
 from nextvid_mcore.evaluation import vjepa2  # noqa: E402
+from nextvid_mcore.evaluation.results import writable_folder  # noqa: E402
 
 
 def import_checkpoint(checkpoint: Path, out: Path, key: str | None, heads: int | None) -> str:
@@ -34,6 +35,7 @@ def import_checkpoint(checkpoint: Path, out: Path, key: str | None, heads: int |
     )
     config, state = vjepa2.convert(vjepa2.read_checkpoint(checkpoint, key), heads)
     vjepa2.build(config, state, str(checkpoint))  # strict, before anything is written
+    writable_folder(out)
     vjepa2.save(out, config, state)
     loaded = vjepa2.load(out)
     require(
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         print(import_checkpoint(args.checkpoint, args.out, args.key, args.heads))
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"import_vjepa2: {error}", file=sys.stderr)
         return 2
     return 0

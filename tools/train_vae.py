@@ -22,7 +22,6 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,9 +156,8 @@ class Training:
         path = self.out / "training.pt"
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"{path} cannot be read ({reason}); delete it to start again") from None
+        except Exception as error:  # an unpickler raises anything on a torn file
+            raise ConfigError(f"{path} cannot be read ({error!r:.80}); delete it to start again") from None
         mine, theirs = plain(self.settings), state["settings"]
         other = [f"{k} {theirs.get(k)} (now {mine[k]})" for k in mine if mine[k] != theirs.get(k)]
         require(

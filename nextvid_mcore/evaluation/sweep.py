@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -246,9 +245,8 @@ def load_state(path: Path, sweep: Sweep, settings: dict[str, Any]) -> int:
         return 0
     try:
         state = torch.load(path, map_location=sweep.ranks.device, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{path} cannot be read ({reason}); delete it to start again") from None
+    except Exception as error:  # an unpickler raises anything on a torn file
+        raise ConfigError(f"{path} cannot be read ({error!r:.80}); delete it to start again") from None
     check_same(state["settings"], settings, path)
     sweep.load(state)
     return state["step"]

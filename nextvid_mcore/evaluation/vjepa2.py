@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -123,8 +122,11 @@ def build(config: Mapping[str, Any], state: dict[str, Tensor], where: str) -> VJ
     """The encoder with these weights; a missing, surplus or misshapen one is a `ConfigError`."""
     missing = [key for key in CONFIG_KEYS if key not in config]
     require(not missing, f"{where}: the config lacks {', '.join(missing)}; import the checkpoint again")
-    with torch.device("meta"):
-        module = VJEPA2(**{key: config[key] for key in CONFIG_KEYS})
+    try:
+        with torch.device("meta"):
+            module = VJEPA2(**{key: config[key] for key in CONFIG_KEYS})
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}; give other --heads") from None
     try:
         check_state(state, module.state_dict(), where)
     except HubError as error:
@@ -138,10 +140,8 @@ def read_checkpoint(path: str | Path, role: str | None = None) -> dict[str, Tens
     try:
         # Only the zip format can be mapped; older files are read whole.
         whole = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, EOFError) as error:
-        raise ConfigError(
-            f"{path} is not a checkpoint of plain tensors: {str(error).splitlines()[0]}"
-        ) from None
+    except Exception as error:  # an unpickler raises anything on a foreign file
+        raise ConfigError(f"{path} is not a checkpoint of plain tensors ({type(error).__name__})") from None
     require(isinstance(whole, dict), f"{path} holds no dictionary, so it is no V-JEPA 2 checkpoint")
     if all(isinstance(value, Tensor) for value in whole.values()):
         return whole

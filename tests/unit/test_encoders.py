@@ -132,6 +132,11 @@ def test_bad_vjepa2_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     torch.save({"encoder": pytest.raises}, tmp_path / "code.pt")
     with pytest.raises(ConfigError, match="not a checkpoint of plain tensors"):
         vjepa2.read_checkpoint(tmp_path / "code.pt")
+    (tmp_path / "torn.pt").write_bytes(b"torn")
+    with pytest.raises(ConfigError, match=r"plain tensors \(\w+\)$"):
+        vjepa2.read_checkpoint(tmp_path / "torn.pt")
+    with pytest.raises(ConfigError, match="width 52 by 3 heads: .*; give other --heads"):
+        vjepa2.from_checkpoint(checkpoint(tmp_path), heads=3)
     assert import_vjepa2.main([str(tmp_path / "none.pt"), "--out", str(tmp_path / "x")]) == 2
     assert "there is no file" in capsys.readouterr().err
 
