@@ -50,8 +50,8 @@ HOPPER, HOPPER_TILES = (
     },
 )
 SPAN = 1 << 16  # frame numbers lie below it
-# cuDNN computes tiles of 64 tokens, heads of 32 at least. Rows that are no whole tiles (16 tokens, heads of 8)
-# are the suspect of an illegal access in a recorded pass on two H200, and gain nothing from it.
+# cuDNN computes tiles of 64 tokens, heads of 32 at least. Rows that are no whole tiles (16 tokens, heads of
+# 8) are the suspect of an illegal access in a recorded pass on two H200, and gain nothing from it.
 CUDNN_TOKENS, CUDNN_HEADS = 64, (32, 64, 128)
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,

@@ -66,8 +66,8 @@ def wanted(config: RunConfig, placement: Placement) -> bool:
     """
     choice = config.train.cuda_graphs
     reason = refusal(config, placement) if choice != "off" else None
-    if choice == "auto" and placement.encoder.layout.size > 1:
-        return False  # not seen on GPUs yet
+    if choice == "auto" and placement.encoder.layout.tensor > 1:
+        return False  # a compiled pass of tiny networks broke off so on two GPUs: benchmarks/RESULTS.md
     if choice == "on" and reason is not None:
         raise ConfigError(f"train cuda_graphs on: {reason}; use --train.cuda-graphs auto or off")
     return choice != "off" and reason is None
@@ -153,6 +153,7 @@ class Graphs:
             if here.graph is not None:
                 here.graph.reset()
         self._recorded.clear()
+        torch.cuda.empty_cache()  # what a graph had nobody else can use
 
     def pass_(self, batch: MicroBatch, share: MicroBatch, inputs: Inputs, count: int) -> LossTerms:
         """Forward and backward: what is recorded, and the eager pass.
@@ -203,16 +204,27 @@ class Graphs:
                 here.terms = self.pass_(batch, share, here.inputs, count)
         except Exception as error:
             reason = _first_reason(error)
-            if self.config.train.cuda_graphs == "on":  # also since tensor ranks would have to agree
+        reason = self._agreed(reason)  # here, where the error's frames no longer hold the pass's memory
+        if reason is not None:
+            here.terms = None
+            gc.collect()
+            _free(graph, pool, self.device)
+            if self.config.train.cuda_graphs == "on":
                 raise ConfigError(
                     f"train cuda_graphs on: a micro-batch could not be recorded ({reason}); "
                     "use --train.cuda-graphs auto or off"
-                ) from error
-        if reason is not None:  # here, where the error's frames no longer hold the pass's memory
-            gc.collect()
-            _free(graph, pool, self.device)
+                )
             raise NotRecorded(reason)
         here.graph = graph
+
+    def _agreed(self, reason: str | None) -> str | None:
+        """Why this rank or another of its tensor ranks could not record: they go on in the same way."""
+        group = self.engine.groups.collection.tp
+        if group.size() == 1:
+            return reason
+        failed = torch.tensor(reason is not None, dtype=torch.int32, device=self.device)
+        torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX, group=group)
+        return reason or ("another tensor rank failed" if failed else None)
 
 
 def _free(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:

@@ -72,18 +72,26 @@ class FailingRecord:
         raise RuntimeError("capture was invalidated\nand some more lines")
 
 
-def failed_recording(choice: str, early: bool) -> tuple[list, list[str], bool]:
+class FailingOnRank1(FailingRecord):
+    def __exit__(self, *error: object) -> None:
+        if torch.distributed.get_rank() == 1:
+            super().__exit__(*error)
+
+
+def failed_recording(
+    choice: str, early: bool, parallel: dict | None = None, recording: type = FailingRecord
+) -> tuple[list, list[str], bool]:
     """Of an eager step and two that can't be recorded: what `gradients` gives, warnings, and what is left.
 
     early: the pass raises when the student's gradient is half done.
     """
-    config = parity.small().altered(train={"cuda_graphs": choice})
+    config = parity.small(**parallel or {}).altered(train={"cuda_graphs": choice})
     with (
         mock.patch.object(graphs, "refusal", lambda *_: None),
         mock.patch.object(graphs, "own_stream"),
     ):
         step = parity.built(config)
-    recorder, step.engine.graphs = step.engine.graphs, None
+    recorder, step.engine.graphs = step.engine.graphs or graphs.Graphs(step.engine), None
     found, passes, warnings = [gradients(step)], [], []
 
     def fail(*_: object) -> None:
@@ -99,7 +107,7 @@ def failed_recording(choice: str, early: bool) -> tuple[list, list[str], bool]:
         mock.patch.object(torch.cuda, "graph_pool_handle"),
         mock.patch.object(torch._C, "_cuda_endAllocateToPool"),
         mock.patch.object(torch._C, "_cuda_releasePool") as released,
-        mock.patch.object(torch.cuda, "graph", FailingRecord),
+        mock.patch.object(torch.cuda, "graph", recording),
         mock.patch.object(training_step.log, "warning", lambda text, *args: warnings.append(text % args)),
     ):
         found += [gradients(step), gradients(step)]
@@ -117,9 +125,22 @@ def test_a_step_that_cannot_be_recorded_is_done_again_eagerly(early: bool, reaso
         same(each, eager)
 
 
+def test_tensor_ranks_go_on_in_the_same_way() -> None:
+    """The second fails to record, and the first leaves its recording too."""
+    every = shared(2).run(failed_recording, "auto", False, LAYOUTS["tp2-sp"], FailingOnRank1)
+    for reason, ((eager, *again), warnings, left) in zip(
+        ("another tensor rank failed", "RuntimeError: capture was invalidated"), every, strict=True
+    ):
+        assert len(warnings) == 1 and f"({reason});" in warnings[0] and not left
+        for each in again:
+            same(each, eager)
+
+
 def test_what_was_asked_for_and_fails_ends_the_run() -> None:
     with pytest.raises(RankFailure, match=r"ConfigError: train cuda_graphs on: .*\(RuntimeError: out of mem"):
         shared(1).run(failed_recording, "on", True)
+    with pytest.raises(RankFailure, match=r"rank 0(.|\n)*cuda_graphs on: .*\(another tensor rank failed\)"):
+        shared(2).run(failed_recording, "on", False, LAYOUTS["tp2-sp"], FailingOnRank1)
 
 
 FP8 = {"model": {"backend": "te"}, "train": {"precision": "bf16"}}
@@ -140,7 +161,7 @@ def test_what_cannot_be_recorded_is_said(monkeypatch) -> None:
         on = config.altered(train={"cuda_graphs": "on"})
         with pytest.raises(ConfigError, match=words):
             graphs.wanted(on, placement)
-    for parallel, world, recorded in (({}, 1, True), ({}, 2, False), (TENSOR, 2, False)):
+    for parallel, world, recorded in (({}, 1, True), ({}, 2, True), (TENSOR, 2, False)):
         config = parity.small(**parallel)  # auto: what was seen on GPUs
         placement = resolve_placement(config, world)
         assert graphs.wanted(config, placement) == recorded
