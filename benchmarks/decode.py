@@ -117,6 +117,23 @@ def configure(folder: Path, video: Path, decoder: str) -> RunConfig:
     return dataclasses.replace(config, data=data)
 
 
+def readable(folder: Path) -> list[Path]:
+    """The videos of a folder, the smallest file first; what can't be opened is named and left out."""
+    from nextvid_mcore.data import decode
+
+    videos = []
+    for path in sorted(folder.glob("*.mp4"), key=lambda path: path.stat().st_size):
+        try:
+            decode.probe(str(path), "video")
+        except decode.BadFile as error:
+            print(f"left out: {error}", flush=True)
+            continue
+        videos.append(path)
+    if not videos:
+        raise SystemExit(f"no .mp4 file to read in {folder}; write some with benchmarks/make_videos.py")
+    return videos
+
+
 def cpu_seconds() -> float:
     """Of this process and its workers."""
     import psutil
@@ -193,6 +210,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="per figure")
     parser.add_argument("--rate", type=float, nargs="+", default=[40.0], help="clips/s to feed")
     args = parser.parse_args()
+    if min(args.workers, *args.dali_workers, args.frames) < 1 or min(args.seconds, *args.rate) <= 0:
+        parser.error("--workers, --dali-workers, --frames, --seconds and --rate must be positive")
 
     import sys
 
@@ -201,9 +220,7 @@ def main() -> None:
 
     from nextvid_mcore.config import ConfigError
 
-    args.videos = sorted(args.folder.glob("*.mp4"), key=lambda path: path.stat().st_size)
-    if not args.videos:
-        raise SystemExit(f"no .mp4 file in {args.folder}; write some with benchmarks/make_videos.py")
+    args.videos = readable(args.folder)
     cores = len(os.sched_getaffinity(0))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{cores} cores, {name}, torch {torch.__version__}; {args.frames} frames to 256 x 256", flush=True)

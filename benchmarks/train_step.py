@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import sys
 import time
 import traceback
 from typing import Any
@@ -31,7 +32,7 @@ from parts import PARTS, kernels, shares
 from world import first_says, join, leave
 
 from nextvid_mcore import flops, recipes
-from nextvid_mcore.config import Fp8Config, RoleParallel, RunConfig
+from nextvid_mcore.config import Fp8Config, RoleParallel, RunConfig, require
 
 KEYS = {
     "recipe": str,
@@ -55,7 +56,9 @@ KEYS = {
 
 
 def fp8_config(text: str, fused: int) -> Fp8Config:
-    recipes = dict(part.split(":") for part in text.split(",")) if ":" in text else {"all": text}
+    recipes = dict(part.partition(":")[::2] for part in text.split(",")) if ":" in text else {"all": text}
+    known = ("all", *Fp8Config().recipes())
+    require(recipes.keys() <= set(known), f"fp8={text}: the roles are {', '.join(known)}")
     return Fp8Config(**recipes, fused=bool(fused))
 
 
@@ -119,6 +122,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     parser.add_argument("--shares", type=int, default=1, help="0: without the parts' shares, an eager step")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no case begins")
     args = parser.parse_args(argv)
+    if args.steps < 1 or args.warmup < 0:
+        parser.error(f"--steps {args.steps} --warmup {args.warmup}: give 1 or more, and 0 or more")
     cases = []
     for text in args.case or [""]:
         case = {key: getattr(args, key) for key in KEYS}
@@ -126,7 +131,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
             key, _, value = word.partition("=")
             if key not in KEYS or not value:
                 parser.error(f"--case: {word!r} is not KEY=VALUE with a KEY of {', '.join(KEYS)}")
-            case[key] = KEYS[key](value)
+            try:
+                case[key] = KEYS[key](value)
+            except ValueError:
+                parser.error(f"--case: {word!r} wants a whole number")
         cases.append(case)
     return args, cases
 
@@ -161,7 +169,8 @@ def label(case: dict[str, Any], cases: list[dict[str, Any]]) -> str:
     return " ".join(f"{key}={case[key]}" for key in differing) or "as said"
 
 
-def main() -> None:
+def main() -> int:
+    """0 if any case was measured."""
     args, cases = parse()
     begun = time.perf_counter()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -204,7 +213,8 @@ def main() -> None:
         print(f"\n{world} x {name}, torch {torch.__version__}; {args.steps} steps after {args.warmup}")
         print({key: cases[0][key] for key in KEYS if len({each[key] for each in cases}) == 1})
         print("\n".join([head, *lines]))
+    return 0 if first else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
