@@ -12,10 +12,12 @@ seconds ends all processes, with everyone's stack; torchrun's --max-restarts, or
 on with the next one. No case is begun after --seconds.
 
 Columns. ratio: to the first case of the same recipe and tau, colocated data parallelism launched kernel by
-kernel, as separate groups are (they can't be recorded as CUDA graphs). ceiling: the ratio if all ranks were
-equally fast and waited for lack of work alone; bubble: and the chain had to fill and drain; of it: ratio /
-bubble. idle: share of a step that a seat's ranks spend in exchanges with other seats, mostly waiting: sends
-and receives of the schedule, the reference's weights, the first reduction after the schedule.
+kernel, as separate groups are (they can't be recorded as CUDA graphs). ceiling: from FLOPs alone, the ratio
+if every FLOP took the same time and ranks waited for lack of work only; no bound where a split takes slow
+work from the heaviest rank. expected: FLOPs of narrow networks take longer (parallel/balance.py), and the
+chain has to fill and to drain; of it: ratio / expected. idle: share of a step that a seat's ranks spend in
+exchanges with other seats, mostly waiting: sends and receives of the schedule, the reference's weights, the
+first reduction after the schedule.
 """
 
 from __future__ import annotations
@@ -136,7 +138,8 @@ def run_case(config: RunConfig, steps: int, warmup: int) -> Iterator[dict[str, A
                 "idle": sum(rank["idle"] for rank in here) / len(here),
                 "gib": max(rank["gib"] for rank in here),
             }
-        ideal = balance(config, bench.placement, stage, target=False)
+        ideal = balance(config, bench.placement, stage, target=False, narrow=0.0)
+        expected = balance(config, bench.placement, stage, target=False)
         yield {
             "rate": bench.point.batch / measured.seconds / len(ranks),
             "milliseconds": 1e3 * measured.seconds,
@@ -144,7 +147,7 @@ def run_case(config: RunConfig, steps: int, warmup: int) -> Iterator[dict[str, A
             "micro_batches": len(bench.clips),
             "seats": seats,
             "ceiling": ideal.ceiling,
-            "with_bubble": ideal.speed,
+            "expected": expected.speed,
         }
     bench.step.close()
 
@@ -270,7 +273,7 @@ def report(
         f"\n{world} x {name}, torch {torch.__version__}, {args.backend}, {args.precision}, recompute "
         f"{args.recompute}, micro-batch {args.micro_batch}, {args.micro_batches} of them a GPU and step"
     )
-    names = ("ratio", 6), ("ceiling", 8), ("bubble", 7), ("of it", 6), ("GiB", 5)
+    names = ("ratio", 6), ("ceiling", 8), ("expected", 9), ("of it", 6), ("GiB", 5)
     print(f"{'clips/s/GPU':>11}" + "".join(f" {n:>{w}}" for n, w in names) + "  placement (idle)")
     for recipe in args.recipes:
         for tau in args.tau:
@@ -282,10 +285,10 @@ def report(
                     print(f"{'-':>11}  {shown}: {found.get('error', 'ended without a word')}")
                     continue
                 first = first or found["rate"]
-                ratio, bound = found["rate"] / first, found["with_bubble"]
+                ratio, bound = found["rate"] / first, found["expected"]
                 idle = ", ".join(f"{seat} {x['idle']:.0%}" for seat, x in found["seats"].items())
                 gib = max(x["gib"] for x in found["seats"].values())
-                numbers = f"{found['rate']:>11.2f} {ratio:>6.2f} {found['ceiling']:>8.2f} {bound:>7.2f}"
+                numbers = f"{found['rate']:>11.2f} {ratio:>6.2f} {found['ceiling']:>8.2f} {bound:>9.2f}"
                 waits = f" ({idle})" if len(found["seats"]) > 1 else ""
                 print(f"{numbers} {ratio / bound:>6.0%} {gib:>5.0f}  {shown}{waits}")
 

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 
 from nextvid_mcore import cli
 from nextvid_mcore.config import ConfigError, RunConfig
-from nextvid_mcore.data.workers import signal_at_parents_death
+from nextvid_mcore.data.workers import orphaned, signal_at_parents_death
 
 EXIT_NON_FINITE = 3
 EXIT_DATA = 4
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet()
     if argv is None and "TORCHELASTIC_RUN_ID" in os.environ:
         signal_at_parents_death(signal.SIGTERM)
+        if orphaned():  # it would look for torchrun's store for minutes
+            cli.fail("torchrun died before this rank began", 128 + signal.SIGTERM, everywhere=True)
     try:
         config, options = cli.parse(sys.argv[1:] if argv is None else argv)
         from nextvid_mcore.parallel import plan

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 HELD = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
@@ -36,6 +37,17 @@ def signal_at_parents_death(number: signal.Signals) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(PR_SET_PDEATHSIG, number) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+
+
+def orphaned() -> bool:
+    """Whether the parent died before `signal_at_parents_death` was called: process 1 has taken its place.
+
+    In a container a launcher may itself be process 1, as a Python program.
+    """
+    try:
+        return os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def start_worker(*_: object) -> None:

@@ -1,9 +1,11 @@
 """Who waits for whom: the seats of a placement as a chain of stages, timed by executed FLOPs.
 
-Every rank is taken as equally fast at everything and sending as free, so what is left is what the placement
-itself costs: a seat with less work than the heaviest waits (imbalance), and a chain has to fill and to
-drain (bubble). The order of the work is the engines': the 1F1B schedule over the chain, a pipelined
-reference ahead of it as a pass of its own, any other one micro-batch by micro-batch.
+Every rank is taken as equally fast and sending as free, so what is left is what the placement itself costs:
+a seat with less work than the heaviest waits (imbalance), and a chain has to fill and to drain (bubble).
+The order of the work is the engines': the 1F1B schedule over the chain, a pipelined reference ahead of it as
+a pass of its own, any other one micro-batch by micro-batch.
+
+A FLOP of a narrow network takes longer, since more of its time goes into moving memory: `NARROW`.
 """
 
 from __future__ import annotations
@@ -21,11 +23,17 @@ from nextvid_mcore.parallel.stages import stage_layers
 
 TOLERATED = 0.2  # share of a step that a seat may wait without a warning
 SIZES_TRIED = 12  # of a seat, nearest to its share of the FLOPs
+# The time of a FLOP of predictor and decoder in those of the encoder is (its width / theirs) ** NARROW: about
+# 2.3 times for 1408 against 384, 1.9 for 1024, on H200s in bf16, compiled (benchmarks/RESULTS.md, 2026-11-22)
+NARROW = 0.65
 
 
 @dataclass(frozen=True)
 class Link:
-    """A stage of the chain: ranks that do the same on their shares of a micro-batch. FLOPs of one rank."""
+    """A stage of the chain: ranks that do the same on their shares of a micro-batch.
+
+    ahead, forward, backward: the time of one rank, in FLOPs of the encoder.
+    """
 
     name: str  # of its seat
     stage: int | None  # of several pipeline stages
@@ -34,6 +42,7 @@ class Link:
     forward: float
     backward: float
     warm_up: int  # forward passes ahead of the first backward pass
+    flops: float = 0.0  # of one rank
 
     @property
     def work(self) -> float:
@@ -46,7 +55,7 @@ class Balance:
 
     links: tuple[Link, ...]
     micro_batches: int
-    span: float  # FLOPs that a rank which never waits would do in the step's time
+    span: float  # the step's time, in FLOPs of the encoder
 
     def imbalance(self, link: Link) -> float:
         """Share of the step that a link would wait in an endless chain."""
@@ -65,8 +74,13 @@ class Balance:
 
     @property
     def total(self) -> float:
-        """Work of all ranks on a micro-batch of all replicas."""
+        """Time of all ranks on a micro-batch of all replicas."""
         return sum(link.ranks * link.work for link in self.links)
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all ranks on a micro-batch of all replicas."""
+        return sum(link.ranks * link.flops for link in self.links)
 
     @property
     def ranks(self) -> int:
@@ -83,15 +97,30 @@ class Balance:
         return self.micro_batches * self.total / self.ranks / self.span
 
 
-def balance(config: RunConfig, placement: Placement, point: StageConfig, target: bool = True) -> Balance:
-    """How a step of schedule stage `point` shares out. target: with the frozen target's FLOPs, if known."""
-    links = chain(config, placement, point, target)
+def balance(
+    config: RunConfig,
+    placement: Placement,
+    point: StageConfig,
+    target: bool = True,
+    narrow: float = NARROW,
+) -> Balance:
+    """How a step of schedule stage `point` shares out.
+
+    Args:
+        target: with the frozen target's FLOPs, if known.
+        narrow: 0: every FLOP takes the same time.
+    """
+    links = chain(config, placement, point, target, narrow)
     count = placement.encoder.layout.micro_batches(config.batch(point), config.train.micro_batch)
     return Balance(links, count, span(links, count))
 
 
 def chain(
-    config: RunConfig, placement: Placement, point: StageConfig, target: bool = True
+    config: RunConfig,
+    placement: Placement,
+    point: StageConfig,
+    target: bool = True,
+    narrow: float = NARROW,
 ) -> tuple[Link, ...]:
     """The stages of the chain, in the order of the data."""
     work = flops.clip_flops(config, point, executed=True)
@@ -106,7 +135,8 @@ def chain(
         share, roles = layers / config.model.encoder.depth, set(encoder.roles)
         if last and not placement.separate:
             roles = roles.union(*(seat.roles for seat in placement.seats))
-        trained = share * work.student + _generator(roles, work)
+        student = share * work.student
+        trained = student + _generator(config, roles, work, narrow)
         reference = share * work.reference if "reference" in roles else 0.0
         fixed = latents if "decoder" in roles else 0.0
         each = clips / (encoder.layout.tensor * encoder.layout.data)
@@ -119,10 +149,12 @@ def chain(
                 each * (trained / 3 + reference * (not own_pass) + fixed),
                 each * trained * (2 / 3 + again),
                 placement.warm_up(encoder, stage, config.parallel.edge),
+                each * (student + _generator(config, roles, work) + reference + fixed),
             )
         )
     for seat in placement.seats[1:] if placement.separate else ():
-        trained = _generator(set(seat.roles), work)
+        roles = set(seat.roles)
+        trained = _generator(config, roles, work, narrow)
         fixed = work.reference if "reference" in seat.roles else 0.0
         fixed += latents if "decoder" in seat.roles else 0.0
         each = clips / seat.layout.size
@@ -135,21 +167,26 @@ def chain(
                 each * (trained / 3 + fixed),
                 each * trained * (2 / 3 + again),
                 placement.warm_up(seat, 0, config.parallel.edge),
+                each * (_generator(config, roles, work) + fixed),
             )
         )
     return tuple(links)
 
 
-def _generator(roles: set[str], work: flops.RoleFlops) -> float:
-    return work.predictor * ("predictor" in roles) + work.decoder * ("decoder" in roles)
+def _generator(config: RunConfig, roles: set[str], work: flops.RoleFlops, narrow: float = 0.0) -> float:
+    """Time of predictor and decoder where they are among `roles`; FLOPs where `narrow` is 0."""
+    model, time = config.model, 0.0
+    for role in roles & {"predictor", "decoder"}:
+        time += getattr(work, role) * (model.encoder.width / getattr(model, role).width) ** narrow
+    return time
 
 
 def span(links: Sequence[Link], count: int) -> float:
-    """The time of `count` micro-batches, in FLOPs of a rank."""
+    """The time of `count` micro-batches, in FLOPs of the encoder."""
     steady = 4 * (links[0].warm_up + 1) + 8  # from here on every further one costs the same
     if count > steady:
-        most = _simulate(links, steady)
-        return most + (count - steady) * (most - _simulate(links, steady - 1))
+        most, heaviest = _simulate(links, steady), max(link.work for link in links)
+        return most + (count - steady) * max(most - _simulate(links, steady - 1), heaviest)
     return _simulate(links, count)
 
 
@@ -188,8 +225,8 @@ def _order(warm_up: int, count: int) -> list[tuple[str, int]]:
 def run_speed(config: RunConfig, placement: Placement) -> float:
     """`Balance.speed` over the whole schedule."""
     found = [(stage.steps, balance(config, placement, stage)) for stage in config.stages]
-    work = sum(steps * b.micro_batches * b.total / b.ranks for steps, b in found)
-    return work / sum(steps * b.span for steps, b in found)
+    busy = sum(steps * b.micro_batches * b.total / b.ranks for steps, b in found)
+    return busy / sum(steps * b.span for steps, b in found)
 
 
 def best_split(config: RunConfig, world: int) -> tuple[RunConfig, float]:
@@ -215,14 +252,16 @@ def _candidates(config: RunConfig, world: int) -> Iterator:
     stage = max(config.stages, key=lambda stage: stage.steps * config.batch(stage))
     work = flops.clip_flops(config, stage, executed=True)
     latents = flops.target_flops(config, stage)
+    predictor, decoder = (_generator(config, {role}, work, NARROW) for role in ("predictor", "decoder"))
+    total = work.student + work.reference + predictor + decoder + latents
     for reference in ("encoder", "generator") if config.model.align else ("encoder",):
         first = work.reference * (reference == "generator")
         wanted = {
-            "generator": first + work.predictor + work.decoder + latents,
-            "predictor": first + work.predictor,
-            "decoder": work.decoder + latents,
+            "generator": first + predictor + decoder + latents,
+            "predictor": first + predictor,
+            "decoder": decoder + latents,
         }
-        ideal = [world * wanted[name] / (work.total + latents) for name in names]
+        ideal = [world * wanted[name] / total for name in names]
         for sizes in itertools.product(*(_near(x, world) for x in ideal)):
             if sum(sizes) >= world:
                 continue

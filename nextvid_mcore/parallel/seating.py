@@ -185,8 +185,8 @@ def waiting(config: RunConfig, placement: Placement, width: int) -> Iterator[str
         return
     known = any(flops.target_flops(config, stage) > 0 for stage in config.stages)
     yield (
-        f"Who waits for whom, by executed FLOPs{' (with the target network)' * known}, as if sending took no "
-        "time"
+        f"Who waits for whom, by executed FLOPs{' (target network too)' * known}; those of narrow networks "
+        "take longer"
     )
     yield (
         f"  {'stage':<10}{'micro-batches':>14}  {'seat':<13}{'ranks':>6}{'share':>8}{'TFLOP a rank':>14}"
@@ -195,9 +195,9 @@ def waiting(config: RunConfig, placement: Placement, width: int) -> Iterator[str
     for name, step in found.items():
         for i, link in enumerate(step.links):
             head = f"  {name:<10}{step.micro_batches:>14}" if i == 0 else " " * 26
-            work = step.micro_batches * link.work / 1e12
+            work = step.micro_batches * link.flops / 1e12
             yield (
-                f"{head}  {_link(link):<13}{link.ranks:>6}{link.ranks * link.work / step.total:>8.0%}"
+                f"{head}  {_link(link):<13}{link.ranks:>6}{link.ranks * link.flops / step.flops:>8.0%}"
                 f"{_amount(work):>14}{step.imbalance(link):>11.0%}{step.bubble():>8.0%}{step.waits(link):>7.0%}"
             )
     speed = run_speed(config, placement)

@@ -79,11 +79,11 @@ class Job:
             assert time.monotonic() < deadline, f"the moment did not come:\n{self.text()}"
             time.sleep(0.002)
 
-    def wait(self) -> int:
-        """The launcher's exit code, once no process is left."""
+    def wait(self, seconds: float = PATIENCE) -> int:
+        """The launcher's exit code, once no process is left; the others have `seconds` to follow it."""
         try:
             code = self.agent.wait(PATIENCE)
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + seconds
             while left := self.processes():
                 assert time.monotonic() < deadline, f"left behind: {left.keys()}\n{self.text()}"
                 time.sleep(0.05)

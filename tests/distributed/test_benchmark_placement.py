@@ -60,8 +60,8 @@ def test_a_case_that_runs_out_of_memory_does_not_end_the_table(tmp_path: Path):
 
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     one, two = (row for row in rows if "rate" in row)
-    assert one["ceiling"] == one["with_bubble"] == 1 and set(one["seats"]) == {"all"}
+    assert one["ceiling"] == one["expected"] == 1 and set(one["seats"]) == {"all"}
     assert one["seats"]["all"]["idle"] == 0 and one["rate"] > 0
     assert two["micro_batches"] == 4  # as many clips a process as colocated
-    assert 0 < two["with_bubble"] <= two["ceiling"] < 1
+    assert 0 < two["expected"] < 1 and 0 < two["ceiling"] < 1
     assert all(0 < seat["idle"] < 1 for seat in two["seats"].values())

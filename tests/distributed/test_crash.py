@@ -120,6 +120,14 @@ def test_killed_again_and_again(data: Path, unbroken: Path, tmp_path: Path):
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000008", "step_00000010"]
 
 
+def test_the_launcher_dies_before_its_ranks_begin(data: Path, tmp_path: Path):
+    """They don't look for its store until that gives up, which takes minutes."""
+    job = start(data, tmp_path / "run")
+    job.until(lambda: sum("RANK" in e for e in job.processes().values()) == 2)
+    job.agent.kill()
+    assert job.wait(60) != 0
+
+
 def test_signals_under_torchrun(data: Path, unbroken: Path, tmp_path: Path):
     """SIGTERM to the launcher while saving, SIGUSR1 to all processes in evaluation: saved, stated codes."""
     out = tmp_path / "run"
