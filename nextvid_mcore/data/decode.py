@@ -72,7 +72,11 @@ def _open_reader(path: str):  # noqa: ANN202 (decord is imported late: the base 
 
 
 class Video:
-    """An opened video: `frames`, `fps`, and `read` for the frames wanted."""
+    """An opened video: `frames`, `fps`, and `read` for the frames wanted.
+
+    Of HEVC with open groups of pictures (x265's default) decord drops the pictures that lead a key frame it
+    jumped to, and is then as many frames late; where it jumps depends on where it stood.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -83,7 +87,12 @@ class Video:
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """uint8 [len(indices), height, width, 3]"""
-        out = guarded(self.path, lambda: self._reader.get_batch(indices.tolist()).asnumpy())
+
+        def read() -> np.ndarray:
+            self._reader.seek(0)  # so that what was read before makes no difference
+            return self._reader.get_batch(indices.tolist()).asnumpy()
+
+        out = guarded(self.path, read)
         if out.shape[0] != len(indices) or out.ndim != 4 or min(out.shape) < 1:
             raise BadFile(self.path, f"decoded to shape {out.shape}")
         return out

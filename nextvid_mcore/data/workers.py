@@ -3,10 +3,14 @@
 A scheduler that stops a job signals all its processes (Slurm's SIGUSR1 and SIGTERM), a terminal the
 whole group (Ctrl-C). The training process then finishes its step and saves, and its loader must live
 until it is closed. So workers block these signals, and end on a SIGTERM from their parent alone.
+
+They end at once, as forked processes do and spawned ones don't: a thread that is inside torch when the
+interpreter shuts down (the one that hands batches to the parent, say) would abort the process.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import multiprocessing
 import os
@@ -57,6 +61,8 @@ def start_worker(*_: object) -> None:
     there is torch's own watchdog, which looks between two batches, and signals act as they always do.
     """
     parent = multiprocessing.parent_process()
+    if parent is not None:
+        atexit.register(os._exit, 0)  # called last, after what was registered later
     if sys.platform != "linux" or parent is None:
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)

@@ -1,5 +1,7 @@
 """NVDEC through DALI against decord: the same frames, samples and bad files.
 
+decord is compared where it is right: of HEVC with open groups of pictures, as `hevc.mp4` is, it is a frame
+or two late once it has jumped to a key frame (decode.py), so there the whole file is read.
 Pixels differ in how YUV becomes RGB and in where scaling rounds. Tolerance: a mean absolute difference of 4
 of 255 over a clip; a mirrored clip of these is further away by tens.
 """
@@ -57,10 +59,12 @@ def both(folder: Path, names: list[str], workers: int = 0) -> tuple[list[ClipBat
 @pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4"])
 def test_exactly_the_frames_asked_for(name: str) -> None:
     path, reader = str(CLIPS / name), Nvdec(0)
+    whole = Video(path).read(np.arange(40))
+    assert number(whole) == list(range(40))
     wanted = [np.array(frames) for frames in ([0], [39], [3, 10, 17, 24], [11, 12, 13, 35], np.arange(40))]
     for frames, clip in zip(wanted, reader.read([Job(path, frames) for frames in wanted]), strict=True):
         assert not isinstance(clip, Refused), clip.reason
-        exact = torch.from_numpy(Video(path).read(frames))
+        exact = torch.from_numpy(whole[frames])
         assert clip.is_cuda and clip.shape == exact.shape and clip.dtype == torch.uint8
         assert number(clip.cpu().numpy()) == frames.tolist()
         differences = [mean_difference(a, b) for a, b in zip(clip, exact, strict=True)]
@@ -79,7 +83,8 @@ def compare(decord: list[ClipBatch], dali: list[ClipBatch]) -> None:
 
 
 def test_samples_are_decords_in_a_worker_process_too(tmp_path: Path) -> None:
-    decord, dali = both(tmp_path, ["h264.mp4", "hevc.mp4"], workers=1)
+    shutil.copy(CLIPS / "h264.mp4", tmp_path / "again.mp4")  # not HEVC: decord's windows may be late there
+    decord, dali = both(tmp_path, ["h264.mp4", "again.mp4"], workers=1)
     compare(decord, dali)
     assert not any(batch.refused or batch.bad for batch in dali)
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -306,6 +307,31 @@ def test_workers_die_with_their_parent_even_if_they_hang(
         assert len(pids) >= 2 and all(psutil.pid_exists(pid) for pid in pids)
         parent.kill()
     assert end(pids), "workers outlived their parent"
+
+
+class Busy:
+    """Gives an empty batch; a thread goes on inside torch, as the one does that hands batches over."""
+
+    def __getitem__(self, request: tuple[int, tuple[int, ...]]) -> ClipBatch:
+        threading.Thread(target=self.work, daemon=True).start()
+        return ClipBatch(torch.empty(0), torch.empty(0), torch.empty(0), torch.empty(0), [])
+
+    @staticmethod
+    def work() -> None:
+        square = torch.ones(500, 500)
+        while True:
+            square @ square
+
+
+def test_a_closed_loader_ends_workers_in_the_midst_of_work_without_a_word(
+    capfd: pytest.CaptureFixture,
+) -> None:
+    batches = iterate(Busy(), [(1, (i,)) for i in range(9)], workers=1)
+    next(batches)
+    pids = workers()
+    batches.close()
+    assert end(pids)
+    assert capfd.readouterr().err == ""
 
 
 def test_numpy_is_not_seeded_by_anyone(tmp_path: Path, media_items: dict[str, list[Item]]) -> None:
