@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nextvid_mcore import recipes
-from nextvid_mcore.models import flash4, kernels
+from nextvid_mcore.models import kernels
 from nextvid_mcore.models.attention import AttentionPattern, Frames, regular_pattern
+from nextvid_mcore.training.graphs import free, own_stream
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -37,77 +38,32 @@ def with_backend(function: Callable, backend: str) -> Callable:
     return call
 
 
-def flex_of(block: int, tuned: bool, kernel_options: dict | None = None) -> Callable:
-    """FlexAttention with blocks of `block`; tuned: inductor measures its tile sizes and takes the best."""
+def flex_of(block: int) -> Callable:
+    """FlexAttention with blocks of `block` tokens; inductor measures its tile sizes and takes the best."""
     torch._dynamo.config.recompile_limit = 64
-    options = {"max_autotune": True} if tuned else None
-    compiled = torch.compile(kernels.flex_attention, dynamic=False, fullgraph=True, options=options)
+    compiled = torch.compile(
+        kernels.flex_attention, dynamic=False, fullgraph=True, options={"max_autotune": True}
+    )
 
     @functools.cache
     def blocks(pattern: AttentionPattern) -> object:
         return kernels.flex_blocks(pattern.stretches, block)
 
     def call(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
-        return compiled(q, k, v, block_mask=blocks(pattern), kernel_options=kernel_options)
+        return compiled(q, k, v, block_mask=blocks(pattern))
 
     return call
 
 
-def flash4_blocks(block: tuple[int, int]) -> Callable:
-    """FlashAttention-4 with other blocks than ours; forward only, its backward pass takes no others."""
-
-    @functools.cache
-    def ranges(pattern: AttentionPattern) -> flash4.Ranges:
-        return flash4.key_ranges(pattern.spans, pattern.ranges.low.device, block)
-
-    return lambda q, k, v, pattern: flash4.attend(q, k, v, ranges(pattern))
-
-
-@functools.cache
-def _keys_of(pattern: AttentionPattern, device: torch.device) -> Tensor:
-    return torch.tensor([x.k_stop for x in pattern.spans], dtype=torch.int32, device=device)
-
-
-def flash4_by_frame(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
-    """Without a mask: frames as rows, rows as heads; every frame gets all keys and how many it may use.
-
-    For one stretch, forward only (its backward pass would write the keys' gradients once a frame).
-    """
-    rows, heads_, s, d = q.shape
-    frames = len(pattern.spans)
-    q = q.permute(2, 0, 1, 3).reshape(frames, s // frames, rows * heads_, d).transpose(1, 2)
-    k, v = (
-        x.permute(2, 0, 1, 3).reshape(1, -1, rows * heads_, d).expand(frames, -1, -1, -1).transpose(1, 2)
-        for x in (k, v)
-    )
-    out = flash4.attend(q, k, v, seqused_k=_keys_of(pattern, q.device), tile_mn=(128, 128))
-    return out.transpose(1, 2).reshape(s, rows, heads_, d).permute(1, 2, 0, 3)
-
-
-def flash4_tiles(q: Tensor, k: Tensor, v: Tensor, pattern: None) -> Tensor:
-    return flash4.attend(q, k, v, tile_mn=(128, 128))
-
-
 def kernels_of(case: tuple, searched: bool) -> dict[str, Callable]:
-    """Ours and simple ones first: what fails on the device takes the rest of the table along."""
-    name, *_, pattern, backward = case
+    pattern = case[6]
     if not torch.cuda.is_available():
-        return (
-            {"sdpa": kernels.plain}
-            if pattern is None
-            else {"masked": kernels.masked, "framewise": kernels.framewise}
-        )
+        return {"sdpa": kernels.plain} if pattern is None else {"masked": kernels.masked}
     if pattern is None:
-        tried = {x: with_backend(kernels.plain, x) for x in BACKENDS}
-        return tried | {"flash4": flash4.flash4, "flash4 128": flash4_tiles}
-    tried = {"masked cudnn": with_backend(kernels.masked, "cudnn")}
-    tried |= {f"framewise {x}": with_backend(kernels.framewise, x) for x in BACKENDS}
-    tried |= {"flash4": flash4.flash4, "flex": kernels.flex}
-    if not backward:
-        tried |= {"flash4 192": flash4_blocks((192, 128)), "flash4 by frame": flash4_by_frame}
-    tried["flex on flash4"] = flex_of(128, False, {"BACKEND": "FLASH"})
+        return {x: with_backend(kernels.plain, x) for x in BACKENDS}
+    tried = {"flex": kernels.flex, "masked cudnn": with_backend(kernels.masked, "cudnn")}
     if searched:
-        tried |= {"flex 128 searched": flex_of(128, True), "flex 64 searched": flex_of(64, True)}
+        tried |= {"flex 128 searched": flex_of(128), "flex 64 searched": flex_of(64)}
     return tried
 
 
@@ -140,10 +96,32 @@ def cases(args: argparse.Namespace, frames: int, b: int, device: torch.device) -
     ]
 
 
-def heads(rows: int, s: int, count: int, width: int, device: torch.device) -> Tensor:
+def heads(
+    rows: int, s: int, count: int, width: int, device: torch.device, generator: torch.Generator
+) -> Tensor:
     """Random [rows, A, s, d] on memory [s, rows, A, d], as the networks have it."""
-    x = torch.randn(s, rows, count, width, device=device, dtype=torch.bfloat16)
+    x = torch.randn(s, rows, count, width, device=device, dtype=torch.bfloat16, generator=generator)
     return x.permute(1, 2, 0, 3).requires_grad_()
+
+
+def recorded(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of `function`, recorded on the current stream, where its tensors were made.
+
+    Autograd lets the stream of a gradient's tensor wait for the one that computed it; the default stream
+    may not wait for one that records (`own_stream`).
+    """
+    for _ in range(2):
+        function()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(
+            graph, pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+        ):
+            function()
+    except Exception:
+        free(graph, pool, torch.device("cuda", torch.cuda.current_device()))
+        raise
+    return graph
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
@@ -152,16 +130,7 @@ def seconds(function: Callable[[], object], repeats: int) -> float:
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        function()
-    times = []
+    graph, times = recorded(function), []
     for _ in range(repeats + 2):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -180,10 +149,11 @@ def error(found: Tensor, wanted: Tensor) -> float:
 def measure(case: tuple, kernel: Callable, repeats: int, device: torch.device) -> tuple[float, float, float]:
     """Seconds forward, seconds with backward, and the largest relative error of output and gradients."""
     _, rows, count, width, queries, keys, pattern, backward = case
-    torch.manual_seed(0)
-    q = heads(rows, queries, count, width, device)
-    k, v = (heads(rows, keys, count, width, device) for _ in range(2))
-    grad = heads(rows, queries, count, width, device).detach()
+    # a generator of its own: a recording that broke off leaves torch's in the midst of it
+    made = functools.partial(heads, device=device, generator=torch.Generator(device).manual_seed(0))
+    q = made(rows, queries, count, width)
+    k, v = (made(rows, keys, count, width) for _ in range(2))
+    grad = made(rows, queries, count, width).detach()
 
     out = kernel(q, k, v, pattern)
     one = [x.detach()[:1].float().requires_grad_() for x in (q, k, v)]
@@ -209,8 +179,6 @@ def figures(case: tuple, kernel: str, call: Callable, frames: int, repeats: int,
     name, b, count, width, queries, keys, pattern, _ = case
     line = f"{name:<10} {frames:>3} {kernel:<17}"
     start = time.perf_counter()
-    if "flash4" in kernel and not flash4.available(device):
-        return f"{line} not here: the package flash-attn-4 is missing, or the GPU is older than Hopper"
     pairs = queries * keys if pattern is None else sum(x.allowed.sum().item() for x in pattern.stretches)
     work = 4 * pairs * b * count * width
     try:
@@ -241,6 +209,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        own_stream()
     begun, lines, all_cases = time.perf_counter(), {}, []
     for frames, b in zip(args.frames, args.micro_batch, strict=True):
         all_cases += [
@@ -248,7 +218,7 @@ def main() -> None:
         ]
     names = dict.fromkeys(name for _, case in all_cases for name in kernels_of(case, args.searched))
     print(f"patterns ready after {time.perf_counter() - begun:.0f} s", flush=True)
-    for kernel in names:  # of every pattern, then the next: what comes last may break the device
+    for kernel in names:  # of every pattern, then the next: ours first
         for i, (frames, case) in enumerate(all_cases):
             call = kernels_of(case, args.searched).get(kernel)
             if call is None or (args.kernels and kernel not in args.kernels):

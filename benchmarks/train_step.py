@@ -169,6 +169,16 @@ def label(case: dict[str, Any], cases: list[dict[str, Any]]) -> str:
     return " ".join(f"{key}={case[key]}" for key in differing) or "as said"
 
 
+def failure(error: Exception) -> str:
+    """What a case ended with, on one line. NCCL can't have what torch's allocator keeps unused."""
+    text = str(error).strip() or "no message"
+    if isinstance(error, dist.DistBackendError) and "Failed to CUDA" in text:
+        return f"out of memory, in NCCL: {text.splitlines()[-1][:60]!r}; lower micro_batch;"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {text[:90]!r}; lower micro_batch;"
+    return f"{type(error).__name__}: {text.splitlines()[0][:90]!r}"
+
+
 def main() -> int:
     """0 if any case was measured."""
     args, cases = parse()
@@ -190,7 +200,7 @@ def main() -> int:
         except Exception as error:  # one case must not cost the others
             if rank == 0:
                 traceback.print_exc(limit=-6)
-            lines.append(f"{type(error).__name__}: {str(error).splitlines()[0][:90]!r} {label(case, cases)}")
+            lines.append(f"{failure(error)} {label(case, cases)}")
             continue
         finally:
             leave()

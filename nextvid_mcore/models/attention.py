@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from nextvid_mcore.models import flash4, kernels
+from nextvid_mcore.models import kernels
 
 Rule = Literal["causal", "autoregressive", "isolated"]
 _RULES = {"causal": torch.le, "autoregressive": torch.lt, "isolated": torch.eq}  # key frame to query frame
@@ -55,30 +55,14 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Span:
-    """Query rows [q_start, q_stop), which all see the key rows [k_start, k_stop) and no others."""
-
-    q_start: int
-    q_stop: int
-    k_start: int
-    k_stop: int
-
-
-@dataclass(frozen=True)
 class AttentionPattern:
     """The stretches of a sequence, in order; together they cover every query once.
 
-    The rest is there where one pattern holds for every row, else None.
-
-    spans: the same, frame by frame.
-    blocks: the same for FlexAttention (`flex_blocks`).
-    ranges: the same for FlashAttention-4, where it is installed (`flash4.key_ranges`).
+    blocks: the same for FlexAttention (`flex_blocks`), on CUDA, where one pattern holds for every row.
     """
 
     stretches: tuple[Stretch, ...]
-    spans: tuple[Span, ...] | None = None
     blocks: BlockMask | None = None
-    ranges: flash4.Ranges | None = None
 
 
 def allowed_pairs(query_frames: Tensor, key_frames: Tensor, rule: Rule) -> Tensor:
@@ -132,26 +116,9 @@ def regular_pattern(
     """
     starts = list(itertools.accumulate((x.number * x.tokens for x in keys), initial=0))[:-1]
     pattern = make_pattern(*([x.numbers(device) for x in part] for part in (queries, keys)), starts, rule)
-    spans = frame_spans(queries, keys, rule)
-    pattern = dataclasses.replace(pattern, spans=spans)
     if device.type != "cuda":
         return pattern
-    ranges = flash4.key_ranges(spans, device) if flash4.available(device) else None
-    return dataclasses.replace(pattern, blocks=kernels.flex_blocks(pattern.stretches), ranges=ranges)
-
-
-def frame_spans(queries: Sequence[Frames], keys: Sequence[Frames], rule: Rule) -> tuple[Span, ...]:
-    """One span a query frame; the stretches of queries and those of keys each lie end to end."""
-    spans, q_start, k_start = [], 0, 0
-    for q, k in zip(queries, keys, strict=True):
-        for frame in range(q.first, q.first + q.number):
-            first = frame if rule == "isolated" else k.first
-            stop = frame if rule == "autoregressive" else frame + 1
-            ends = (k_start + k.tokens * min(max(x - k.first, 0), k.number) for x in (first, stop))
-            spans.append(Span(q_start, q_start + q.tokens, *ends))
-            q_start += q.tokens
-        k_start += k.number * k.tokens
-    return tuple(spans)
+    return dataclasses.replace(pattern, blocks=kernels.flex_blocks(pattern.stretches))
 
 
 def make_joint_pattern(context_frames: list[Tensor], query_frames: Tensor) -> AttentionPattern:

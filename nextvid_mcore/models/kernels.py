@@ -1,21 +1,20 @@
 """The attention kernels, and which of them a pattern gets.
 
-    masked    torch's scaled_dot_product_attention, stretch by stretch with a boolean mask: the reference, for
-              any pattern, anywhere.
-    flex      FlexAttention, all stretches in one call: no mask in memory, blocks that nobody sees are not
-              computed. CUDA, half precision, patterns that hold for every row.
-    flash4    FlashAttention-4, the same patterns: taken before flex where it is installed, Hopper or newer.
-    framewise scaled_dot_product_attention without a mask, once a frame: its queries and the keys they see.
-    plain     scaled_dot_product_attention without a mask, where every query sees every key.
-    cudnn     the same by cuDNN: on Hopper, for rows of whole tiles.
+    masked  torch's scaled_dot_product_attention, stretch by stretch with a boolean mask: the reference, for
+            any pattern, anywhere.
+    flex    FlexAttention, all stretches in one call: no mask in memory, blocks that nobody sees are not
+            computed. CUDA, half precision, patterns that hold for every row.
+    plain   scaled_dot_product_attention without a mask, where every query sees every key.
+    cudnn   the same by cuDNN: on Hopper, for rows of whole tiles.
 
-benchmarks/attention.py compares them.
+benchmarks/attention.py compares them; benchmarks/RESULTS.md says what else was tried.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +24,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from nextvid_mcore.models import fused
-from nextvid_mcore.models.flash4 import flash4
 
 if TYPE_CHECKING:
     from nextvid_mcore.models.attention import AttentionPattern, Stretch
@@ -68,8 +66,13 @@ def plain(q: Tensor, k: Tensor, v: Tensor, pattern: None = None) -> Tensor:
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, pattern: None = None) -> Tensor:
     """The same by cuDNN where it takes these heads, else by what torch would choose."""
-    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+    with cudnn_first():
         return plain(q, k, v)
+
+
+def cudnn_first() -> AbstractContextManager[None]:
+    """Inside, torch chooses cuDNN's kernel wherever it takes the heads."""
+    return sdpa_kernel(CUDNN_FIRST, set_priority=True)
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
@@ -82,16 +85,6 @@ def masked(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor
             F.scaled_dot_product_attention(queries, k[:, :, keys], v[:, :, keys], attn_mask=x.allowed)
         )
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-
-
-def framewise(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
-    """The same by one call a frame, for patterns with spans; the result lies as [s, rows, A, d] in memory."""
-    parts = []
-    for x in pattern.spans:
-        queries, keys = slice(x.q_start, x.q_stop), slice(x.k_start, x.k_stop)
-        out = F.scaled_dot_product_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys])
-        parts.append(out.permute(2, 0, 1, 3))
-    return torch.cat(parts).permute(1, 2, 0, 3)
 
 
 @functools.cache
@@ -145,5 +138,5 @@ def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]
         return cudnn if half and whole and fused.compiles(q) and _hopper(q.device) else plain
     fits = q.shape[-1] >= MIN_HEAD and q.shape[2] >= SHORTEST
     if pattern.blocks is not None and half and fits and fused.compiles(q):
-        return flex if pattern.ranges is None else flash4
+        return flex
     return masked

@@ -208,7 +208,7 @@ class Graphs:
         if reason is not None:
             here.terms = None
             gc.collect()
-            _free(graph, pool, self.device)
+            free(graph, pool, self.device)
             if self.config.train.cuda_graphs == "on":
                 raise ConfigError(
                     f"train cuda_graphs on: a micro-batch could not be recorded ({reason}); "
@@ -227,7 +227,7 @@ class Graphs:
         return reason or ("another tensor rank failed" if failed else None)
 
 
-def _free(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
+def free(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
     """Give back a broken recording's memory: where CUDA refuses to end it, torch leaves its pool open."""
     graph.reset()
     with contextlib.suppress(RuntimeError):  # raised where it was ended, and `reset` has freed it

@@ -6,6 +6,7 @@ shapes, the mask and the device, so it is asked at each kind of layer's first fo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,16 @@ def _sdpa_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pa
     """What torch chooses for these [s, rows, A, d]; with a pattern, for its first stretch."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     kernel = kernels.choose(q, pattern)
-    if kernel in (kernels.flex, kernels.flash4):
-        return f"{kernel.__name__} ({q.shape[2]} x {k.shape[2]} tokens, {q.shape[1]} heads of {q.shape[3]})"
+    if kernel is kernels.flex:
+        return f"flex ({q.shape[2]} x {k.shape[2]} tokens, {q.shape[1]} heads of {q.shape[3]})"
     mask = None
     if pattern is not None:
         first = pattern.stretches[0]
         mask = first.allowed
         q = q[:, :, first.q_start : first.q_stop]
         k, v = (x[:, :, first.k_start : first.k_stop] for x in (k, v))
-    choice = SDPBackend(torch._fused_sdp_choice(q, k, v, attn_mask=mask)).name
+    with kernels.cudnn_first() if kernel is kernels.cudnn else contextlib.nullcontext():
+        choice = SDPBackend(torch._fused_sdp_choice(q, k, v, attn_mask=mask)).name
     shape = f"{q.shape[2]} x {k.shape[2]} tokens, {q.shape[1]} heads of {q.shape[3]}"
     return (
         f"sdpa {choice.removesuffix('_ATTENTION').lower()} ({shape}{', masked' if mask is not None else ''})"

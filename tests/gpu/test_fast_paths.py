@@ -121,14 +121,11 @@ def test_a_step_whose_recording_breaks_off_is_done_again_eagerly(way: str) -> No
     assert again["reserved"] <= eager["reserved"] + 2**24
 
 
-@pytest.mark.parametrize("kernel", ["flex", "flash4"])
-def test_attention_equals_the_masked_reference(kernel: str) -> None:
-    from nextvid_mcore.models import flash4, kernels
+def test_flex_attention_equals_the_masked_reference() -> None:
+    from nextvid_mcore.models import kernels
     from nextvid_mcore.models.attention import Frames, regular_pattern
 
     device = torch.device("cuda")
-    if kernel == "flash4" and not flash4.available(device):
-        pytest.skip("the package flash-attn-4 is not installed, or the GPU is older than Hopper")
     visible, asked = (Frames(0, 7, 96), Frames(0, 7, 48)), (Frames(1, 7, 256),) * 2
     for queries, keys, rule in ((visible, visible, "causal"), (asked, visible, "autoregressive")):
         pattern = regular_pattern(queries, keys, rule, device)
@@ -137,9 +134,8 @@ def test_attention_equals_the_masked_reference(kernel: str) -> None:
             made = [torch.randn(2, 3, s, width, device=device) for s in sizes]
             exact = [x.clone().requires_grad_() for x in made]
             half = [x.bfloat16().requires_grad_() for x in made]
-            wanted, found = kernels.masked(*exact, pattern), getattr(kernels, kernel)(*half, pattern)
-            if not flash4.available(device) or kernel == "flash4":
-                assert kernels.choose(half[0], pattern) is getattr(kernels, kernel)
+            wanted, found = kernels.masked(*exact, pattern), kernels.flex(*half, pattern)
+            assert kernels.choose(half[0], pattern) is kernels.flex
             grad = torch.randn_like(wanted)
             wanted.backward(grad)
             found.backward(grad.bfloat16())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from nextvid_mcore.models import flash4, fused, kernels
+from nextvid_mcore.models import fused, kernels
 from nextvid_mcore.models.attention import Frames, regular_pattern
 
 CPU = torch.device("cpu")
@@ -38,33 +38,6 @@ def test_flex_sees_what_the_stretches_allow() -> None:
             assert bool(computed) >= bool(wanted[i : i + 16, j : j + 16].any())  # nothing seen is skipped
 
 
-def test_spans_say_the_same_as_the_stretches() -> None:
-    for queries, keys, rule in (
-        (VISIBLE, VISIBLE, "causal"),
-        (ASKED, VISIBLE, "autoregressive"),
-        (VISIBLE, VISIBLE, "isolated"),
-    ):
-        pattern = regular_pattern(queries, keys, rule, CPU)
-        sizes = [sum(x.number * x.tokens for x in part) for part in (queries, keys)]
-        wanted = dense(pattern, *sizes)
-        seen = torch.zeros_like(wanted)
-        for x in pattern.spans:
-            seen[x.q_start : x.q_stop, x.k_start : x.k_stop] = True
-        assert torch.equal(seen, wanted)
-        ranges = flash4.key_ranges(pattern.spans, CPU, block=16)
-        assert torch.equal(
-            create_mask(ranges.blocks.mask_mod, None, None, *sizes, device="cpu")[0, 0], wanted
-        )
-        made = [torch.randn(2, 3, s, 16, dtype=torch.float64) for s in (sizes[0], sizes[1], sizes[1])]
-        one, other = ([x.clone().requires_grad_() for x in made] for _ in range(2))
-        found, plain = kernels.framewise(*one, pattern), kernels.masked(*other, pattern)
-        torch.testing.assert_close(found, plain)
-        for part in (found, plain):
-            part.square().sum().backward()
-        for x, y in zip(one, other, strict=True):
-            torch.testing.assert_close(x.grad, y.grad)
-
-
 def test_first_frames_and_orders_of_a_pattern() -> None:
     pattern = regular_pattern(ASKED, VISIBLE, "autoregressive", CPU)
     first, second = pattern.stretches
@@ -83,8 +56,6 @@ def test_choice(monkeypatch) -> None:
     monkeypatch.setattr(fused, "compiles", lambda x: True)
     assert kernels.choose(half, flexible) is kernels.flex
     assert kernels.choose(half, pattern) is kernels.masked  # no blocks
-    object.__setattr__(flexible, "ranges", flash4.key_ranges(flexible.spans, CPU))
-    assert kernels.choose(half, flexible) is kernels.flash4
     assert kernels.choose(half.float(), flexible) is kernels.masked
     assert kernels.choose(half[..., :8], flexible) is kernels.masked
     assert kernels.choose(half[:, :, :100], flexible) is kernels.masked
