@@ -52,21 +52,27 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def finished(file: Path) -> dict[str, dict[str, Any]]:
-    """key -> line. A line that a kill cut short is dropped from the file."""
+def finished(file: Path, mend: bool = False) -> dict[str, dict[str, Any]]:
+    """key -> line. A last line that a kill cut short doesn't count; `mend`: it is cut off the file."""
     if not file.exists():
         return {}
-    whole, rows = [], {}
-    for line in file.read_text().splitlines():
+    text = file.read_bytes()
+    *whole, rest = text.split(b"\n")
+    if rest.endswith(b"}"):  # nothing is lost but the line's end
+        whole, rest = [*whole, rest], b""
+        if mend:
+            file.write_bytes(text + b"\n")
+    rows = {}
+    for number, line in enumerate(whole, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        whole.append(line)
-        rows[row["key"]] = row
-    text = "".join(f"{line}\n" for line in whole)
-    if text != file.read_text():
-        file.write_text(text)
+            rows[row["key"]] = row
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{file}, line {number} is no run's result; name another --results") from None
+    if rest:
+        require(rest.startswith(b"{"), f"{file} ends with what is no run's result; name another --results")
+        if mend:
+            os.truncate(file, len(text) - len(rest))
     return rows
 
 
@@ -113,7 +119,7 @@ def drain(
     """Run what isn't in `file` yet until done or `seconds` have passed. Returns what is still not run."""
     file.parent.mkdir(parents=True, exist_ok=True)
     began, mark = time.monotonic(), commit()
-    have = finished(file)
+    have = finished(file, mend=True)
     left = [run for run in runs if run.key not in have]
     todo, failed, costs = list(left), 0, []  # costs: the GPU's seconds a step
     pool = [Worker(serve) for _ in range(min(workers, len(todo)))]
@@ -204,11 +210,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         require(args.minutes > 0, f"--minutes {args.minutes}: give more than 0")
         require(args.workers >= 1, f"--workers {args.workers}: give 1 or more")
         runs = table(Budget(**{name: getattr(args, name) for name in vars(Budget())}), args.rows, args.seeds)
+        require(bool(runs), f"--seeds {args.seeds}: no row has them; see --list")
+        have = finished(args.results)
     except ConfigError as error:
         print(f"ablations: {error}", file=sys.stderr)
         return 2
     if args.list:
-        have = finished(args.results)
         for run in runs:
             print(f"{'done   ' if run.key in have else 'not run'}  {run.name}, {run.steps} steps")
         return 0

@@ -201,6 +201,19 @@ def test_queue_resumes_and_repeats_nothing(tmp_path: Path) -> None:
     assert sorted(row["key"] for row in rows) == sorted(run.key for run in runs)
     assert all(row["commit"] for row in rows)
     assert run_queue.drain(runs, file, 60, 2, failing, said.append) == []  # nothing is started
+    file.write_text(file.read_text().rstrip("\n"))
+    assert run_queue.drain(runs, file, 60, 2, failing, said.append) == []
+    assert file.read_text().endswith("}\n")
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for text in ("a.mp4 0\nb.mp4 1\n", "a note without an end", '{"key": "of another file"}\n[1]\n'):
+        (tmp_path / "mine.csv").write_text(text)
+        assert run_queue.main(["--results", str(tmp_path / "mine.csv"), "--rows", "full"]) == 2
+        assert "name another --results" in capsys.readouterr().err
+        assert (tmp_path / "mine.csv").read_text() == text
+    assert run_queue.main(["--rows", "full", "--seeds", "-1"]) == 2
+    assert "--seeds [-1]: no row has them" in capsys.readouterr().err
 
 
 def test_queue_stops_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
