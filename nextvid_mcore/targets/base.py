@@ -63,6 +63,21 @@ def target_channels(config: RunConfig) -> int:
     return pixels.Pixels.channels_for(config.model)
 
 
+def width_note(config: RunConfig) -> str | None:
+    """What a decoder narrower than the target costs, or None: its output moves in `width` directions, and the
+    velocity's noise needs all C."""
+    if not config.model.generate:
+        return None
+    width, channels = config.model.decoder.width, target_channels(config)
+    if width >= channels:
+        return None
+    return (
+        f"note: the decoder's width of {width} is below the target's {channels} channels: the others' noise stays "
+        f"in what is generated, and {1 - width / channels:.2f} of the flow loss; --model.decoder.width and "
+        f"--model.predictor.width {channels} or more take it away"
+    )
+
+
 def build_target(config: RunConfig, device: torch.device | str, dtype: torch.dtype) -> Target:
     """The run's target on `device`. `dtype` is what a network inside it computes in.
 

@@ -41,6 +41,7 @@ from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
 from nextvid_mcore.parallel.placement import resolve_placement
 from nextvid_mcore.parallel.seats import build_seats
 from nextvid_mcore.schedule import Schedule, StagePoint
+from nextvid_mcore.targets import width_note
 from nextvid_mcore.training import checkpoint, lock
 from nextvid_mcore.training.evaluate import Evaluator
 from nextvid_mcore.training.feed import Feed, LoaderError, StepData, blank
@@ -227,6 +228,8 @@ class Trainer:
         note = build_dataset(self.config).note
         self.progress.say(f"data: {note}")
         self.progress.say(backend_note(self.config.model.backend))
+        if (narrow := width_note(self.config)) is not None:
+            self.progress.say(narrow)
 
     def _run(self, loader: Iterator[ClipBatch] | None) -> int:
         layout, config = self.placement.encoder.layout, self.config

@@ -9,7 +9,7 @@ import torch
 
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, ModelConfig, RunConfig, TransformerShape
-from nextvid_mcore.targets import Target, build_target, target_channels
+from nextvid_mcore.targets import Target, build_target, target_channels, width_note
 from nextvid_mcore.targets.pixels import Pixels
 
 SHAPE = TransformerShape(width=24, depth=1, heads=2, mlp=48)
@@ -77,6 +77,13 @@ def test_build_target_follows_the_recipe():
 @pytest.mark.parametrize("name", ["vit_l", "vit_h", "vit_g"])
 def test_the_papers_recipes_have_64_channels_without_a_checkpoint(name: str):
     assert target_channels(recipes.get(name)) == 64
+
+
+def test_a_decoder_narrower_than_its_target_is_said():
+    assert "width of 192 is below the target's 384 channels" in width_note(recipes.get("digits_32"))
+    assert "0.50 of the flow loss" in width_note(recipes.get("digits_32"))
+    for name in ("digits_film", "vit_l", "table2_align"):  # wide enough, or nothing is generated
+        assert width_note(recipes.get(name)) is None
 
 
 def test_other_tubelets_stack_as_many_frames():
