@@ -72,7 +72,7 @@ def width_note(config: RunConfig) -> str | None:
     if width >= channels:
         return None
     return (
-        f"note: the decoder's width of {width} is below the target's {channels} channels: the others' noise stays "
+        f"note: the decoder's width of {width} is below the target's {channels} channels: their noise stays "
         f"in what is generated, and {1 - width / channels:.2f} of the flow loss; --model.decoder.width and "
         f"--model.predictor.width {channels} or more take it away"
     )
