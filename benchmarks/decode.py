@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nextvid_mcore.data import ClipBatch
 
 
+ROUNDS = 6  # of a profile's figure
 BATCH = {"decord": 2, "dali": 8}  # clips of a request; dali decodes eight at a time
 
 
@@ -198,6 +199,38 @@ def measure(
     batches.close()
 
 
+def profile(args: argparse.Namespace) -> None:
+    import numpy as np
+    import torch
+
+    from nextvid_mcore.data import decode, nvdec
+
+    nvdec.check()
+    reader = nvdec.Nvdec(torch.cuda.current_device())
+    kinds = [(what, count) for what in ("first frame", "clip") for count in (1, nvdec.LANES)]
+    heads = " ".join(f"{f'{what} x {count}':>22}" for what, count in kinds)
+    print(f"{'ms a file (of it CPU)':<22} {'blocks':>9} {heads}", flush=True)
+    for path in args.videos:
+        video = decode.Video(str(path))
+        height, width = video.read(np.zeros(1, np.int64)).shape[1:3]
+        whole = "whole" if height % 16 == width % 16 == 0 else "cut"
+        figures = []
+        for what, count in kinds:
+            step = decode.frame_step(video.fps, 4) if what == "clip" else 1
+            frames = args.frames if what == "clip" else 1
+            window = decode.clip_indices(video.frames, step, frames, 0.5 if what == "clip" else 0.0)
+            jobs, took = [nvdec.Job(str(path), np.unique(window))] * count, []
+            for _ in range(2 + ROUNDS):  # the first two make decoders and reserve memory
+                begin, cpu = time.perf_counter(), time.process_time()
+                read = reader.read(jobs)
+                took.append((time.perf_counter() - begin, time.process_time() - cpu))
+                if refused := [clip.reason for clip in read if isinstance(clip, nvdec.Refused)]:
+                    raise SystemExit(f"{path}: {refused[0]}")
+            seconds, cpu = np.mean(took[2:], 0) / count
+            figures.append(f"{1e3 * seconds:.1f} ({1e3 * cpu:.1f})")
+        print(f"{path.stem:<22} {whole:>9} " + " ".join(f"{each:>22}" for each in figures), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -209,6 +242,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=5.0, help="per figure")
     parser.add_argument("--rate", type=float, nargs="+", default=[40.0], help="clips/s to feed")
+    parser.add_argument("--profile", action="store_true", help="NVDEC alone, what a file costs in parts")
     args = parser.parse_args()
     if min(args.workers, *args.dali_workers, args.frames) < 1 or min(args.seconds, *args.rate) <= 0:
         parser.error("--workers, --dali-workers, --frames, --seconds and --rate must be positive")
@@ -224,6 +258,8 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{cores} cores, {name}, torch {torch.__version__}; {args.frames} frames to 256 x 256", flush=True)
+    if args.profile:
+        return profile(args)
     heads = [f"cores for {rate:g}/s" for rate in args.rate]
     print(
         f"{'video':<14} {'decoder':<7} {'procs':>5} {'clips/s':>8} {'CPU':>5} {'GPU':>5} {'NVDEC':>6} "

@@ -4,9 +4,10 @@
     python benchmarks/make_videos.py --out data/bench
 
 Needed on the machine that makes the files, not where they are read: PyAV (the extra `video`) brings the
-encoder. 454x256 is what Kinetics becomes when its short side is scaled to 256; 640x272 and 1280x720 are
-the samples' own sizes. Every file has 250 frames at 25 a second and x264's defaults, so a key frame only
-at cuts and after 250 frames, as files that ffmpeg rescaled have: decoders walk through most of a file.
+encoder. 454x256 is what Kinetics becomes when its short side is scaled to 256, and 448x256 the size of whole
+blocks of 16 beside it (decode.py says why); 640x272 and 1280x720 are the samples' own sizes. Every file has
+250 frames at 25 a second and x264's defaults, so a key frame only at cuts and after 250 frames, as files that
+ffmpeg rescaled have: decoders walk through most of a file.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ FRAMES, RATE = 250, 25
 WANTED = (  # file, sample, width, height
     ("454x256-a.mp4", "bigbuckbunny.mp4", 454, 256),
     ("454x256-b.mp4", "bikes.mp4", 454, 256),
+    ("448x256.mp4", "bigbuckbunny.mp4", 448, 256),
     ("640x272.mp4", "bikes.mp4", 640, 272),
     ("1280x720.mp4", "bigbuckbunny.mp4", 1280, 720),
 )
