@@ -208,7 +208,7 @@ def _separate(config: RunConfig, world_size: int) -> Placement:
     sizes = " + ".join(f"{name} {layout.size}" for name, layout in zip(names, others, strict=True))
     require(
         left >= least,
-        f"{world_size} ranks are too few for {sizes} and an encoder of {least} or more; start at least "
+        f"{world_size} rank{'s are' if world_size > 1 else ' is'} too few for {sizes} and an encoder of {least} or more; start at least "
         f"{least + sum(layout.size for layout in others)} ranks",
     )
     try:
