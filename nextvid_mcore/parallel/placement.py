@@ -208,8 +208,8 @@ def _separate(config: RunConfig, world_size: int) -> Placement:
     sizes = " + ".join(f"{name} {layout.size}" for name, layout in zip(names, others, strict=True))
     require(
         left >= least,
-        f"{world_size} rank{'s are' if world_size > 1 else ' is'} too few for {sizes} and an encoder of {least} "
-        f"or more; start at least {least + sum(layout.size for layout in others)} ranks",
+        f"{world_size} rank{'s are' if world_size > 1 else ' is'} too few for {sizes} and an encoder of "
+        f"{least} or more; start at least {least + sum(layout.size for layout in others)} ranks",
     )
     try:
         encoder = resolve_layout(config, left, ("student", "reference"))
