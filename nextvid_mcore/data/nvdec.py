@@ -5,8 +5,8 @@ shows stays the loader's choice. A file that it can't read fails its whole batch
 new one is built and the batch's files are read one by one, to find which it was. What DALI refuses, for
 whatever reason, is named with that reason, and the caller reads it in another way.
 
-By its source, DALI makes a new NVDEC decoder for every file whose sides aren't whole blocks of 16, and such files
-were slow (benchmarks/RESULTS.md).
+By its source, DALI makes a new NVDEC decoder for every file whose sides aren't whole blocks of 16, and such
+files were slow (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
