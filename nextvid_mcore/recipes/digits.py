@@ -112,7 +112,7 @@ def digits_32() -> RunConfig:
         target=dataclasses.replace(config.target, compile=False),  # not worth a minute here
         data=dataclasses.replace(config.data, manifest=f"{MOVING_DIGITS}:32:22"),
         train=dataclasses.replace(config.train, precision="bf16"),
-        eval=dataclasses.replace(config.eval, every=150, knn_every=150),
+        eval=dataclasses.replace(config.eval, every=150, knn_every=300),
         checkpoint=CheckpointConfig(every=600, keep=1),
     )
 
