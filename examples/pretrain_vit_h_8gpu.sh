@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretrains ViT-H (631.6M) with Table 8's four stages on the GPUs of one node. Run it again and it goes on
 # where it stopped. More settings go at the end: examples/pretrain_vit_h_8gpu.sh --train.global-batch 256
-# Transformer Engine is taken where it is installed (extra gpu); its FP8 is a choice: --fp8.all current
+# Transformer Engine is taken where it is installed (extra gpu); its FP8 is a choice: docs/fp8.md
 set -euo pipefail
 
 DATA=${DATA:-data/manifest}                       # written by tools/build_manifest.py
