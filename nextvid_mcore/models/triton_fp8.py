@@ -67,8 +67,7 @@ def _gelu_forward(x, bias, scale, amax, inverse, rows_out, columns_out, rows,
         a = tl.inline_asm_elementwise(WIDEN, "=r,=r,r", [a], tl.float32, is_pure=True, pack=2)
     a = a.to(tl.float32)
     a += tl.load(bias + c, mask=c < W, other=0.0).to(tl.float32)[None, :]
-    tail, _ = triton_pieces._tail(a, GPU)
-    y = tl.where(inside, tl.maximum(a, 0.0) - tl.abs(a) * tail, 0.0)
+    y = tl.where(inside, triton_pieces.gelu(a, GPU), 0.0)
     _store(y, scale, amax, rows_out, columns_out, r, c, rows, W, LIMIT, COLUMNS)
 
 
@@ -84,8 +83,7 @@ def _gelu_backward(dy, x, bias, scale, amax, inverse, rows_out, columns_out, sum
     a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     a += tl.load(bias + c, mask=c < W, other=0.0).to(tl.float32)[None, :]
     grad = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-    tail, bell = triton_pieces._tail(a, GPU)
-    grad = grad * (tl.where(a < 0, tail, 1.0 - tail) + a * bell * 0.3989422804014327)
+    grad = grad * triton_pieces.gelu_slope(a, GPU)
     tl.store(sums + tl.program_id(1).to(tl.int64) * W + c, tl.sum(grad, 0), mask=c < W)
     _store(grad, scale, amax, rows_out, columns_out, r, c, rows, W, LIMIT, True)
 
@@ -148,7 +146,7 @@ def gelu_backward(
         dy, x, bias, scale, amax, out.inverse, out.rows, out.columns, sums, rows,
         W=width, LIMIT=torch.finfo(dtype).max, **TILE,
     )  # fmt: skip
-    return out, triton_pieces._sum_of(sums, bias.dtype)
+    return out, triton_pieces.sum_of(sums, bias.dtype)
 
 
 def norm(

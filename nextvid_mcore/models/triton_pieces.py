@@ -55,6 +55,18 @@ def _tail(x, PTX: tl.constexpr):
 
 
 @triton.jit
+def gelu(a, PTX: tl.constexpr):
+    tail, _ = _tail(a, PTX)
+    return tl.maximum(a, 0.0) - tl.abs(a) * tail
+
+
+@triton.jit
+def gelu_slope(a, PTX: tl.constexpr):
+    tail, bell = _tail(a, PTX)
+    return tl.where(a < 0, tail, 1.0 - tail) + a * bell * 0.3989422804014327
+
+
+@triton.jit
 def _gelu_forward(x, bias, y, rows, W: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PTX: tl.constexpr):
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -64,8 +76,7 @@ def _gelu_forward(x, bias, y, rows, W: tl.constexpr, BR: tl.constexpr, BC: tl.co
         inside = inside & (c < W)[None, :]
     a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     a += tl.load(bias + c, mask=c < W, other=0.0).to(tl.float32)[None, :]
-    tail, _ = _tail(a, PTX)
-    tl.store(y + at, tl.maximum(a, 0.0) - tl.abs(a) * tail, mask=inside)
+    tl.store(y + at, gelu(a, PTX), mask=inside)
 
 
 @triton.jit
@@ -84,8 +95,7 @@ def _gelu_backward(
             inside = inside & (c < W)[None, :]
         a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + b
         grad = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        tail, bell = _tail(a, PTX)
-        grad = grad * (tl.where(a < 0, tail, 1.0 - tail) + a * bell * 0.3989422804014327)
+        grad = grad * gelu_slope(a, PTX)
         tl.store(dx + at, grad, mask=inside)
         total += grad
     tl.store(sums + tl.program_id(1).to(tl.int64) * W + c, tl.sum(total, 0), mask=c < W)
@@ -200,7 +210,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _sum_of(sums: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_of(sums: Tensor, dtype: torch.dtype) -> Tensor:
     """[parts, W] -> [W]."""
     parts, width = sums.shape
     out = torch.empty(width, dtype=dtype, device=sums.device)
@@ -231,7 +241,7 @@ class BiasGelu(torch.autograd.Function):
         _gelu_backward[grid](
             dy.contiguous(), x, bias, dx, sums, rows, SHARE=SHARE, W=width, BR=8, BC=256, PTX=PTX
         )
-        return dx, _sum_of(sums, bias.dtype)
+        return dx, sum_of(sums, bias.dtype)
 
 
 def norm_backward(
@@ -253,7 +263,7 @@ def norm_backward(
         dnormed.contiguous(), dpast.contiguous(), x.contiguous(), mean, rstd, weight, dx, sums, rows, share,
         D=width, BLOCK=block, BR=at_once, LINEAR=linear,
     )  # fmt: skip
-    return dx, *_sum_of(sums, weight.dtype).split(width)
+    return dx, *sum_of(sums, weight.dtype).split(width)
 
 
 class Turn(torch.autograd.Function):
