@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from unit.narrow_vae import clip
 
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, ModelConfig, RunConfig, TransformerShape
@@ -27,10 +28,6 @@ def run(name: str = "tiny", target: dict | None = None, **changes: int) -> RunCo
         mask=dataclasses.replace(config.mask, mode="packed"),  # any grid will do
         target=dataclasses.replace(config.target, **(target or {})),
     )
-
-
-def clip(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def test_pixels_put_every_value_where_its_patch_says():

@@ -8,6 +8,7 @@ import hashlib
 import pytest
 import torch
 from safetensors.torch import save_file
+from unit.narrow_vae import NARROW, clip, make_narrow
 
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, TargetConfig
@@ -15,17 +16,10 @@ from nextvid_mcore.targets import Target, build_target, target_channels
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
 from nextvid_mcore.targets.va_vae import load_autoencoder, load_statistics, shape_of
 
-NARROW = AutoencoderShape(width=32, latent=4)
-
-
-def clip(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
 
 @pytest.fixture(scope="module")
 def narrow() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(NARROW)
+    return make_narrow()
 
 
 @pytest.fixture(scope="module")

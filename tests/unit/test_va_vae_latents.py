@@ -6,12 +6,12 @@ import functools
 
 import pytest
 import torch
+from unit.narrow_vae import NARROW, clip, make_narrow
 
 from nextvid_mcore.config import ConfigError, ModelConfig, TransformerShape
-from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape, norm_by_rows
+from nextvid_mcore.targets.autoencoder import AutoencoderKL, norm_by_rows
 from nextvid_mcore.targets.va_vae import VaVae
 
-NARROW = AutoencoderShape(width=32, latent=4)
 MEAN, STD = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([2.0, 0.5, 1.0, 4.0])
 
 
@@ -20,14 +20,9 @@ def model(image: int = 64, tubelet: int = 2) -> ModelConfig:
     return ModelConfig(encoder=shape, image_size=image, patch_size=16, tubelet_size=tubelet)
 
 
-def clip(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
 @pytest.fixture(scope="module")
 def narrow() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(NARROW)
+    return make_narrow()
 
 
 @pytest.fixture
