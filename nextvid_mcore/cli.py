@@ -34,7 +34,7 @@ import tyro
 
 import nextvid_mcore
 from nextvid_mcore import recipes
-from nextvid_mcore.config import MOVING_DIGITS, ConfigError, RunConfig, SetConfig, require
+from nextvid_mcore.config import ConfigError, RunConfig, SetConfig, is_made, require
 
 EXIT_CONFIG = 2
 PATIENCE = 5.0  # seconds that other ranks give rank 0 to speak
@@ -285,8 +285,9 @@ def with_demo_data(config: RunConfig) -> RunConfig:
             eval_manifest=data.eval_manifest or (str(held_out) if held_out else None),
         )
     for flag, path in (("--data.manifest", data.manifest), ("--data.eval-manifest", data.eval_manifest)):
-        made = path is not None and path.partition(":")[0] == MOVING_DIGITS
-        require(path is None or made or Path(path).exists(), f"{flag} {path}: no such file or folder")
+        require(
+            path is None or is_made(path) or Path(path).exists(), f"{flag} {path}: no such file or folder"
+        )
     return dataclasses.replace(config, data=data)
 
 

@@ -41,7 +41,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from nextvid_mcore import flops  # noqa: E402
-from nextvid_mcore.config import MOVING_DIGITS, ConfigError, Fp8Config, RunConfig, require  # noqa: E402
+from nextvid_mcore.config import ConfigError, Fp8Config, RunConfig, is_made, require  # noqa: E402
 from nextvid_mcore.hub import FILES, HubError, export, load_decoder, load_encoder, load_predictor  # noqa: E402
 from nextvid_mcore.hub.hf import write as hf  # noqa: E402
 
@@ -97,7 +97,7 @@ def compared_clips(config: RunConfig, clips: str | None) -> tuple[Tensor, str]:
     """Clips [B, 3, T, H, W] in [-1, 1], T of the shortest stage, and where they come from."""
     frames, size = min(stage.frames for stage in config.stages), config.model.image_size
     manifest = config.data.manifest
-    if clips is None and manifest is not None and manifest.partition(":")[0] == MOVING_DIGITS:
+    if clips is None and is_made(manifest):
         from nextvid_mcore.data.loader import build_dataset
         from nextvid_mcore.data.transforms import normalize
 

@@ -7,7 +7,7 @@ stand in `__post_init__`; `RunConfig` looks at how the parts fit together. Every
 from here.
 """
 
-from nextvid_mcore.config.data import MOVING_DIGITS, DataConfig, SetConfig
+from nextvid_mcore.config.data import MOVING_DIGITS, DataConfig, SetConfig, is_made
 from nextvid_mcore.config.errors import ConfigError, require
 from nextvid_mcore.config.fp8 import Fp8Config
 from nextvid_mcore.config.model import MaskConfig, ModelConfig, TargetConfig, TransformerShape
@@ -37,5 +37,6 @@ __all__ = [
     "TrainConfig",
     "TransformerShape",
     "WandbConfig",
+    "is_made",
     "require",
 ]

@@ -10,6 +10,11 @@ from nextvid_mcore.config.errors import require
 MOVING_DIGITS = "moving-digits"  # a manifest that is made and not read (data/digits_source.py)
 
 
+def is_made(manifest: str | None) -> bool:
+    """Whether `manifest` is moving-digits[:SIZE[:SIDE]] and not a folder."""
+    return manifest is not None and manifest.partition(":")[0] == MOVING_DIGITS
+
+
 @dataclass(frozen=True)
 class SetConfig:
     """One data set of the mixture (Table 6)."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nextvid_mcore.config import MOVING_DIGITS, RunConfig, require
+from nextvid_mcore.config import RunConfig, is_made, require
 from nextvid_mcore.data.moving_digits import MovingDigits, load_mnist, parse_source
 
 
@@ -35,7 +35,7 @@ class DigitClips(MovingDigits):
 
 def is_digits(source: str) -> bool:
     """A source moving-digits[:SIZE[:SIDE]]; the tools' --data also writes it with a _."""
-    return source.replace("_", "-").partition(":")[0] == MOVING_DIGITS
+    return is_made(source.replace("_", "-"))
 
 
 def side_of(source: str, size: int, trained_on: str | None) -> int | None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from nextvid_mcore.config import MOVING_DIGITS, DataConfig, RunConfig, require
+from nextvid_mcore.config import DataConfig, RunConfig, is_made, require
 from nextvid_mcore.data import decode, nvdec, transforms
 from nextvid_mcore.data.decode import BadFile
 from nextvid_mcore.data.guard import BadFileLog, DataError
@@ -241,7 +241,7 @@ def build_dataset(config: RunConfig, train: bool = True) -> ClipDataset | DigitC
     data, flag = config.data, "manifest" if train else "eval_manifest"
     path = getattr(data, flag)
     require(path is not None, f"no data.{flag}: write one with tools/build_manifest.py and name it")
-    if path.partition(":")[0] == MOVING_DIGITS:
+    if is_made(path):
         from nextvid_mcore.data import digits_source  # it builds on this module
 
         return digits_source.build(config, path, train)

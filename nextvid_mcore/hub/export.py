@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nextvid_mcore import __version__
-from nextvid_mcore.config import MOVING_DIGITS, ModelConfig, RunConfig
+from nextvid_mcore.config import ModelConfig, RunConfig, is_made
 from nextvid_mcore.hub import FILES, FORMAT_VERSION, HubError, check_config
 
 # Settings of earlier versions of a configuration's parts, at the value that is the only one now.
@@ -134,8 +134,7 @@ def frames_at(config: RunConfig, step: int) -> int:
 
 def made_clips(config: RunConfig) -> str:
     """The run's source where its clips are made (data/digits_source.py), "" where they are read."""
-    source = config.data.manifest or ""
-    return source if source.partition(":")[0] == MOVING_DIGITS else ""
+    return config.data.manifest if is_made(config.data.manifest) else ""
 
 
 def flat_config(config: RunConfig, channels: int, step: int, weights: str) -> dict:
