@@ -81,6 +81,8 @@ class Collapse:
         merged = [Moments.merged(self._parts[name]) for name in self.names]
         sizes = [part.packed.numel() for part in merged]
         for group in groups:
+            if dist.get_world_size(group) == 1:
+                continue
             mine = torch.cat([part.packed for part in merged])
             gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
             dist.all_gather(gathered, mine, group=group)

@@ -17,7 +17,7 @@ from nextvid_mcore.config import RunConfig
 from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.models import fp8, fp8_mlp, fused
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch, NextVid
-from nextvid_mcore.parallel import watchdog
+from nextvid_mcore.parallel import communicators, watchdog
 from nextvid_mcore.parallel.reference_edge import ReferenceEdge
 from nextvid_mcore.parallel.seats import Seats
 from nextvid_mcore.parallel.split import make_places
@@ -72,6 +72,7 @@ class TrainStep:
         recorded = graphs.wanted(config, seats.placement)
         if recorded:
             graphs.own_stream()
+        communicators.connect(config, seats, device)
         places = make_places(config, seats)
         generate = config.model.generate
         decodes = "decoder" in places and generate
@@ -195,7 +196,8 @@ class TrainStep:
             groups = self.seats.of("decoder" if name == "flow" else "predictor")
             if found[name] and groups.tensor_rank == 0:
                 mine[i] = torch.stack(found[name]).mean() / groups.layout.data
-        dist.all_reduce(mine)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(mine)
         return mine
 
     def _crossed(self, clips: int) -> dict[str, Any]:
@@ -216,5 +218,6 @@ class TrainStep:
             over = [groups.collection.tp] if groups.layout.sequence else []
             values = collapse.result([*over, groups.collection.dp])
             packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        dist.broadcast(packed, seat.first_rank)
+        if dist.get_world_size() > 1:
+            dist.broadcast(packed, seat.first_rank)
         return dict(zip(collapse.names, packed.tolist(), strict=True))
