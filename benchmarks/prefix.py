@@ -1,0 +1,429 @@
+"""Which kernel is fastest where a frame's queries see a prefix of the clip's keys: the reference, forward.
+
+    python benchmarks/prefix.py
+
+The reference sees every token, so frame f's queries see the keys of frames 0 to f: no mask is needed, only a
+length. In memory, [s, rows, A, d], the heads of all clips lie side by side under every token: they are heads
+of one clip, whose every frame is a sequence of its own, and the key ranges of these sequences overlap. Times
+are of a CUDA graph of several calls. Rates count useful work: 4 FLOPs a channel and pair that can see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import time
+import traceback
+from collections.abc import Callable
+
+import common  # noqa: F401  (puts the clone on the path)
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nextvid_mcore import recipes
+from nextvid_mcore.models import kernels
+from nextvid_mcore.models.attention import AttentionPattern, Frames, regular_pattern
+from nextvid_mcore.training.graphs import own_stream
+
+CALLS = 10  # in one graph
+Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v: [s, rows * A, d], views of [s, rows * A, 3, d]
+
+
+class Case:
+    """One layer's queries, keys and values, and what each kernel needs to know of them."""
+
+    def __init__(self, recipe: str, frames: int, rows: int, device: torch.device) -> None:
+        model = recipes.get(recipe).model
+        self.recipe, self.frames, self.rows = recipe, frames, rows
+        self.n, self.t = model.tokens_per_frame, model.token_frames(frames)
+        self.heads, self.d, self.s = model.encoder.heads, model.encoder.head_width, self.t * self.n
+        generator = torch.Generator(device).manual_seed(0)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.half  # which Triton interprets
+        shape = (self.s, rows * self.heads, 3, self.d)
+        packed = torch.randn(*shape, device=device, dtype=dtype, generator=generator)
+        self.qkv: Heads = packed.unbind(2)
+        whole = (Frames(0, self.t, self.n),)
+        self.pattern: AttentionPattern = regular_pattern(whole, whole, "causal", device)
+        self.lengths = torch.arange(1, self.t + 1, device=device, dtype=torch.int32) * self.n
+        pairs = self.n * self.n * self.t * (self.t + 1) // 2
+        self.work = 4 * pairs * rows * self.heads * self.d
+
+    def rowed(self, x: Tensor) -> Tensor:
+        """[s, rows * A, d] as the model's kernels take it: [rows, A, s, d]."""
+        return x.unflatten(1, (self.rows, self.heads)).permute(1, 2, 0, 3)
+
+    def expected(self) -> Tensor:
+        """fp32 attention of the last clip, [s, A, d]."""
+        q, k, v = (self.rowed(x)[-1:].float() for x in self.qkv)
+        return kernels.masked(q, k, v, self.pattern)[0].transpose(0, 1)
+
+
+def flex(case: Case) -> Callable[[], Tensor]:
+    q, k, v = (case.rowed(x) for x in case.qkv)
+    return lambda: kernels.flex(q, k, v, case.pattern).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+# ---------------------------------------------------------------- cuDNN's python frontend
+
+
+@functools.cache
+def handle() -> object:
+    import cudnn
+
+    return cudnn.create_handle()
+
+
+def cudnn_graph(case: Case, ragged: bool, by_clip: bool = False) -> Callable[[], Tensor]:
+    """Batch: frames (by_clip: clips x frames); heads: of all clips (one clip); keys begin at token 0.
+
+    ragged: where each sequence begins is told in offsets, else by strides, that of the keys' batch being 0.
+    """
+    import cudnn
+
+    q, k, v = case.qkv
+    device, n, t, d, s = q.device, case.n, case.t, case.d, case.s
+    rows = case.rows if by_clip else 1
+    heads = q.shape[1] // rows
+    out = torch.empty(s, q.shape[1], d, device=device, dtype=q.dtype)
+    lengths_q, lengths_k = torch.full_like(case.lengths, n).repeat(rows), case.lengths.repeat(rows)
+    half = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}[q.dtype]
+    graph = cudnn.pygraph(
+        io_data_type=half,
+        intermediate_data_type=cudnn.data_type.FLOAT,
+        compute_data_type=cudnn.data_type.FLOAT,
+        handle=handle(),
+    )
+    b = rows * t
+    frame, clip = torch.arange(t, device=device).repeat(rows), torch.arange(rows, device=device)
+    clip = clip.repeat_interleave(t)
+    feeds = {}
+
+    def offsets(x: Tensor, tokens: int, name: str) -> object:
+        starts = clip * heads * x.stride(1) + frame * tokens * x.stride(0)
+        starts = torch.cat([starts, starts[-1:]]).long()
+        node = graph.tensor(
+            dim=(b + 1, 1, 1, 1), stride=(1, 1, 1, 1), data_type=cudnn.data_type.INT64, name=name
+        )
+        feeds[node] = starts
+        return node
+
+    def strides(x: Tensor, queries: bool) -> tuple[int, ...]:
+        batch = n * x.stride(0) if queries else (s * x.stride(0) if ragged else 0)
+        return (batch, x.stride(1), x.stride(0), 1)
+
+    nodes = []
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        queries = name == "q"
+        shape = (b, heads, n if queries else s, d)
+        node = graph.tensor(dim=shape, stride=strides(x, queries), data_type=half, name=name)
+        if ragged:
+            node.set_ragged_offset(offsets(x, n if queries else 0, f"{name}_offset"))
+        feeds[node] = x
+        nodes.append(node)
+    told = []
+    for name, lengths in (("q_length", lengths_q), ("k_length", lengths_k)):
+        node = graph.tensor(dim=(b, 1, 1, 1), stride=(1, 1, 1, 1), data_type=cudnn.data_type.INT32, name=name)
+        feeds[node] = lengths.contiguous()
+        told.append(node)
+    o, _ = graph.sdpa(
+        name="prefix",
+        q=nodes[0],
+        k=nodes[1],
+        v=nodes[2],
+        generate_stats=False,
+        attn_scale=1 / math.sqrt(d),
+        use_padding_mask=True,
+        seq_len_q=told[0],
+        seq_len_kv=told[1],
+    )
+    o.set_output(True).set_dim((b, heads, n, d)).set_stride(strides(out, True))
+    if ragged:
+        o.set_ragged_offset(offsets(out, n, "o_offset"))
+    feeds[o] = out
+    cudnn.set_stream(handle=handle(), stream=torch.cuda.current_stream().cuda_stream)
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    graph.check_support()
+    graph.build_plans()
+    try:
+        print(
+            f"  plans: {[graph.get_plan_name_at_index(i) for i in range(graph.get_execution_plan_count())]}"
+        )
+    except Exception as problem:
+        print(f"  plans not named: {problem}")
+    workspace = torch.empty(max(graph.get_workspace_size(), 1), device=device, dtype=torch.uint8)
+    pointers = {node: x.data_ptr() for node, x in feeds.items()}
+
+    def call() -> Tensor:
+        cudnn.set_stream(handle=handle(), stream=torch.cuda.current_stream().cuda_stream)
+        graph.execute(pointers, workspace.data_ptr(), handle=handle())
+        return out
+
+    call.keeps = feeds, workspace
+    return call
+
+
+# ---------------------------------------------------------------- FlashAttention 2 in torch
+
+
+def flash(case: Case) -> Callable[[], Tensor]:
+    q, k, v = case.qkv
+    starts_q = torch.arange(case.t + 1, device=q.device, dtype=torch.int32) * case.n
+    starts_k = torch.zeros_like(starts_q)
+    return lambda: torch.ops.aten._flash_attention_forward(
+        q, k, v, starts_q, starts_k, case.n, case.s, 0.0, False, False, seqused_k=case.lengths
+    )[0]
+
+
+# ---------------------------------------------------------------- Transformer Engine
+
+
+def te(case: Case, by_clip: bool, with_copies: bool = True) -> Callable[[], Tensor]:
+    """cuDNN by Transformer Engine: contiguous copies (of each clip, or of all clips' heads)."""
+    from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_fwd
+
+    rows, heads = (case.rows, case.heads) if by_clip else (1, case.rows * case.heads)
+    t, n, device = case.t, case.n, case.qkv[0].device
+
+    def cumulative(lengths: Tensor) -> Tensor:
+        return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
+
+    lengths = cumulative(case.lengths.repeat(rows))
+    starts = torch.arange(rows * t + 1, device=device, dtype=torch.int32)
+    starts_q, starts_k = starts * n, torch.div(starts, t, rounding_mode="floor").int() * case.s
+
+    def copies() -> list[Tensor]:
+        return [
+            x.unflatten(1, (rows, heads)).transpose(0, 1).reshape(-1, heads, case.d).contiguous()
+            for x in case.qkv
+        ]
+
+    made = copies()
+
+    def call() -> Tensor:
+        out = fused_attn_fwd(
+            False,
+            n,
+            case.s,
+            starts_q,
+            lengths,
+            *(copies() if with_copies else made),
+            torch.bfloat16,
+            FusedAttnBackend["F16_arbitrary_seqlen"],
+            cu_seqlens_q_padded=starts_q,
+            cu_seqlens_kv_padded=starts_k,
+            qkv_layout="thd_thd_thd",
+            o_format="thd",
+            attn_mask_type="padding",
+        )[0]
+        return out.view(rows, case.s, heads, case.d).transpose(0, 1).flatten(1, 2)
+
+    return call
+
+
+# ---------------------------------------------------------------- one call a frame
+
+
+def a_frame(case: Case) -> Callable[[], Tensor]:
+    q, k, v = (x.transpose(0, 1)[None] for x in case.qkv)  # [1, rows * A, s, d]
+    cuts = [slice(f * case.n, (f + 1) * case.n) for f in range(case.t)]
+
+    def call() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            parts = [kernels.plain(q[:, :, x], k[:, :, : x.stop], v[:, :, : x.stop]) for x in cuts]
+        return torch.cat([x[0].transpose(0, 1) for x in parts])
+
+    return call
+
+
+# ---------------------------------------------------------------- Triton
+
+
+@triton.jit
+def _prefix(
+    q, k, v, out, scale, tiles, q_token, q_head, o_token, o_head,
+    FRAME: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) // tiles
+    tile = tiles - 1 - tl.program_id(0) % tiles  # the longest first
+    start = tile * BM
+    stop = (start // FRAME + 1) * FRAME
+    c = tl.arange(0, D)
+    rows = (start + tl.arange(0, BM)).to(tl.int64)
+    keys = tl.arange(0, BN).to(tl.int64)
+    if TMA:
+        queries = q.load([start, head, 0]).reshape([BM, D])
+    else:
+        queries = tl.load(q + head.to(tl.int64) * q_head + rows[:, None] * q_token + c[None, :])
+    at = head.to(tl.int64) * q_head + keys[:, None] * q_token + c[None, :]
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    found = tl.zeros([BM, D], tl.float32)
+    for first in range(0, stop, BN):
+        if TMA:
+            key = k.load([first, head, 0]).reshape([BN, D])
+        else:
+            key = tl.load(k + at + tl.cast(first, tl.int64) * q_token)
+        scores = tl.dot(queries, key.T)
+        higher = tl.maximum(top, tl.max(scores, 1) * scale)
+        p = tl.exp2(scores * scale - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(p, 1)
+        found = found * shrink[:, None]
+        if TMA:
+            value = v.load([first, head, 0]).reshape([BN, D])
+        else:
+            value = tl.load(v + at + tl.cast(first, tl.int64) * q_token)
+        found = tl.dot(p.to(value.dtype), value, found)
+        top = higher
+    found = found / total[:, None]
+    tl.store(
+        out + head.to(tl.int64) * o_head + rows[:, None] * o_token + c[None, :],
+        found.to(out.dtype.element_ty),
+    )
+
+
+def triton_prefix(case: Case, bm: int, bn: int, warps: int, stages: int, tma: bool) -> Callable[[], Tensor]:
+    q, k, v = case.qkv
+    tiles = case.s // bm
+
+    def call() -> Tensor:
+        out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+        inputs = (q, k, v)
+        if tma:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            sizes = (bm, bn, bn)
+            inputs = [
+                TensorDescriptor(x, list(x.shape), list(x.stride()), [size, 1, case.d])
+                for x, size in zip(inputs, sizes, strict=True)
+            ]
+        _prefix[(tiles * q.shape[1],)](
+            *inputs, out, math.log2(math.e) / math.sqrt(case.d), tiles,
+            q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+            FRAME=case.n, D=case.d, BM=bm, BN=bn, TMA=tma, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        return out
+
+    return call
+
+
+KERNELS: dict[str, Callable[[Case], Callable[[], Tensor]]] = {
+    "cudnn strides": functools.partial(cudnn_graph, ragged=False),
+    "triton 128 64 4 3 tma": functools.partial(triton_prefix, bm=128, bn=64, warps=4, stages=3, tma=True),
+    "flex": flex,
+    "triton 128 128 8 2 tma": functools.partial(triton_prefix, bm=128, bn=128, warps=8, stages=2, tma=True),
+    "triton 128 64 8 3 tma": functools.partial(triton_prefix, bm=128, bn=64, warps=8, stages=3, tma=True),
+    "triton 64 128 4 3 tma": functools.partial(triton_prefix, bm=64, bn=128, warps=4, stages=3, tma=True),
+    "triton 128 64 4 3": functools.partial(triton_prefix, bm=128, bn=64, warps=4, stages=3, tma=False),
+    "triton 128 128 8 3": functools.partial(triton_prefix, bm=128, bn=128, warps=8, stages=3, tma=False),
+    "flash 2": flash,
+    "cudnn a frame": a_frame,
+    "cudnn ragged": functools.partial(cudnn_graph, ragged=True),
+    "cudnn ragged clips": functools.partial(cudnn_graph, ragged=True, by_clip=True),
+    "te": functools.partial(te, by_clip=False),
+    "te no copies": functools.partial(te, by_clip=False, with_copies=False),
+    "te clips": functools.partial(te, by_clip=True),
+    "te clips no copies": functools.partial(te, by_clip=True, with_copies=False),
+}
+
+
+def milliseconds(call: Callable[[], Tensor], repeats: int) -> tuple[float, str]:
+    """Of one call, and how it was timed."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    how, graph = "", torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(CALLS):
+                call()
+        play = graph.replay
+    except Exception as problem:
+        how = f"eager ({type(problem).__name__})"
+        traceback.print_exc(limit=3)
+        torch.cuda.synchronize()
+
+        def play() -> None:
+            for _ in range(CALLS):
+                call()
+
+    play()
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        play()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / CALLS)
+    return sorted(times)[len(times) // 2], how
+
+
+def line(case: Case, name: str, wanted: Tensor, repeats: int) -> tuple[str, float]:
+    begun = time.perf_counter()
+    head = f"{case.recipe:<6}{case.frames:>3} x {case.rows:<2} {name:<22}"
+    try:
+        with torch.no_grad():
+            call = KERNELS[name](case)
+            found = call()[:, -case.heads :].float()
+            worst = ((found - wanted).norm() / wanted.norm()).item()
+            if not wanted.is_cuda:
+                return f"{head} error {worst:.1e}", math.nan
+            ms, how = milliseconds(call, repeats)
+    except Exception as problem:  # one kernel's refusal must not cost the others' figures
+        text = "".join(traceback.format_exception(problem)).strip().splitlines()
+        print("\n".join(text[-12:]), flush=True)
+        return f"{head} {type(problem).__name__}: {str(problem)[-150:]!r}", math.nan
+    rate, took = case.work / ms / 1e9, time.perf_counter() - begun
+    return f"{head} {ms:>8.3f} {rate:>8.0f} {worst:>9.1e} {took:>6.1f} {how}", ms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", default=["vit_g:16:16", "vit_g:64:4", "vit_l:16:32"])
+    parser.add_argument("--kernels", nargs="+", help="those whose name begins so")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=38, help="seconds after which no line begins")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    begun, found = time.perf_counter(), {}
+    if device.type == "cuda":
+        own_stream()
+        print(f"cuDNN {torch.backends.cudnn.version()}", flush=True)
+
+    cases = []
+    for text in args.cases:
+        recipe, frames, rows = text.split(":")
+        cases.append(Case(recipe, int(frames), int(rows), device))
+    wanted = [case.expected() for case in cases]
+    print(f"ready after {time.perf_counter() - begun:.0f} s", flush=True)
+    for name in KERNELS:
+        if args.kernels and not name.startswith(tuple(args.kernels)):
+            continue
+        for case, expected in zip(cases, wanted, strict=True):
+            if time.perf_counter() - begun > args.limit:
+                print(f"{name} {case.recipe}: not begun within {args.limit:.0f} s", flush=True)
+                continue
+            found[case, name] = line(case, name, expected, args.repeats)
+            print(found[case, name][0], flush=True)
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"\nfrom packed q, k, v; forward, bf16, one layer, CUDA graph of {CALLS} calls; {gpu}")
+    names = ("recipe, frames x clips, kernel", "ms", "TFLOP/s", "error", "all s", "times flex")
+    print("{:<37} {:>8} {:>8} {:>9} {:>6} {}".format(*names))
+    for case in cases:
+        flex_ms = found.get((case, "flex"), ("", math.nan))[1]
+        for (of, _), (text, ms) in found.items():
+            if of is case:
+                print(text if math.isnan(ms) else f"{text} {flex_ms / ms:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
