@@ -55,7 +55,8 @@ class ClipMasks:
     """Visible tokens of a micro-batch.
 
     tokens: int64 [rows, s], flat (t, h, w) ids in the clip's grid; inside a segment they rise, so
-    they are ordered (frame, position). rows = B for fixed and truncate, 1 for packed.
+    they are ordered (frame, position). rows = B for fixed and truncate, 1 for packed, whose segments are
+    ordered (clip, mask).
     counts: visible tokens v of a frame under each mask where that is static, else empty.
     """
 

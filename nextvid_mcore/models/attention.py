@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from nextvid_mcore.models import kernels
+from nextvid_mcore.models.padded import Padded, Side
 
 Rule = Literal["causal", "autoregressive", "isolated"]
 _RULES = {"causal": torch.le, "autoregressive": torch.lt, "isolated": torch.eq}  # key frame to query frame
@@ -59,10 +60,12 @@ class AttentionPattern:
     """The stretches of a sequence, in order; together they cover every query once.
 
     blocks: the same for FlexAttention (`flex_blocks`), on CUDA, where one pattern holds for every row.
+    padded: the same for one call, where a row holds many stretches of different lengths.
     """
 
     stretches: tuple[Stretch, ...]
     blocks: BlockMask | None = None
+    padded: Padded | None = None
 
 
 def allowed_pairs(query_frames: Tensor, key_frames: Tensor, rule: Rule) -> Tensor:
@@ -75,7 +78,7 @@ def allowed_pairs(query_frames: Tensor, key_frames: Tensor, rule: Rule) -> Tenso
 
 
 def make_pattern(
-    query_frames: list[Tensor], key_frames: list[Tensor], key_starts: list[int], rule: Rule
+    query_frames: Sequence[Tensor], key_frames: Sequence[Tensor], key_starts: Sequence[int], rule: Rule
 ) -> AttentionPattern:
     """Pattern of several stretches laid end to end.
 
@@ -90,6 +93,26 @@ def make_pattern(
         stretches.append(Stretch(start, stop, k_start, k_start + k.shape[1], rule, q, k))
         start = stop
     return AttentionPattern(tuple(stretches))
+
+
+def ragged_pattern(
+    query_frames: Tensor,
+    query_lengths: Sequence[int],
+    key_frames: Tensor,
+    key_lengths: Sequence[int],
+    rule: Rule,
+) -> AttentionPattern:
+    """Pattern of a single row of stretches of any lengths, laid end to end.
+
+    Args:
+        query_frames, key_frames: frame numbers of the row, [1, s].
+        query_lengths, key_lengths: of its stretches.
+    """
+    starts = list(itertools.accumulate(key_lengths, initial=0))[:-1]
+    parts = query_frames.split(list(query_lengths), dim=1), key_frames.split(list(key_lengths), dim=1)
+    queries, keys = Side.of(query_frames[0], query_lengths), Side.of(key_frames[0], key_lengths)
+    allowed = allowed_pairs(queries.frames, keys.frames, rule) & keys.real[:, None, None]
+    return dataclasses.replace(make_pattern(*parts, starts, rule), padded=Padded(queries, keys, allowed))
 
 
 @dataclass(frozen=True)

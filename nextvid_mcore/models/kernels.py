@@ -4,6 +4,7 @@
             any pattern, anywhere.
     flex    FlexAttention, all stretches in one call: no mask in memory, blocks that nobody sees are not
             computed. CUDA, half precision, patterns that hold for every row.
+    padded  the stretches of packed masks in one call, padded to the longest (models/padded.py).
     plain   scaled_dot_product_attention without a mask, where every query sees every key.
     cudnn   the same by cuDNN: on Hopper, for rows of whole tiles.
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from nextvid_mcore.models import fused
+from nextvid_mcore.models import fused, padded
 
 if TYPE_CHECKING:
     from nextvid_mcore.models.attention import AttentionPattern, Stretch
@@ -136,6 +137,8 @@ def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]
     if pattern is None:
         whole = q.shape[2] % CUDNN_TOKENS == 0 and q.shape[-1] in CUDNN_HEADS
         return cudnn if half and whole and fused.compiles(q) and _hopper(q.device) else plain
+    if pattern.padded is not None:
+        return padded.attend
     fits = q.shape[-1] >= MIN_HEAD and q.shape[2] >= SHORTEST
     if pattern.blocks is not None and half and fits and fused.compiles(q):
         return flex

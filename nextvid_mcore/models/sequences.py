@@ -19,6 +19,7 @@ from nextvid_mcore.models.attention import (
     Frames,
     make_joint_pattern,
     make_pattern,
+    ragged_pattern,
     regular_pattern,
 )
 from nextvid_mcore.rope import angles, token_positions, turns
@@ -69,8 +70,8 @@ def visible_patches(patches: Tensor, masks: ClipMasks) -> Tensor:
     if tokens.shape[0] == patches.shape[0] and not _packed(masks):
         picked = patches.gather(1, tokens[:, :, None].expand(-1, -1, patches.shape[-1]))
     else:  # one row that holds all clips' masks end to end
-        clip = torch.cat([torch.full((x.length,), x.clips) for x in masks.segments])
-        picked = patches[clip.to(patches.device), tokens[0]][None]
+        clips, lengths = torch.tensor([(x.clips, x.length) for x in masks.segments]).T
+        picked = patches[clips.repeat_interleave(lengths).to(patches.device), tokens[0]][None]
     return picked.transpose(0, 1).contiguous()
 
 
@@ -101,6 +102,9 @@ def student_sequence(model: ModelConfig, masks: ClipMasks, device: torch.device)
     if masks.counts:
         frames = _regular(masks)
         return Sequence(rope, regular_pattern(frames, frames, "causal", device))
+    if _packed(masks):
+        frames, lengths = tokens // model.tokens_per_frame, [x.length for x in masks.segments]
+        return Sequence(rope, ragged_pattern(frames, lengths, frames, lengths, "causal"))
     frames = [_frames(model, tokens, masks, i) for i in range(len(masks.segments))]
     return Sequence(rope, make_pattern(frames, frames, [x.start for x in masks.segments], "causal"))
 
@@ -121,6 +125,14 @@ def predictor_sequence(
     if masks.counts:
         queries = (Frames(1, token_frames - 1, n),) * stretches
         pattern = regular_pattern(queries, _regular(masks), "autoregressive", device)
+    elif _packed(masks):
+        pattern = ragged_pattern(
+            (targets // n).repeat(1, stretches),
+            [targets.shape[1]] * stretches,
+            tokens // n,
+            [x.length for x in masks.segments],
+            "autoregressive",
+        )
     else:
         pattern = make_pattern(
             [targets // n] * stretches,
@@ -166,8 +178,6 @@ def by_mask(z: Tensor, masks: ClipMasks, predicted_frames: int, clips: int) -> T
     """The predictor's output [stretches * p * n, rows, E] as [n, M, p, B, E]."""
     if not _packed(masks):
         return rearrange(z, "(m p n) b e -> n m p b e", m=len(masks.segments), p=predicted_frames)
-    order = sorted(
-        range(len(masks.segments)), key=lambda i: (masks.segments[i].mask, masks.segments[i].clips)
+    return rearrange(
+        z, "(b m p n) 1 e -> n m p b e", b=clips, m=len(masks.segments) // clips, p=predicted_frames
     )
-    z = rearrange(z, "(j p n) 1 e -> j p n e", j=len(order), p=predicted_frames)[order]
-    return rearrange(z, "(m b) p n e -> n m p b e", b=clips)

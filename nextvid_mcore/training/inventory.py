@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
 
-from nextvid_mcore.models import kernels
+from nextvid_mcore.models import kernels, padded
 
 COLUMNS = ("module", "parameters", "precision", "backend", "attention", "kernel")
 
@@ -31,7 +31,10 @@ def _sdpa_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pa
     if kernel is kernels.flex:
         return f"flex ({q.shape[2]} x {k.shape[2]} tokens, {q.shape[1]} heads of {q.shape[3]})"
     mask = None
-    if pattern is not None:
+    if kernel is padded.attend:
+        q, k, v = pattern.padded.rows(q, k, v)
+        mask = pattern.padded.bias(q.dtype)
+    elif pattern is not None:
         first = pattern.stretches[0]
         mask = first.allowed
         q = q[:, :, first.q_start : first.q_stop]

@@ -141,3 +141,24 @@ def test_flex_attention_equals_the_masked_reference() -> None:
             found.backward(grad.bfloat16())
             for a, b in ((wanted, found), *((x.grad, y.grad) for x, y in zip(exact, half, strict=True))):
                 assert (a - b.float()).norm() <= 1e-2 * a.norm()
+
+
+def test_padded_attention_equals_the_masked_reference() -> None:
+    from nextvid_mcore.models import kernels, padded
+    from nextvid_mcore.models.attention import ragged_pattern
+
+    device, counts = torch.device("cuda"), (6, 1, 3, 11)  # tokens a frame of the stretches
+    lengths, frames = [7 * x for x in counts], torch.arange(7)
+    keys = torch.cat([frames.repeat_interleave(x) for x in counts])[None].to(device)
+    asked = (frames + 1).repeat_interleave(16).repeat(len(counts))[None].to(device)
+    for queries, sizes, rule in ((keys, lengths, "causal"), (asked, [112] * 4, "autoregressive")):
+        pattern = ragged_pattern(queries, sizes, keys, lengths, rule)
+        made = [torch.randn(1, 3, n, 32, device=device) for n in (sum(sizes), *[sum(lengths)] * 2)]
+        exact = [x.clone().requires_grad_() for x in made]
+        half = [x.bfloat16().requires_grad_() for x in made]
+        wanted, found = kernels.masked(*exact, pattern), padded.attend(*half, pattern)
+        grad = torch.randn_like(wanted)
+        wanted.backward(grad)
+        found.backward(grad.bfloat16())
+        for a, b in ((wanted, found), *((x.grad, y.grad) for x, y in zip(exact, half, strict=True))):
+            assert (a - b.float()).norm() <= 1e-2 * a.norm()

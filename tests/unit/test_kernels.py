@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from nextvid_mcore.models import fused, kernels
-from nextvid_mcore.models.attention import Frames, regular_pattern
+from nextvid_mcore.models import fused, kernels, padded
+from nextvid_mcore.models.attention import Frames, ragged_pattern, regular_pattern
 
 CPU = torch.device("cpu")
 VISIBLE = (Frames(0, 3, 6), Frames(0, 3, 4))
@@ -44,6 +44,26 @@ def test_first_frames_and_orders_of_a_pattern() -> None:
     assert (first.q_stop, first.k_stop, second.q_start, second.k_start) == (15, 18, 15, 18)
     assert first.allowed[0, 0, 0].tolist() == [True] * 6 + [False] * 12  # frame 1 sees frame 0 alone
     assert regular_pattern(ASKED, VISIBLE, "autoregressive", CPU) is pattern  # kept
+
+
+def test_padded_stretches_equal_the_reference() -> None:
+    counts = (3, 1, 7)  # tokens a frame of three stretches, four frames of context and of queries
+    keys = torch.cat([torch.arange(4).repeat_interleave(x) for x in counts])[None]
+    asked = torch.arange(1, 5).repeat_interleave(5).repeat(3)[None]
+    lengths = [4 * x for x in counts]
+    for frames, sizes, rule in ((keys, lengths, "causal"), (asked, [20] * 3, "autoregressive")):
+        pattern = ragged_pattern(frames, sizes, keys, lengths, rule)
+        assert pattern.padded.allowed.shape == (3, 1, 32, 32)
+        made = [torch.randn(1, 2, n, 8, dtype=torch.double) for n in (sum(sizes), *[sum(lengths)] * 2)]
+        assert kernels.choose(made[0], pattern) is padded.attend
+        both = [[x.clone().requires_grad_() for x in made] for _ in range(2)]
+        wanted, found = kernels.masked(*both[0], pattern), padded.attend(*both[1], pattern)
+        torch.testing.assert_close(found, wanted)
+        grad = torch.randn_like(wanted)
+        wanted.backward(grad)
+        found.backward(grad)
+        for a, b in zip(*both, strict=True):
+            torch.testing.assert_close(b.grad, a.grad)
 
 
 def test_choice(monkeypatch) -> None:

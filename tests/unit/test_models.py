@@ -12,7 +12,7 @@ from torch import Tensor
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, MaskConfig, RunConfig, TransformerShape
 from nextvid_mcore.masking import ClipMasks, draw_masks
-from nextvid_mcore.models import specs
+from nextvid_mcore.models import kernels, padded, specs
 from nextvid_mcore.models.nextvid import MicroBatch, NextVid
 from nextvid_mcore.models.places import together
 from nextvid_mcore.models.sequences import (
@@ -171,6 +171,33 @@ def test_packed_equals_fixed_clip_by_clip(groups):
         torch.testing.assert_close(
             z_of(model, video[i : i + 1], masks)[:, :, :, 0], together[:, :, :, i], atol=1e-5, rtol=1e-5
         )
+
+
+def test_packed_in_one_call_equals_the_reference(groups, monkeypatch):
+    """Losses and gradients of padded stretches are those of a call a stretch, in fp32."""
+    config = small("packed").altered(model={"init_std": 0.2}, train={"init_noise": 0.2})  # attention shows
+    calls = []
+
+    def counted(q, k, v, pattern):
+        calls.append(len(pattern.stretches))
+        return padded.attend(q, k, v, pattern)
+
+    def results(choose) -> tuple[Tensor, dict[str, Tensor]]:
+        monkeypatch.setattr(kernels, "choose", choose)
+        model = build(config, groups)
+        batch = micro_batch(config, model, video_of(config, clips=3), T_TOKENS - 1)
+        assert len({x.length for x in batch.masks.segments}) > 2
+        loss = model(batch).total(config)
+        loss.backward()
+        return loss, {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
+
+    chosen = kernels.choose
+    wanted, exact = results(lambda q, p: kernels.plain if p is None else kernels.masked)
+    found, grads = results(lambda q, p: counted if chosen(q, p) is padded.attend else chosen(q, p))
+    assert calls == [6, 6, 6, 6]  # two layers of either network
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    for name, grad in exact.items():
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-5 * grad.abs().max().item(), msg=name)
 
 
 def test_masks_are_separate_stretches(groups):
