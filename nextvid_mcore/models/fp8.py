@@ -7,7 +7,7 @@ megatron-core puts TE's autocast round its layers; what it leaves to its caller 
                       global groups; without them TE would take every rank of the run. Its recipe is made
                       here too: megatron-core 0.19.2 gives it an argument that TE 2.20 has no more
     quantise_again    the linears keep their quantised weights until they are told that these have changed
-    uncached          nothing is kept: for passes that are recorded and replayed
+    cache_weights     or keep nothing: where passes are recorded and replayed
     update_scales     `delayed` renews its scales where a pass with gradients ends; the reference has none
     scales_kept       an evaluation between two steps leaves `delayed` as it was
     rehearsals        `delayed` starts from scales of 1, with which small gradients vanish
@@ -119,28 +119,19 @@ def quantise_again(networks: Iterable[MegatronModule]) -> None:
         network.set_is_first_microbatch()  # does nothing without FP8
 
 
-@contextlib.contextmanager
-def uncached(networks: Iterable[MegatronModule]) -> Iterator[None]:
-    """Inside, linears quantise their weights in every pass and add to gradients: for a pass to be recorded.
+def cache_weights(networks: Iterable[MegatronModule], on: bool) -> None:
+    """Whether linears keep their quantised weights between micro-batches; not where passes are recorded.
 
     Recorded as a first micro-batch's, a pass would set the weights' gradients at every replay and not add to
     them, since Transformer Engine writes them to the buffer itself; recorded as a later one's, it would never
-    see new weights.
+    see new weights. And what an eager pass kept before, 3 bytes an encoder's weight strewn among its
+    activations, nobody would read again.
     """
-    linears = [
-        module
-        for network in networks
-        for module in network.modules()
-        if hasattr(module, "disable_parameter_transpose_cache")
-    ]
-    before = [linear.disable_parameter_transpose_cache for linear in linears]
-    for linear in linears:
-        linear.disable_parameter_transpose_cache = True
-    try:
-        yield
-    finally:
-        for linear, value in zip(linears, before, strict=True):
-            linear.disable_parameter_transpose_cache = value
+    for network in networks:
+        for module in network.modules():
+            if hasattr(module, "disable_parameter_transpose_cache"):
+                module.disable_parameter_transpose_cache = not on
+                module._fp8_workspaces.clear()
 
 
 def update_scales(network: MegatronModule) -> None:

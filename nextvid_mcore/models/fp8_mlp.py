@@ -70,7 +70,10 @@ class _Mlp(torch.autograd.Function):
         low_a = as_te(triton_fp8.gelu(h, b1, to.scale, to.amax, torch_dtype(to), trained), to, x.dtype)
         y = _product(low_w2, low_a, x.dtype)
         if trained:
-            for each in (low_x, low_a):
+            own = [
+                w for linear, w in ((one, low_w1), (two, low_w2)) if linear.disable_parameter_transpose_cache
+            ]
+            for each in (low_x, low_a, *own):  # products of the backward pass read the other direction
                 each.update_usage(rowwise_usage=False, columnwise_usage=True)
             ctx.save_for_backward(h, b1)
             ctx.low, ctx.linears = (low_x, low_w1, low_a, low_w2), (one, two)

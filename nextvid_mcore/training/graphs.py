@@ -116,6 +116,7 @@ class Graphs:
         self.engine, self.model, self.config = engine, engine.model, engine.config
         self.device = engine.device
         self._recorded: dict[tuple, Recorded] = {}
+        fp8.cache_weights(self.model.children(), False)
 
     def run(
         self, clip: ClipBatch, latents: Tensor | None, tau_samples: int, count: int, watch: Watch
@@ -146,6 +147,11 @@ class Graphs:
             here.graph.replay()
             terms = here.terms
         watch(terms, share)
+
+    def give_up(self) -> None:
+        """Clear, for passes that are eager from now on."""
+        self.clear()
+        fp8.cache_weights(self.model.children(), True)
 
     def clear(self) -> None:
         """Forget what was recorded and free its memory."""
@@ -199,8 +205,7 @@ class Graphs:
         )
         reason = None
         try:
-            # weights are quantised in every replay, and gradients add up, wherever in a step it stands
-            with fp8.uncached(self.model.children()), recordable(), record:
+            with recordable(), record:
                 here.terms = self.pass_(batch, share, here.inputs, count)
         except Exception as error:
             reason = _first_reason(error)

@@ -163,7 +163,7 @@ class TrainStep:
                 dist.get_rank(),
                 failure,
             )
-        self.engine.graphs.clear()
+        self.engine.graphs.give_up()
         self.engine.graphs = None
         return self._forward_backward(point, clips)  # from zeroed gradients, with the same draws
 

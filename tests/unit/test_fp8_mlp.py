@@ -178,9 +178,15 @@ def te(monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
-def test_products_and_gradients(te) -> None:
+@pytest.mark.parametrize("cached", [True, False])
+def test_products_and_gradients(te, monkeypatch, cached: bool) -> None:
     torch.manual_seed(0)
     one, two = Linear(16, 48), Linear(48, 16)
+    one.disable_parameter_transpose_cache = two.disable_parameter_transpose_cache = not cached
+    weights = []
+    monkeypatch.setattr(
+        fp8_mlp, "_weight", lambda *a, made=fp8_mlp._weight: weights.append(made(*a)) or weights[-1]
+    )
     module = SimpleNamespace(linear_fc1=one, linear_fc2=two)
     x = torch.randn(5, 8, 16, requires_grad=True)
     wanted = F.linear(F.gelu(F.linear(x, one.weight, one.bias)), two.weight)
@@ -197,7 +203,10 @@ def test_products_and_gradients(te) -> None:
     for linear, grad in ((one, grads[1]), (two, grads[3])):
         torch.testing.assert_close(linear.weight.main_grad, 1 + 2 * grad)
         assert linear.weight.grad_added_to_main_grad and not linear.is_first_microbatch
-        assert linear.made[1].seen == 1
+        assert bool(linear._fp8_workspaces) == cached
+        assert linear.made[1].seen == (1 if cached else 2)
+    # between the two passes the rows of weights that nobody keeps are gone
+    assert all((low.data is not None) == cached and low.data_transpose is not None for low in weights)
     hidden = F.gelu(F.linear(x, one.weight, one.bias))
     torch.testing.assert_close(two.made[0].amax[0], hidden.abs().max())
     assert one.made[2].amax > 0 and one.made[2].seen == 0  # written by the derivative, not by a pass

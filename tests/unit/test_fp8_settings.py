@@ -198,14 +198,16 @@ def test_weights_are_quantised_again_every_step():
     assert network.linear.is_first_microbatch and not plain.linear.is_first_microbatch
 
 
-def test_a_recorded_pass_keeps_no_weights():
+def test_a_run_that_records_keeps_no_weights():
     from megatron.core.transformer.module import MegatronModule
 
     network = MegatronModule(SimpleNamespace(fp8="hybrid", fp4=None))
     network.linear = torch.nn.Module()
-    network.linear.disable_parameter_transpose_cache = False
-    with fp8.uncached([network]):
-        assert network.linear.disable_parameter_transpose_cache
+    network.linear.disable_parameter_transpose_cache, network.linear._fp8_workspaces = False, {"weight": 1}
+    fp8.cache_weights([network], False)
+    assert network.linear.disable_parameter_transpose_cache
+    assert not network.linear._fp8_workspaces  # an eager pass before has left none
+    fp8.cache_weights([network], True)
     assert not network.linear.disable_parameter_transpose_cache
 
 
