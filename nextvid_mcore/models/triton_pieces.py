@@ -6,7 +6,7 @@ On a GPU these pieces only move memory, so what counts is how often a tensor is 
     norm    backward: adds the gradient that comes past it on the residual, and adds up those of weight, bias,
             and of the bias of the linear before.
     turn    rotary positions in place, so that values are not copied; the backward pass writes the gradient
-            of the packed heads at once.
+            of the packed heads at once. Heads are read and written as whole vectors.
 
 Sums over tokens are first taken over shares of them, and those then added in a fixed order: the same numbers
 every time. models/fused.py has the functions that these stand for, and calls them.
@@ -15,6 +15,7 @@ every time. models/fused.py has the functions that these stand for, and calls th
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -23,6 +24,9 @@ from torch import Tensor
 
 SHARE = 128  # rows whose sum one program of GELU's backward pass takes
 NORM_PROGRAMS = 4  # of the norm's backward pass a multiprocessor holds at once
+# Of rotary turns: tokens of a program, its heads at most, and how many of them load at once. A thread has one
+# vector of 8 values of each part, so that a multiprocessor of an H100 holds 24 warps or more.
+TURN_TOKENS, TURN_HEADS, TURN_STAGES = 16, 8, 1
 PTX = not triton.knobs.runtime.interpret
 
 
@@ -154,55 +158,53 @@ def _add_up(sums, out, parts, W: tl.constexpr, BP: tl.constexpr, BC: tl.constexp
 
 
 @triton.jit
-def _turn(
-    packed, cos, sin, rows,
-    A: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr,
-    BR: tl.constexpr,
-):  # fmt: skip
-    r = tl.program_id(0) * BR + tl.arange(0, BR)  # a head of a token
-    i = tl.arange(0, BH)
-    inside = (r < rows)[:, None] & (i < HALF)[None, :]
-    angle = (r // A).to(tl.int64)[:, None] * HALF + i[None, :]
-    c = tl.load(cos + angle, mask=inside, other=0.0)
-    s = tl.load(sin + angle, mask=inside, other=0.0)
-    at = packed + r.to(tl.int64)[:, None] * (PARTS * D) + i[None, :]
-    for part in tl.static_range(2 if PARTS == 3 else 1):
-        first = tl.load(at + part * D, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(at + part * D + HALF, mask=inside, other=0.0).to(tl.float32)
-        tl.store(at + part * D, first * c - second * s, mask=inside)
-        tl.store(at + part * D + HALF, second * c + first * s, mask=inside)
+def _turned(x, c, s, swap, kept):
+    """Heads x [BT, BD]: x * cos + partner * sin, and what is `kept` as it was.
+
+    The partners come from a product with ones and zeros, which is exact: they lie HALF dimensions away, where
+    no load of whole vectors would find them.
+    """
+    partner = tl.dot(x.to(swap.dtype), swap, input_precision="ieee").to(x.dtype)
+    return tl.where(kept, x, (x.to(tl.float32) * c + partner.to(tl.float32) * s).to(x.dtype))
 
 
 @triton.jit
-def _turn_back(
-    dq, dk, dv, dpacked, cos, sin, rows,
-    A: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+def _turn(
+    q, k, v, packed, cos, sin, tokens,
+    A: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr,
+    HEADS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
-    i = tl.arange(0, BH)
-    there = (r < rows)[:, None]
-    inside = there & (i < HALF)[None, :]
-    angle = (r // A).to(tl.int64)[:, None] * HALF + i[None, :]
-    c = tl.load(cos + angle, mask=inside, other=0.0)
-    s = tl.load(sin + angle, mask=inside, other=0.0)
-    r = r.to(tl.int64)[:, None]
-    for part in tl.static_range(2 if PARTS == 3 else 1):
-        of = dq + r * D if part == 0 else dk + r * D
-        to = dpacked + r * (PARTS * D) + part * D
-        first = tl.load(of + i[None, :], mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(of + HALF + i[None, :], mask=inside, other=0.0).to(tl.float32)
-        tl.store(to + i[None, :], first * c + second * s, mask=inside)
-        tl.store(to + HALF + i[None, :], second * c - first * s, mask=inside)
-        if D > 2 * HALF:  # dimensions that are not turned
-            rest = 2 * HALF + tl.arange(0, BT)[None, :]
-            tl.store(
-                to + rest, tl.load(of + rest, mask=there & (rest < D), other=0.0), mask=there & (rest < D)
-            )
-    if PARTS > 1:
-        d = tl.arange(0, BD)[None, :]
-        value = tl.load(dv + r * D + d, mask=there & (d < D), other=0.0)
-        tl.store(dpacked + r * (PARTS * D) + (PARTS - 1) * D + d, value, mask=there & (d < D))
+    """In `packed`, whose parts q, k and v are; back: from gradients of their own, by -angle, and copies of v.
+
+    A program turns HEADS heads of BT tokens, whose cosines and sines it reads once.
+    """
+    shares = (A + HEADS - 1) // HEADS
+    t = (tl.program_id(0) // shares).to(tl.int64) * BT + tl.arange(0, BT)[:, None]
+    d = tl.arange(0, BD)
+    low = d < HALF
+    partner = tl.where(low, d + HALF, d - HALF)
+    # Triton's interpreter multiplies the bits of bf16 as if they were integers
+    swap = (d[:, None] == partner[None, :]).to(packed.dtype.element_ty if PTX else tl.float32)
+    inside = (t < tokens) & (d < D)[None, :]
+    kept = (d >= 2 * HALF)[None, :]
+    angle = t * HALF + tl.where(low, d, d - HALF)[None, :]
+    c = tl.load(cos + angle, mask=inside & (kept == 0), other=0.0)
+    s = tl.load(sin + angle, mask=inside & (kept == 0), other=0.0)
+    s = tl.where(low[None, :] == BACK, s, -s)
+    for i in range(HEADS):
+        head = tl.program_id(0) % shares * HEADS + i
+        there = inside & (head < A)
+        at = (t * A + head) * (D if BACK else PARTS * D) + d[None, :]
+        to = packed + (t * A + head) * (PARTS * D) + d[None, :]
+        # all loads before the first store, which the compiler leaves in their order
+        x = tl.load(q + at, mask=there, other=0.0)
+        if PARTS == 3:
+            y = tl.load(k + at, mask=there, other=0.0)
+        if BACK and PARTS > 1:
+            tl.store(to + (PARTS - 1) * D, tl.load(v + at, mask=there, other=0.0), mask=there)
+        tl.store(to, _turned(x, c, s, swap, kept), mask=there)
+        if PARTS == 3:
+            tl.store(to + D, _turned(y, c, s, swap, kept), mask=there)
 
 
 @functools.cache
@@ -266,31 +268,36 @@ def norm_backward(
     return dx, *sum_of(sums, weight.dtype).split(width)
 
 
+def turn(parts: Sequence[Tensor], packed: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
+    """Turn the parts [q, k, v], [k, v] or [q], [N, A, d] each, of packed [N, A, parts, d].
+
+    back: they are contiguous gradients, and packed is written.
+    """
+    tokens, heads, count, width = packed.shape
+    block = max(16, triton.next_power_of_2(width))  # no matrix product is narrower
+    shares = triton.cdiv(heads, TURN_HEADS)
+    _turn[(triton.cdiv(tokens, TURN_TOKENS) * shares,)](
+        parts[0], parts[min(1, count - 1)], parts[-1], packed, cos, sin, tokens,
+        A=heads, D=width, PARTS=count, HALF=cos.shape[1], BACK=back,
+        HEADS=triton.cdiv(heads, shares), BD=block, BT=TURN_TOKENS, PTX=PTX,
+        num_warps=max(1, TURN_TOKENS * block // 256), num_stages=TURN_STAGES,
+    )  # fmt: skip
+
+
 class Turn(torch.autograd.Function):
     """[N, A * parts * d] -> `parts` views [N, A, d] of the same memory, queries and keys turned."""
 
     @staticmethod
     def forward(ctx, packed: Tensor, cos: Tensor, sin: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
-        tokens, half = cos.shape
-        width = packed.shape[-1] // (heads * parts)
-        ctx.sizes = sizes = {
-            "A": heads, "D": width, "PARTS": parts, "HALF": half, "BH": triton.next_power_of_2(half)
-        }  # fmt: skip
-        rows = tokens * heads
-        _turn[(triton.cdiv(rows, 64),)](packed, cos, sin, rows, **sizes, BR=64)
         ctx.save_for_backward(cos, sin)
-        return packed.view(tokens, heads, parts, width).unbind(2)
+        packed = packed.view(len(cos), heads, parts, -1)
+        found = packed.unbind(2)
+        turn(found, packed, cos, sin, back=False)
+        return found
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        heads, width, half = (ctx.sizes[name] for name in ("A", "D", "HALF"))
-        parts, rows = len(grads), len(cos) * heads
-        dpacked = grads[0].new_empty(len(cos), heads * parts * width)
-        grads = [x.contiguous() for x in grads]
-        dq, dk, dv = grads[0], grads[min(1, parts - 1)], grads[-1]
-        _turn_back[(triton.cdiv(rows, 64),)](
-            dq, dk, dv, dpacked, cos, sin, rows, **ctx.sizes,
-            BT=triton.next_power_of_2(max(1, width - 2 * half)), BD=triton.next_power_of_2(width), BR=64,
-        )  # fmt: skip
-        return dpacked, None, None, None, None
+        tokens, heads, width = grads[0].shape
+        dpacked = grads[0].new_empty(tokens, heads, len(grads), width)
+        turn([x.contiguous() for x in grads], dpacked, *ctx.saved_tensors, back=True)
+        return dpacked.flatten(1), None, None, None, None

@@ -86,6 +86,28 @@ def test_compiled_pieces_are_what_is_written() -> None:
     assert not wrong
 
 
+def test_heads_of_any_width_turn() -> None:
+    """And the dimensions that are not turned keep every bit."""
+    tokens = torch.arange(S * ROWS, device="cuda").view(S, ROWS)
+    for d, dtype in ((8, torch.bfloat16), (24, torch.bfloat16), (64, torch.float32), (128, torch.float16)):
+        turns = rope.turns(rope.angles(rope.token_positions(tokens, 16, 16), d))
+        kept = 2 * turns.shape[-1]
+        packed = draw(S, ROWS, 9 * 3 * d)
+        packed.view(S, ROWS, -1, d)[..., kept:] = -0.0
+
+        def turned(x: Tensor, turns: Tensor = turns) -> tuple[Tensor, ...]:
+            return fused.rotate_heads(3, x, 9, turns)
+
+        with fused.eager():
+            wanted = values(turned, [packed], torch.float32)
+        found = values(turned, [packed], dtype)
+        errors = far(found, wanted)
+        print(d, dtype, errors)
+        assert max(errors) < (1e-6 if dtype == torch.float32 else 1e-2)
+        assert torch.equal(found[2].float(), wanted[2])
+        assert all(x[..., kept:].signbit().all() for x in found[:3])
+
+
 @pytest.mark.parametrize("kind", ["student", "predictor", "decoder"])
 def test_attention_of_turned_heads(kind: str) -> None:
     """From a linear's output to attention's, by the kernels that a network gets, against fp32."""

@@ -103,6 +103,33 @@ def test_rotated_heads_are_ropes() -> None:
     assert torch.equal(v, parts[2])
 
 
+@pytest.mark.parametrize("d", [6, 24, 32, 64])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_heads_of_any_width_turn_to_the_bit(compiled, d: int, parts: int) -> None:
+    """Nine heads are two programs' with one to spare, 21 tokens two programs'.
+
+    In bf16 up to its rounding, which Triton's interpreter does towards zero.
+    """
+    s, rows, heads = 7, 3, 9
+    positions = rope.token_positions(torch.arange(s * rows).view(s, rows) * 3, 4, 4)
+    turns = rope.turns(rope.angles(positions, d))
+    kept = 2 * turns.shape[-1]
+    packed = torch.randn(s, rows, heads * parts * d, generator=torch.Generator().manual_seed(d))
+    packed.view(s, rows, -1, d)[..., kept:] = -0.0
+
+    def turned(dtype: torch.dtype) -> list[Tensor]:
+        return values(lambda x: fused.rotate_heads(parts, x, heads, turns), packed.to(dtype))
+
+    for dtype, rounding in ((torch.float32, 0.0), (torch.bfloat16, 2**-7)):
+        found = turned(dtype)
+        with fused.eager():
+            wanted = turned(dtype)
+        assert len(found) == len(wanted) == parts + 1
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=rounding, atol=0)
+        assert all(x[..., kept:].signbit().all() for x in found[:-1])
+
+
 def test_gelu_is_exact() -> None:
     x, zero = torch.tensor([[[1.0, -0.5]]]), torch.zeros(2)
     wanted = [z * (1 + math.erf(z / math.sqrt(2))) / 2 for z in (1.0, -0.5)]
