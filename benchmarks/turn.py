@@ -6,8 +6,8 @@
 Shapes: ViT-G's student and reference, decoder and predictor, micro-batch 16, tau 1. Bytes are those that must
 be moved: forward what is turned, backward everything, and the cosines and sines. Beside them a plain copy of
 as many bytes, and for as many shapes as the time allows what torch.compile makes of fused.py's reference (it
-copies the values forward too). Times are of a CUDA graph over more memory than the GPU caches. The error is the
-largest of any value, over the largest value, against fp32. Without a GPU a few tokens go through Triton's
+copies the values forward too). Times are of a CUDA graph over more memory than the GPU caches. The error is
+the largest of any value, over the largest value, against fp32. Without a GPU a few tokens go through Triton's
 interpreter.
 """
 
