@@ -172,6 +172,12 @@ def gated_add(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     return x + gate * (y + bias)
 
 
+@fuse(open_dim=2)
+def squared_error(x: Tensor, y: Tensor) -> Tensor:
+    """Mean over D of (x - y)^2 in fp32; x [n, M, rows, D], y [n, 1, rows, D] the same for every M."""
+    return (x.float() - y).square().mean(-1)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first R dimensions of heads [..., A, d]; cos and sin: fp32 [..., 1, R / 2]."""
     half = cos.shape[-1]

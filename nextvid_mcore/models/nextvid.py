@@ -26,6 +26,7 @@ from torch import Tensor
 from nextvid_mcore import flow
 from nextvid_mcore.config import RunConfig
 from nextvid_mcore.masking import ClipMasks
+from nextvid_mcore.models import fused
 from nextvid_mcore.models.decoder import build_decoder
 from nextvid_mcore.models.encoder import Encoder, Student, sequence_shard
 from nextvid_mcore.models.init import init_weights
@@ -80,11 +81,12 @@ class LossTerms:
     align: Tensor | None = None  # [B, M, p]; None without alignment, and so are the two below
     target: Tensor | None = None  # [n (/ tp), 1, p, B, D]
     aligned: Tensor | None = None  # [n (/ tp), M, p, B, D]
+    moments: tuple[Tensor, ...] = ()  # what the monitors keep of z, target and aligned, in their place
 
     def detached(self) -> LossTerms:
         """The same numbers without their history."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return LossTerms(**{name: None if x is None else x.detach() for name, x in fields.items()})
+        return LossTerms(**{k: x.detach() if isinstance(x, Tensor) else x for k, x in fields.items()})
 
     def total(self, config: RunConfig) -> Tensor:
         """Eq. 9 with Table 8's weights: means over clips, masks, frames and tau samples."""
@@ -206,9 +208,9 @@ class NextVid(MegatronModule):
 
     def alignment(self, z: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
         """Eq. 5: `align` and what it compares; z: [n (/ tp), M, p, B, E]."""
-        aligned = self.predictor.align_head(z).float()
-        target = self._align_target(batch)
-        align = self._mean_over_tokens("predictor", (aligned - target).square().mean(-1))
+        aligned, target = self.predictor.align_head(z), self._align_target(batch)
+        error = fused.squared_error(aligned.flatten(2, 3), target.flatten(2, 3))
+        align = self._mean_over_tokens("predictor", error.unflatten(2, aligned.shape[2:4]))
         return {
             "align": rearrange(align, "m p b -> b m p"),
             "target": target,

@@ -31,7 +31,7 @@ from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.models import fp8
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch
 from nextvid_mcore.parallel.placement import Placement
-from nextvid_mcore.training import microbatch
+from nextvid_mcore.training import microbatch, monitors
 
 if TYPE_CHECKING:
     from nextvid_mcore.training.engine import Engine, Watch
@@ -145,7 +145,8 @@ class Graphs:
             else:
                 here.inputs.fill(inputs)
             here.graph.replay()
-            terms = here.terms
+            seen = tuple(x.clone() for x in here.terms.moments)  # the next replay writes others there
+            terms = dataclasses.replace(here.terms, moments=seen)
         watch(terms, share)
 
     def give_up(self) -> None:
@@ -184,7 +185,10 @@ class Graphs:
         )
         terms = model.losses(engine.hand_over(context), share)
         (terms.total(self.config) / count).backward()
-        return terms.detached()
+        # the monitors' part here, where the memory of the pass is free again, which nobody else can use later
+        terms = terms.detached()
+        seen = monitors.moments(terms.z, terms.target, terms.aligned)
+        return dataclasses.replace(terms, z=None, target=None, aligned=None, moments=seen)
 
     def _inputs(
         self, clip: ClipBatch, batch: MicroBatch, share: MicroBatch, latents: Tensor | None

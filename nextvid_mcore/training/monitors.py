@@ -50,6 +50,14 @@ class Moments:
         return self.packed[1:].chunk(2)[0].mean().item()
 
 
+def moments(z: Tensor, reference: Tensor | None = None, aligned: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Packed, of z, and of reference and of its cosine with aligned if there are these: `Collapse.NAMES`."""
+    if reference is None:
+        return (Moments.of(z).packed,)
+    cosine = F.cosine_similarity(aligned.detach().float(), reference.detach().float(), dim=-1)
+    return tuple(Moments.of(x).packed for x in (z, reference, cosine.unsqueeze(-1)))
+
+
 class Collapse:
     """Gathers one step's features micro-batch by micro-batch; `result` closes the step.
 
@@ -70,11 +78,12 @@ class Collapse:
 
         `reference` may be 1 where `aligned` is more: it is then the same for several predictions.
         """
-        self._parts["z_var"].append(Moments.of(z))
-        if self.align:
-            cosine = F.cosine_similarity(aligned.detach().float(), reference.detach().float(), dim=-1)
-            self._parts["reference_var"].append(Moments.of(reference))
-            self._parts["align_cos"].append(Moments.of(cosine.unsqueeze(-1)))
+        self.take(moments(z, reference if self.align else None, aligned))
+
+    def take(self, packed: Sequence[Tensor]) -> None:
+        """What `moments` made of them."""
+        for name, part in zip(self.names, packed, strict=True):
+            self._parts[name].append(Moments(part))
 
     def result(self, groups: Sequence[dist.ProcessGroup] = ()) -> dict[str, float]:
         """The monitors over everything added on all ranks of `groups`; empties the collection."""

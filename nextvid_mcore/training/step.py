@@ -177,7 +177,9 @@ class TrainStep:
             for name in self.losses:
                 if getattr(terms, name) is not None:
                     found[name].append(getattr(terms, name).detach().double().mean())
-            if terms.z is not None:
+            if terms.moments:
+                collapse.take(terms.moments)
+            elif terms.z is not None:
                 collapse.add(terms.z, terms.target, terms.aligned)
 
         self.optimizers.zero_grad()
