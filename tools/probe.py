@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from nextvid_mcore.config import MOVING_DIGITS, ConfigError, require  # noqa: E402
 from nextvid_mcore.data.digits_source import side_of  # noqa: E402
 from nextvid_mcore.evaluation import ranks as ranks_  # noqa: E402
-from nextvid_mcore.evaluation.datasets import build_data  # noqa: E402
+from nextvid_mcore.evaluation.datasets import build_data, lists_notes  # noqa: E402
 from nextvid_mcore.evaluation.encoders import Encoder, HubEncoder, build_encoder  # noqa: E402
 from nextvid_mcore.evaluation.presets import METHODS, PRESETS, ProbeConfig, preset  # noqa: E402
 from nextvid_mcore.evaluation.run import RESULTS, Job, run  # noqa: E402
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         here = ranks_.start(args.device)
         train, val = build_data(config, args.train, args.val, here.device, encoder.per_frame)
         if here.first:
-            for note in [*notes, *sizes_note(config, len(train), len(val))]:
+            for note in [*notes, *lists_notes(train, val), *sizes_note(config, len(train), len(val))]:
                 print(note, flush=True)
         job = Job(
             out=args.out,
@@ -190,9 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             stop_after=args.stop_after,
             progress=not args.no_progress,
         )
+        before = (args.out / RESULTS).exists()
         results = run(config, encoder, train, val, job, here)
         if here.first and results is not None:
-            print("\n".join([*describe(results), f"wrote {args.out / RESULTS}"]))
+            last = f"{'was finished before:' if before else 'wrote'} {args.out / RESULTS}"
+            print("\n".join([*describe(results), last]))
         elif here.first:
             print(f"stopped before the end; the same command goes on from {args.out}")
         return 0 if results is not None else 3

@@ -97,7 +97,8 @@ class Source:
                     yield Entry(os.path.join(folder, name), kind, numbers.get(top, -1))
 
     def _read(self) -> Iterator[Entry]:
-        with open(self.path, encoding="utf-8", errors="surrogateescape") as lines:
+        # -sig: editors of tables put a mark before the first line, which is no part of a path
+        with open(self.path, encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue

@@ -159,7 +159,8 @@ class ListData(Dataset):
         self.label = np.array([entry.label for entry in entries], dtype=np.int64)
         top = int(self.label.max())
         count = classes or config.classes or top + 1
-        require(top < count, f"{path}: label {top}, but there are {count} classes (0 to {count - 1})")
+        low = "; labels count from 0, and none is 0 here" if self.label.min() > 0 else ""
+        require(top < count, f"{path}: label {top}, but there are {count} classes (0 to {count - 1}){low}")
         self.path, self.config = str(path), config
         self.paths = np.array([entry.path for entry in entries])
         self.still = np.array([entry.kind == "image" for entry in entries])
@@ -176,6 +177,13 @@ class ListData(Dataset):
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def notes(self) -> list[str]:
+        """What of the list is worth a word."""
+        out, again = [], len(self) - len(set(self.paths.tolist()))
+        if again:
+            out.append(f"{self.path}: {again} of {len(self)} lines name a file once more; each counts")
+        return out
 
     def __getitem__(self, request: Request) -> ProbeBatch:
         copy, indices = request
@@ -285,4 +293,25 @@ def build_data(
         f"{len(shared)} of {len(second)} items of {second.path} are training items too, e.g. {shared[:1]}; "
         "give a held-out list",
     )
+    require(
+        len(np.unique(first.label)) > 1,
+        f"all items of {first.path} have label {first.label[0]}: there is nothing to tell apart",
+    )
     return first, second
+
+
+def lists_notes(train: ProbeData, val: ProbeData) -> list[str]:
+    """What is odd about the lists."""
+    if not (isinstance(train, ListData) and isinstance(val, ListData)):
+        return []
+    notes = [*train.notes(), *val.notes()]
+    there, asked = np.unique(train.label), np.unique(val.label)
+    if there[0] == 1 and there[-1] == len(there):
+        notes.append(f"training labels are 1 to {there[-1]}: class 0 is there, empty (labels count from 0)")
+    if len(strange := np.setdiff1d(asked, there)):
+        wrong = int(np.isin(val.label, strange).sum())
+        notes.append(
+            f"{wrong} validation items have labels that no training item has, e.g. {strange[0]}: they can't "
+            "be guessed right"
+        )
+    return notes

@@ -2,7 +2,8 @@
 
 The tokens of a video's segments, and of several encoder layers, stand in one row (Table 10). A store's name
 is a digest of what its numbers depend on: encoder, data, reading, layers, type. It is a flat file,
-memory-mapped, that several processes fill together; one that was stopped goes on where it was.
+memory-mapped, that several processes fill together; one that was stopped goes on where it was. It knows
+files by their paths: what couldn't be read is tried again, a file that was replaced is not noticed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from nextvid_mcore.config import ConfigError, require
 from nextvid_mcore.data.guard import BadFileLog
 from nextvid_mcore.data.loader import iterate
-from nextvid_mcore.evaluation.datasets import ProbeBatch, ProbeData, Request
+from nextvid_mcore.evaluation.datasets import VIEWS, ProbeBatch, ProbeData, Request
 from nextvid_mcore.evaluation.encoders import Encoder, identity
 from nextvid_mcore.evaluation.presets import ProbeConfig
 from nextvid_mcore.evaluation.ranks import Ranks
@@ -117,12 +118,13 @@ class Store:
         encoder_id: str | None = None,
     ) -> None:
         self.extractor, self.copy, self.indices = extractor, copy, np.array(indices, dtype=np.int64)
-        self.chunk = 64
         self.shape = (len(indices), *extractor.shape(copy))
         self.wide = extractor.dtype == torch.float32
         config = extractor.data.config
+        clips = config.segments * (config.views if copy == VIEWS else 1)
+        self.chunk = max(1, 64 // clips)  # items that are read, encoded and marked as done together
         facts = {
-            "version": 1,
+            "version": 2,
             "encoder": encoder_id or identity(extractor.encoder),
             "data": extractor.data.identity,
             "reading": _reading(config, copy),
@@ -175,7 +177,8 @@ class Store:
             maps = self._maps()
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.folder} is damaged ({error}); delete it and start again") from None
-        todo = np.flatnonzero(maps["done"] == 0).tolist()
+        bad = np.flatnonzero(maps["good"] == 0) // self.chunk  # such files may be repaired by now
+        todo = np.unique(np.concatenate([np.flatnonzero(maps["done"] == 0), bad])).tolist()
         ranks.barrier()  # nobody marks anything before everybody has looked
         parts = chunks(self.indices.tolist(), self.chunk)
         mine = ranks.share(todo)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,13 @@ from nextvid_mcore import __version__
 from nextvid_mcore.config import ConfigError, require
 from nextvid_mcore.data.guard import DataError
 from nextvid_mcore.evaluation import knn, sweep
-from nextvid_mcore.evaluation.datasets import MAX_BAD, PLAIN, ProbeData
+from nextvid_mcore.evaluation.datasets import MAX_BAD, PLAIN, VIEWS, ProbeData
 from nextvid_mcore.evaluation.encoders import Encoder, identity, spread_layers
 from nextvid_mcore.evaluation.features import Copies, Extractor, Source, Store, chunks
 from nextvid_mcore.evaluation.presets import ProbeConfig
 from nextvid_mcore.evaluation.ranks import Ranks
 from nextvid_mcore.evaluation.results import score, writable_folder, write_json
+from nextvid_mcore.evaluation.stopping import Stop, Stopped
 
 RESULTS, STATE = "results.json", "state.pt"
 
@@ -95,7 +95,27 @@ def settings_of(
 def run(
     config: ProbeConfig, encoder: Encoder, train: ProbeData, val: ProbeData, job: Job, ranks: Ranks
 ) -> dict[str, Any] | None:
-    """The results, also written to OUT/results.json. None: stopped before the end, state saved."""
+    """The results, also written to OUT/results.json. None: stopped before the end; what was done is kept."""
+    with Stop(says=ranks.first) as stop:
+        try:
+            return _run(config, encoder, train, val, job, ranks, stop)
+        except Stopped:
+            return None
+        except (RuntimeError, DataError):  # loader workers and other ranks were told as well and are gone
+            if stop.asked:
+                return None
+            raise
+
+
+def _run(
+    config: ProbeConfig,
+    encoder: Encoder,
+    train: ProbeData,
+    val: ProbeData,
+    job: Job,
+    ranks: Ranks,
+    stop: Stop,
+) -> dict[str, Any] | None:
     began = time.monotonic()
     check_frames(encoder, config)
     encoder_id = identity(encoder)
@@ -126,7 +146,7 @@ def run(
     if config.method == "knn":
         outcome = _knn(config, extractors, job, encoder_id, progress)
     else:
-        outcome = _trained(config, extractors, job, encoder_id, settings, progress)
+        outcome = _trained(config, extractors, job, encoder_id, settings, progress, stop)
     if outcome is None:
         return None
     items = {"train": len(train), "val": len(val)}
@@ -201,32 +221,6 @@ def _knn(
 # Attentive and linear ----------------------------------------------------------------------------
 
 
-class Stop:
-    """Set by SIGTERM, SIGINT or SIGUSR1: the step ends, the state is saved."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            try:
-                self.before[number] = signal.signal(number, self._ask)
-            except ValueError:  # not in the main thread
-                break
-        return self
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-
-    def __call__(self) -> bool:
-        return self.asked
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 def _trained(
     config: ProbeConfig,
     extractors: list[Extractor],
@@ -234,10 +228,11 @@ def _trained(
     encoder_id: str,
     settings: dict[str, Any],
     progress: Progress,
+    stop: Stop,
 ) -> dict[str, Any] | None:
     first, second = extractors
     ranks, tasks = first.ranks, first.data.tasks
-    kept, held = sweep.split(len(first.data), config)
+    kept, held = sweep.split(len(first.data), config, getattr(first.data, "paths", None))
     judged_as = sweep.reading(config)
     train_copies = list(range(config.copies)) if config.augmented else [PLAIN]
     require(
@@ -260,14 +255,19 @@ def _trained(
             bar.set_postfix(loss=f"{min(finite):.3f}" if finite else "nan", refresh=False)
         bar.update(0)
 
-    with Stop() as stop:
+    with stop.gently():
         done = sweep.train(
             trained, source, plan, job.out / STATE, settings, job.save_every, job.stop_after, stop, report
         )
     bar.close()
     if not done:
         return None
-    judged = sweep.judge(trained.members, source, held, judged_as, job.chunk, ranks)
+    chunk = max(1, job.chunk // (config.views if judged_as == VIEWS else 1))
+
+    def bar(**options: Any):  # noqa: ANN202
+        return progress.bar(desc="judge", leave=False, **options)
+
+    judged = sweep.judge(trained.members, source, held, judged_as, chunk, ranks, bar)
     check_readable(judged[0].unreadable, len(held), "held-out training")
     outcome: dict[str, Any] = {"tasks": {}, "sweep": {}}
     chosen = []
@@ -291,7 +291,7 @@ def _trained(
         ]
     val_source = _source(second, job, [judged_as], encoder_id, progress)
     members = [trained.members[i] for i in chosen]
-    final = sweep.judge(members, val_source, range(len(second.data)), judged_as, job.chunk, ranks)
+    final = sweep.judge(members, val_source, range(len(second.data)), judged_as, chunk, ranks, bar)
     for (task, classes), member, result, i in zip(tasks.items(), members, final, chosen, strict=True):
         outcome["tasks"][task] = score(result.correct, result.items, result.unreadable, classes) | {
             "lr": member.lr,

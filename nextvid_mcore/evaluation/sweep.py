@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import nn
 from nextvid_mcore.config import ConfigError, require
 from nextvid_mcore.evaluation import probe
 from nextvid_mcore.evaluation.datasets import PLAIN, VIEWS, Request
-from nextvid_mcore.evaluation.features import Source, chunks
+from nextvid_mcore.evaluation.features import Rows, Source, chunks
 from nextvid_mcore.evaluation.presets import ProbeConfig
 from nextvid_mcore.evaluation.ranks import Ranks
 from nextvid_mcore.rng import numpy_rng, torch_generator
@@ -55,12 +55,19 @@ class Judged:
         return 100 * self.correct / max(1, self.items)
 
 
-def split(items: int, config: ProbeConfig) -> tuple[list[int], list[int]]:
-    """(items to train on, items to judge the sweep on), both rising; a function of the seed."""
+def split(items: int, config: ProbeConfig, paths: np.ndarray | None = None) -> tuple[list[int], list[int]]:
+    """(items to train on, items to judge the sweep on), both rising; a function of the seed.
+
+    paths: the items' files. One that is listed several times is on one side with all its lines.
+    """
     held = max(1, round(items * config.holdout))
     require(items > held, f"{items} training items are too few to hold {held} of them out")
     order = numpy_rng(config.seed, "probe", 0).permutation(items)
-    return sorted(order[held:].tolist()), sorted(order[:held].tolist())
+    kept, judged = np.sort(order[held:]), np.sort(order[:held])
+    if paths is not None and (both := np.isin(paths[kept], paths[judged])).any():
+        kept, judged = kept[~both], np.sort(np.concatenate([judged, kept[both]]))
+        require(len(kept) > 0, "the training list names one file again and again; give others")
+    return kept.tolist(), judged.tolist()
 
 
 def reading(config: ProbeConfig) -> int:
@@ -270,15 +277,21 @@ def check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
 
 @torch.no_grad()
 def judge(
-    members: Sequence[Member], source: Source, items: Sequence[int], copy: int, chunk: int, ranks: Ranks
+    members: Sequence[Member],
+    source: Source,
+    items: Sequence[int],
+    copy: int,
+    chunk: int,
+    ranks: Ranks,
+    bar: Callable[..., Iterable[Rows]] = lambda iterable, **_: iterable,
 ) -> list[Judged]:
-    """Every member's accuracy on `items`; probabilities are averaged over views."""
+    """Every member's accuracy on `items`; probabilities are averaged over views. bar: tqdm's form."""
     device = ranks.device
     double = torch.float64 if device.type != "mps" else torch.float32
     counts = torch.zeros(len(members), 2, dtype=double, device=device)  # correct, loss
     read = torch.zeros(1, dtype=double, device=device)
     requests = [Request(copy, part) for part in chunks(ranks.share(list(items)), chunk)]
-    for rows in source.stream(requests):
+    for rows in bar(iterable=source.stream(requests), total=len(requests)):
         if not bool(rows.good.any()):
             continue
         features = rows.features[rows.good]

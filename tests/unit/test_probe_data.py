@@ -15,6 +15,7 @@ from nextvid_mcore.evaluation.datasets import (
     ListData,
     Request,
     build_data,
+    lists_notes,
     segment_indices,
     view_crops,
 )
@@ -186,3 +187,27 @@ def test_bad_lists(tmp_path: Path) -> None:
             ListData(listed, SMALL, classes=2)
     with pytest.raises(ConfigError, match="there is no"):
         ListData(tmp_path / "none.csv", SMALL)
+    listed.write_bytes(b'\xef\xbb\xbfa.png 1\r\n\r\n"a.png" 0\r\n')  # as a table's editor writes it
+    assert [Path(path).name for path in ListData(listed, SMALL).paths] == ["a.png", "a.png"]
+    listed.write_text("a.png 1\na.png 2\n")
+    with pytest.raises(ConfigError, match="label 2, but .* labels count from 0, and none is 0 here"):
+        ListData(listed, SMALL, classes=2)
+
+
+def test_what_is_odd_about_lists_is_said(tmp_path: Path) -> None:
+    for i in range(8):
+        media.image(tmp_path / f"{i}.png")
+    for name, rows in (("train", "1122"), ("val", "1333")):
+        first = 0 if name == "train" else 4
+        lines = [f"{first + i}.png {label}\n" for i, label in enumerate(rows)]
+        (tmp_path / f"{name}.csv").write_text("".join([*lines, lines[0]]))
+    config = replace(SMALL, classes=4)
+    train, val = build_data(config, str(tmp_path / "train.csv"), str(tmp_path / "val.csv"), "cpu")
+    notes = lists_notes(train, val)
+    assert any("train.csv: 1 of 5 lines name a file once more" in note for note in notes)
+    assert any("val.csv: 1 of 5 lines name a file once more" in note for note in notes)
+    assert any("3 validation items have labels that no training item has, e.g. 3" in note for note in notes)
+    assert any("training labels are 1 to 2: class 0 is there, empty" in note for note in notes)
+    (tmp_path / "one.csv").write_text("0.png 1\n1.png 1\n")
+    with pytest.raises(ConfigError, match="one.csv have label 1: there is nothing to tell apart"):
+        build_data(config, str(tmp_path / "one.csv"), str(tmp_path / "val.csv"), "cpu")
