@@ -19,8 +19,6 @@ from collections.abc import Callable
 
 import common  # noqa: F401  (puts the clone on the path)
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,7 +40,7 @@ class Case:
         self.n, self.t = model.tokens_per_frame, model.token_frames(frames)
         self.heads, self.d, self.s = model.encoder.heads, model.encoder.head_width, self.t * self.n
         generator = torch.Generator(device).manual_seed(0)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.half  # which Triton interprets
+        dtype = torch.bfloat16
         shape = (self.s, rows * self.heads, 3, self.d)
         packed = torch.randn(*shape, device=device, dtype=dtype, generator=generator)
         self.qkv: Heads = packed.unbind(2)
@@ -67,9 +65,6 @@ def flex(case: Case) -> Callable[[], Tensor]:
     return lambda: kernels.flex(q, k, v, case.pattern).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-# ---------------------------------------------------------------- cuDNN's python frontend
-
-
 @functools.cache
 def handle() -> object:
     import cudnn
@@ -90,7 +85,7 @@ def cudnn_graph(case: Case, ragged: bool, by_clip: bool = False) -> Callable[[],
     heads = q.shape[1] // rows
     out = torch.empty(s, q.shape[1], d, device=device, dtype=q.dtype)
     lengths_q, lengths_k = torch.full_like(case.lengths, n).repeat(rows), case.lengths.repeat(rows)
-    half = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}[q.dtype]
+    half = cudnn.data_type.BFLOAT16
     graph = cudnn.pygraph(
         io_data_type=half,
         intermediate_data_type=cudnn.data_type.FLOAT,
@@ -150,12 +145,6 @@ def cudnn_graph(case: Case, ragged: bool, by_clip: bool = False) -> Callable[[],
     graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
     graph.check_support()
     graph.build_plans()
-    try:
-        print(
-            f"  plans: {[graph.get_plan_name_at_index(i) for i in range(graph.get_execution_plan_count())]}"
-        )
-    except Exception as problem:
-        print(f"  plans not named: {problem}")
     workspace = torch.empty(max(graph.get_workspace_size(), 1), device=device, dtype=torch.uint8)
     pointers = {node: x.data_ptr() for node, x in feeds.items()}
 
@@ -168,9 +157,6 @@ def cudnn_graph(case: Case, ragged: bool, by_clip: bool = False) -> Callable[[],
     return call
 
 
-# ---------------------------------------------------------------- FlashAttention 2 in torch
-
-
 def flash(case: Case) -> Callable[[], Tensor]:
     q, k, v = case.qkv
     starts_q = torch.arange(case.t + 1, device=q.device, dtype=torch.int32) * case.n
@@ -180,10 +166,7 @@ def flash(case: Case) -> Callable[[], Tensor]:
     )[0]
 
 
-# ---------------------------------------------------------------- Transformer Engine
-
-
-def te(case: Case, by_clip: bool, with_copies: bool = True) -> Callable[[], Tensor]:
+def te(case: Case, by_clip: bool) -> Callable[[], Tensor]:
     """cuDNN by Transformer Engine: contiguous copies (of each clip, or of all clips' heads)."""
     from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_fwd
 
@@ -203,8 +186,6 @@ def te(case: Case, by_clip: bool, with_copies: bool = True) -> Callable[[], Tens
             for x in case.qkv
         ]
 
-    made = copies()
-
     def call() -> Tensor:
         out = fused_attn_fwd(
             False,
@@ -212,7 +193,7 @@ def te(case: Case, by_clip: bool, with_copies: bool = True) -> Callable[[], Tens
             case.s,
             starts_q,
             lengths,
-            *(copies() if with_copies else made),
+            *copies(),
             torch.bfloat16,
             FusedAttnBackend["F16_arbitrary_seqlen"],
             cu_seqlens_q_padded=starts_q,
@@ -224,9 +205,6 @@ def te(case: Case, by_clip: bool, with_copies: bool = True) -> Callable[[], Tens
         return out.view(rows, case.s, heads, case.d).transpose(0, 1).flatten(1, 2)
 
     return call
-
-
-# ---------------------------------------------------------------- one call a frame
 
 
 def a_frame(case: Case) -> Callable[[], Tensor]:
@@ -241,95 +219,21 @@ def a_frame(case: Case) -> Callable[[], Tensor]:
     return call
 
 
-# ---------------------------------------------------------------- Triton
-
-
-@triton.jit
-def _prefix(
-    q, k, v, out, scale, tiles, q_token, q_head, o_token, o_head,
-    FRAME: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0) // tiles
-    tile = tiles - 1 - tl.program_id(0) % tiles  # the longest first
-    start = tile * BM
-    stop = (start // FRAME + 1) * FRAME
-    c = tl.arange(0, D)
-    rows = (start + tl.arange(0, BM)).to(tl.int64)
-    keys = tl.arange(0, BN).to(tl.int64)
-    if TMA:
-        queries = q.load([start, head, 0]).reshape([BM, D])
-    else:
-        queries = tl.load(q + head.to(tl.int64) * q_head + rows[:, None] * q_token + c[None, :])
-    at = head.to(tl.int64) * q_head + keys[:, None] * q_token + c[None, :]
-    top = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    found = tl.zeros([BM, D], tl.float32)
-    for first in range(0, stop, BN):
-        if TMA:
-            key = k.load([first, head, 0]).reshape([BN, D])
-        else:
-            key = tl.load(k + at + tl.cast(first, tl.int64) * q_token)
-        scores = tl.dot(queries, key.T)
-        higher = tl.maximum(top, tl.max(scores, 1) * scale)
-        p = tl.exp2(scores * scale - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, 1)
-        found = found * shrink[:, None]
-        if TMA:
-            value = v.load([first, head, 0]).reshape([BN, D])
-        else:
-            value = tl.load(v + at + tl.cast(first, tl.int64) * q_token)
-        found = tl.dot(p.to(value.dtype), value, found)
-        top = higher
-    found = found / total[:, None]
-    tl.store(
-        out + head.to(tl.int64) * o_head + rows[:, None] * o_token + c[None, :],
-        found.to(out.dtype.element_ty),
-    )
-
-
-def triton_prefix(case: Case, bm: int, bn: int, warps: int, stages: int, tma: bool) -> Callable[[], Tensor]:
-    q, k, v = case.qkv
-    tiles = case.s // bm
-
-    def call() -> Tensor:
-        out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-        inputs = (q, k, v)
-        if tma:
-            from triton.tools.tensor_descriptor import TensorDescriptor
-
-            sizes = (bm, bn, bn)
-            inputs = [
-                TensorDescriptor(x, list(x.shape), list(x.stride()), [size, 1, case.d])
-                for x, size in zip(inputs, sizes, strict=True)
-            ]
-        _prefix[(tiles * q.shape[1],)](
-            *inputs, out, math.log2(math.e) / math.sqrt(case.d), tiles,
-            q.stride(0), q.stride(1), out.stride(0), out.stride(1),
-            FRAME=case.n, D=case.d, BM=bm, BN=bn, TMA=tma, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        return out
-
-    return call
+def prefix(case: Case) -> Callable[[], Tensor]:
+    q, k, v = (case.rowed(x) for x in case.qkv)
+    return lambda: kernels.prefix(q, k, v, case.pattern).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 KERNELS: dict[str, Callable[[Case], Callable[[], Tensor]]] = {
-    "cudnn strides": functools.partial(cudnn_graph, ragged=False),
-    "triton 128 64 4 3 tma": functools.partial(triton_prefix, bm=128, bn=64, warps=4, stages=3, tma=True),
+    "prefix": prefix,
     "flex": flex,
-    "triton 128 128 8 2 tma": functools.partial(triton_prefix, bm=128, bn=128, warps=8, stages=2, tma=True),
-    "triton 128 64 8 3 tma": functools.partial(triton_prefix, bm=128, bn=64, warps=8, stages=3, tma=True),
-    "triton 64 128 4 3 tma": functools.partial(triton_prefix, bm=64, bn=128, warps=4, stages=3, tma=True),
-    "triton 128 64 4 3": functools.partial(triton_prefix, bm=128, bn=64, warps=4, stages=3, tma=False),
-    "triton 128 128 8 3": functools.partial(triton_prefix, bm=128, bn=128, warps=8, stages=3, tma=False),
-    "flash 2": flash,
-    "cudnn a frame": a_frame,
+    "cudnn strides": functools.partial(cudnn_graph, ragged=False),
     "cudnn ragged": functools.partial(cudnn_graph, ragged=True),
     "cudnn ragged clips": functools.partial(cudnn_graph, ragged=True, by_clip=True),
+    "cudnn a frame": a_frame,
+    "flash 2": flash,
     "te": functools.partial(te, by_clip=False),
-    "te no copies": functools.partial(te, by_clip=False, with_copies=False),
     "te clips": functools.partial(te, by_clip=True),
-    "te clips no copies": functools.partial(te, by_clip=True, with_copies=False),
 }
 
 

@@ -61,11 +61,14 @@ class AttentionPattern:
 
     blocks: the same for FlexAttention (`flex_blocks`), on CUDA, where one pattern holds for every row.
     padded: the same for one call, where a row holds many stretches of different lengths.
+    prefix: tokens of a frame where queries and keys are the same frames, each of which sees itself and all
+        before: a prefix of the keys.
     """
 
     stretches: tuple[Stretch, ...]
     blocks: BlockMask | None = None
     padded: Padded | None = None
+    prefix: int | None = None
 
 
 def allowed_pairs(query_frames: Tensor, key_frames: Tensor, rule: Rule) -> Tensor:
@@ -139,6 +142,8 @@ def regular_pattern(
     """
     starts = list(itertools.accumulate((x.number * x.tokens for x in keys), initial=0))[:-1]
     pattern = make_pattern(*([x.numbers(device) for x in part] for part in (queries, keys)), starts, rule)
+    if tuple(queries) == tuple(keys) and len(keys) == 1 and rule == "causal":
+        pattern = dataclasses.replace(pattern, prefix=keys[0].tokens)
     if device.type != "cuda":
         return pattern
     return dataclasses.replace(pattern, blocks=kernels.flex_blocks(pattern.stretches))

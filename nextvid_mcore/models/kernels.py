@@ -2,13 +2,15 @@
 
     masked  torch's scaled_dot_product_attention, stretch by stretch with a boolean mask: the reference, for
             any pattern, anywhere.
+    prefix  the same where whole frames see themselves and all before and no gradient is wanted, as in the
+            reference's passes: a kernel of ours (models/triton_prefix.py). Hopper, half precision.
     flex    FlexAttention, all stretches in one call: no mask in memory, blocks that nobody sees are not
             computed. CUDA, half precision, patterns that hold for every row.
     padded  the stretches of packed masks in one call, padded to the longest (models/padded.py).
     plain   scaled_dot_product_attention without a mask, where every query sees every key.
     cudnn   the same by cuDNN: on Hopper, for rows of whole tiles.
 
-benchmarks/attention.py compares them; benchmarks/RESULTS.md says what else was tried.
+benchmarks/attention.py and prefix.py compare them; benchmarks/RESULTS.md says what else was tried.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ HOPPER, HOPPER_TILES = (
         "num_stages": 3,
     },
 )
+PREFIX_TOKENS, PREFIX_HEADS = 64, (32, 64)  # tokens of a frame: a multiple; the widths that were tried
 SPAN = 1 << 16  # frame numbers lie below it
 # cuDNN computes tiles of 64 tokens, heads of 32 at least. Rows that are no whole tiles (16 tokens, heads of
 # 8) are the suspect of an illegal access in a recorded pass on two H200, and gain nothing from it.
@@ -108,6 +111,13 @@ def flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     return _compiled_flex()(q, k, v, block_mask=pattern.blocks, kernel_options=tiles(q.device))
 
 
+def prefix(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+    """The same by Triton, for patterns that have a `prefix`; no gradient goes through it."""
+    from nextvid_mcore.models import triton_prefix  # Triton is not there without a GPU
+
+    return triton_prefix.attend(q, k, v, pattern.prefix)
+
+
 def flex_blocks(stretches: Sequence[Stretch], block: int | None = None) -> BlockMask:
     """FlexAttention's form of stretches that have a rule and the same frames in every row.
 
@@ -131,6 +141,13 @@ def flex_blocks(stretches: Sequence[Stretch], block: int | None = None) -> Block
     return create_block_mask(visible, None, None, len(low), len(keys), device=keys.device, BLOCK_SIZE=block)
 
 
+def _prefix_fits(q: Tensor, pattern: AttentionPattern) -> bool:
+    frame = pattern.prefix
+    if frame is None or torch.is_grad_enabled() or not _hopper(q.device):
+        return False
+    return frame % PREFIX_TOKENS == 0 and q.shape[-1] in PREFIX_HEADS
+
+
 def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]:
     """The kernel for queries [rows, A, s, d]."""
     half = q.dtype in (torch.bfloat16, torch.float16)
@@ -139,6 +156,8 @@ def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]
         return cudnn if half and whole and fused.compiles(q) and _hopper(q.device) else plain
     if pattern.padded is not None:
         return padded.attend
+    if half and fused.compiles(q) and _prefix_fits(q, pattern):
+        return prefix
     fits = q.shape[-1] >= MIN_HEAD and q.shape[2] >= SHORTEST
     if pattern.blocks is not None and half and fits and fused.compiles(q):
         return flex

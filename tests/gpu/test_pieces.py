@@ -109,6 +109,37 @@ def test_heads_of_any_width_turn() -> None:
         assert all(x[..., kept:].signbit().all() for x in found[:3])
 
 
+@pytest.mark.parametrize(("heads", "d", "frames", "n"), [(22, 64, 8, 256), (4, 64, 32, 256), (8, 32, 8, 64)])
+def test_reference_attention_over_prefixes(heads: int, d: int, frames: int, n: int) -> None:
+    """The kernel that whole clips get without a gradient, called and recorded, against fp32 with a mask."""
+    if torch.cuda.get_device_capability() != kernels.HOPPER:
+        pytest.skip("other GPUs keep FlexAttention")
+    rows, whole = 3, (Frames(0, frames, n),)
+    pattern = regular_pattern(whole, whole, "causal", torch.device("cuda"))
+
+    def parts(packed: Tensor) -> list[Tensor]:
+        return [x.permute(1, 2, 0, 3) for x in packed.unflatten(2, (heads, 3, d)).unbind(3)]
+
+    def far_from_fp32(out: Tensor) -> float:
+        return far([out], [kernels.masked(*(x.float() for x in parts(packed)), pattern)])[0]
+
+    torch.manual_seed(0)
+    packed = draw(frames * n, rows, heads * 3 * d)
+    assert kernels.choose(parts(packed)[0], pattern) is kernels.flex
+    with torch.no_grad():
+        kernel = kernels.choose(parts(packed)[0], pattern)
+        assert kernel is kernels.prefix
+        errors = [far_from_fp32(kernel(*parts(packed), pattern))]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = kernel(*parts(packed), pattern)
+        packed.copy_(draw(*packed.shape))
+        graph.replay()
+        errors.append(far_from_fp32(out))
+    print(f"{frames} x {n} tokens, {heads} heads of {d}: {errors}")
+    assert max(errors) < 1e-2
+
+
 @pytest.mark.parametrize("kind", ["student", "predictor", "decoder"])
 def test_attention_of_turned_heads(kind: str) -> None:
     """From a linear's output to attention's, by the kernels that a network gets, against fp32."""

@@ -1,7 +1,8 @@
-"""Attention patterns for FlexAttention, and which kernel a pattern gets."""
+"""Attention patterns for FlexAttention, which kernel a pattern gets, and prefix's in Triton's interpreter."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
@@ -100,3 +101,56 @@ def test_hopper_has_its_own_choices(monkeypatch) -> None:
     (tile,) = inductor.Choices().get_flex_attention_bwd_configs(64, torch.bfloat16)
     assert (tile.block_m1, tile.block_n1, tile.block_m2, tile.block_n2) == (32, 64, 64, 32)
     kernels.tiles.cache_clear()
+
+
+def test_whole_frames_without_a_gradient_see_prefixes(monkeypatch) -> None:
+    whole, other = (Frames(0, 3, 64),), (Frames(0, 3, 96),)
+    pattern = regular_pattern(whole, whole, "causal", CPU)
+    assert pattern.prefix == 64
+    assert regular_pattern(VISIBLE, VISIBLE, "causal", CPU).prefix is None  # two stretches
+    assert regular_pattern((Frames(1, 2, 64),), whole, "autoregressive", CPU).prefix is None
+    half = torch.zeros(1, 2, 192, 32, dtype=torch.bfloat16)
+    monkeypatch.setattr(kernels, "_hopper", lambda device: True)
+    with torch.no_grad():
+        assert kernels.choose(half, pattern) is kernels.masked  # on a CPU
+    monkeypatch.setattr(fused, "compiles", lambda x: True)
+    assert kernels.choose(half, pattern) is kernels.masked  # a gradient may be wanted
+    with torch.no_grad():
+        assert kernels.choose(half, pattern) is kernels.prefix
+        assert kernels.choose(half.float(), pattern) is kernels.masked
+        assert kernels.choose(half[..., :24], pattern) is kernels.masked
+        assert (
+            kernels.choose(half, regular_pattern(other, other, "causal", CPU)) is kernels.masked
+        )  # 96 tokens
+        monkeypatch.setattr(kernels, "_hopper", lambda device: False)
+        assert kernels.choose(half, pattern) is kernels.masked
+
+
+@pytest.fixture
+def scalars(monkeypatch) -> None:
+    """Triton 3.6's interpreter takes arrays of one number for indices, which numpy 2.5 does no more."""
+    from triton.runtime import interpreter
+
+    before = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope) -> None:
+        before(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has it compiled")
+@pytest.mark.parametrize(("frame", "width"), [(64, 32), (128, 64)])
+def test_prefix_attention_is_the_masked_one(scalars: None, frame: int, width: int) -> None:
+    rows, heads, frames = 2, 3, 3
+    whole = (Frames(0, frames, frame),)
+    pattern = regular_pattern(whole, whole, "causal", CPU)
+    packed = torch.randn(frames * frame, rows, heads, 3, width, dtype=torch.half)
+    views = [x.permute(1, 2, 0, 3) for x in packed.unbind(3)]
+    wanted = kernels.masked(*(x.float() for x in views), pattern)
+    own = [x.contiguous() for x in views[:2]]  # of other strides than the values
+    for q, k, v in (views, (*own, views[2])):
+        found = kernels.prefix(q, k, v, pattern)
+        assert found.permute(2, 0, 1, 3).is_contiguous()
+        assert (found - wanted).norm() < 1e-3 * wanted.norm()

@@ -1,0 +1,68 @@
+"""Frame-causal attention over whole frames, forward only: no mask, only a length.
+
+Queries of frame f see the keys of frames 0 to f, all of them: a prefix of the clip's keys, which ends where a
+block of keys does. A program's queries lie in one frame, so no pair is asked whether it is visible. The
+softmax's maximum and sum are kept as FlashAttention does (Dao et al. 2022). benchmarks/prefix.py compares the
+kernel with FlexAttention, cuDNN and others.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+KEYS = 64  # of a block: frames are whole numbers of them
+
+
+@triton.jit
+def _prefix(
+    q, k, v, out, scale, heads, tiles, i_row, i_head, i_token, o_row, o_head, o_token,
+    FRAME: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) // tiles
+    row = (head // heads).to(tl.int64)
+    head = head % heads
+    start = (tiles - 1 - tl.program_id(0) % tiles) * BM  # the longest first
+    stop = (start // FRAME + 1) * FRAME
+    c = tl.arange(0, D)[None, :]
+    queries = (start + tl.arange(0, BM)).to(tl.int64)[:, None]
+    of = row * i_row + head * i_head
+    at = of + tl.arange(0, BN).to(tl.int64)[:, None] * i_token + c
+    query = tl.load(q + of + queries * i_token + c)
+    top = tl.full([BM], float("-inf"), tl.float32)  # of the scores so far, as exponents of 2
+    total = tl.zeros([BM], tl.float32)
+    found = tl.zeros([BM, D], tl.float32)
+    for first in range(0, stop, BN):
+        past = tl.cast(first, tl.int64) * i_token
+        scores = tl.dot(query, tl.load(k + past + at).T)
+        higher = tl.maximum(top, tl.max(scores, 1) * scale)
+        p = tl.exp2(scores * scale - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(p, 1)
+        value = tl.load(v + past + at)
+        found = tl.dot(p.to(value.dtype), value, found * shrink[:, None])
+        top = higher
+    to = row * o_row + head * o_head + queries * o_token + c
+    tl.store(out + to, (found / total[:, None]).to(out.dtype.element_ty))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, frame: int) -> Tensor:
+    """[rows, A, s, d] from q, k, v of that shape, in whose memory `s` comes first: [s, rows, A, d].
+
+    frame: tokens of one, a multiple of KEYS; d is a power of two from 16 on.
+    """
+    if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    rows, heads, s, d = q.shape
+    out = torch.empty(s, rows, heads, d, dtype=q.dtype, device=q.device).permute(1, 2, 0, 3)
+    queries = 128 if frame % 128 == 0 else 64
+    tiles = s // queries
+    _prefix[(rows * heads * tiles,)](
+        q, k, v, out, math.log2(math.e) / math.sqrt(d), heads, tiles, *q.stride()[:3], *out.stride()[:3],
+        FRAME=frame, D=d, BM=queries, BN=KEYS, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
