@@ -6,11 +6,14 @@ set -euo pipefail
 
 DATA=${DATA:-data/manifest}                       # written by tools/build_manifest.py
 VALIDATION=${VALIDATION:-data/manifest_val}
-VA_VAE=${VA_VAE:-weights/va_vae.pt}               # LightningDiT's VA-VAE, f16d32
+VA_VAE=${VA_VAE-weights/va_vae.pt}                # LightningDiT's VA-VAE, f16d32; VA_VAE= : pixels
 STATISTICS=${STATISTICS:-weights/latents_stats.pt}
 OUT=${OUT:-runs/vit_g}
 GPUS=${GPUS:-8}
 MICRO_BATCH=${MICRO_BATCH:-4}                     # clips of a GPU in one pass; lower it if memory runs out
+
+target=(--target.checkpoint "$VA_VAE" --target.statistics "$STATISTICS")
+if [ -z "$VA_VAE" ]; then target=(--target.kind pixels); fi
 
 # Layout: 22 heads and an MLP of 6144 admit --parallel.encoder.tensor 1 or 2 and no more. By default every
 # GPU holds the whole encoder and the optimizer is sharded over all of them; if memory runs out, lower
@@ -20,8 +23,7 @@ torchrun --standalone --nproc-per-node "$GPUS" \
     --out "$OUT" \
     --data.manifest "$DATA" \
     --data.eval-manifest "$VALIDATION" \
-    --target.checkpoint "$VA_VAE" \
-    --target.statistics "$STATISTICS" \
+    "${target[@]}" \
     --train.micro-batch "$MICRO_BATCH" \
     --eval.every 1000 \
     "$@"

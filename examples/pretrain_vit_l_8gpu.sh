@@ -6,19 +6,21 @@ set -euo pipefail
 
 DATA=${DATA:-data/manifest}                       # written by tools/build_manifest.py
 VALIDATION=${VALIDATION:-data/manifest_val}
-VA_VAE=${VA_VAE:-weights/va_vae.pt}               # LightningDiT's VA-VAE, f16d32
+VA_VAE=${VA_VAE-weights/va_vae.pt}                # LightningDiT's VA-VAE, f16d32; VA_VAE= : pixels
 STATISTICS=${STATISTICS:-weights/latents_stats.pt}
 OUT=${OUT:-runs/vit_l}
 GPUS=${GPUS:-8}
 MICRO_BATCH=${MICRO_BATCH:-4}                     # clips of a GPU in one pass; lower it if memory runs out
+
+target=(--target.checkpoint "$VA_VAE" --target.statistics "$STATISTICS")
+if [ -z "$VA_VAE" ]; then target=(--target.kind pixels); fi
 
 torchrun --standalone --nproc-per-node "$GPUS" \
     -m nextvid_mcore.pretrain vit_l \
     --out "$OUT" \
     --data.manifest "$DATA" \
     --data.eval-manifest "$VALIDATION" \
-    --target.checkpoint "$VA_VAE" \
-    --target.statistics "$STATISTICS" \
+    "${target[@]}" \
     --train.micro-batch "$MICRO_BATCH" \
     --eval.every 1000 \
     "$@"

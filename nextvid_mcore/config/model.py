@@ -171,3 +171,13 @@ class TargetConfig:
             self.kind == "pixels" or self.pixel_scale == 1.0,
             f"target pixel scale {self.pixel_scale} says nothing with target {self.kind}; leave it at 1",
         )
+        for name in ("checkpoint", "statistics"):
+            require(
+                self.kind != "pixels" or getattr(self, name) is None,
+                f"--target.{name} {getattr(self, name)}: target pixels reads no file; leave it out, or give "
+                "--target.kind va_vae, siglip2 or cosmos, whichever the file is of",
+            )
+        require(
+            self.kind == "va_vae" or not self.sample_posterior,
+            f"--target.sample-posterior says nothing with target {self.kind}: only va_vae's is sampled",
+        )

@@ -114,6 +114,13 @@ def test_the_variables_and_further_settings_reach_the_run(script: Path, tmp_path
     assert (config.train.micro_batch, config.train.steps) == (2, 7)
 
 
+@pytest.mark.parametrize("script", [*NODE, *SLURM], ids=lambda s: s.name)
+def test_without_va_vae_they_train_on_pixels(script: Path, tmp_path: Path) -> None:
+    started = launch(script, tmp_path, VA_VAE="")
+    config, _ = cli.parse([*started.arguments, "--dry-run", "--world-size", str(started.world_size)])
+    assert (config.target.kind, config.target.checkpoint) == ("pixels", None)
+
+
 @pytest.mark.parametrize("script", SLURM, ids=lambda s: s.name)
 def test_slurm_nodes_meet_on_the_first(script: Path, tmp_path: Path) -> None:
     flags = launch(script, tmp_path).torchrun

@@ -122,3 +122,22 @@ def test_wrong_video_is_named(video: torch.Tensor, words: str):
 def test_wrong_latents_are_named():
     with pytest.raises(ConfigError, match=r"\[B, t, 9, 384\]"):
         Pixels(model()).decode(torch.zeros(1, 2, 9, 64))
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (
+            {"kind": "pixels", "checkpoint": "vae.pt"},
+            "--target.checkpoint vae.pt: target pixels reads no file",
+        ),
+        ({"kind": "pixels", "statistics": "s.pt"}, "--target.statistics s.pt: target pixels reads no file"),
+        (
+            {"kind": "cosmos", "sample_posterior": True},
+            "--target.sample-posterior says nothing with .* cosmos",
+        ),
+    ],
+)
+def test_settings_that_a_target_would_pass_over_are_refused(target: dict, said: str):
+    with pytest.raises(ConfigError, match=said):
+        run(target=target)
