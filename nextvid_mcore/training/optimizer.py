@@ -13,11 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import clip_grads
 from torch import Tensor
 from torch.nn import Module
@@ -26,6 +22,7 @@ from nextvid_mcore.config import OptimConfig, require
 from nextvid_mcore.models import fused
 from nextvid_mcore.parallel.groups import RoleGroups
 from nextvid_mcore.training.ema import Ema
+from nextvid_mcore.training.gradients import RoleDDP
 from nextvid_mcore.training.shards import ShardedAdamW
 
 STUDENT, DECODER = "student", "decoder"
@@ -68,7 +65,7 @@ def wrap_roles(
     overlap_grad_reduce: bool = False,
     overlap_param_gather: bool = False,
     bucket_size: int | None = None,
-) -> dict[str, DistributedDataParallel]:
+) -> dict[str, RoleDDP]:
     """Wrap every role of this rank in megatron-core's DistributedDataParallel, gradients in fp32.
 
     Args:
@@ -101,7 +98,7 @@ def wrap_roles(
             check_for_nan_in_grad=False,  # a non-finite step is skipped, by everyone together
         )
         params = [p for p in module.parameters() if p.requires_grad]
-        wrapped[name] = DistributedDataParallel(
+        wrapped[name] = RoleDDP(
             module.config,
             settings,
             module,
@@ -113,7 +110,7 @@ def wrap_roles(
     return wrapped
 
 
-def finalize_grads(roles: Mapping[str, DistributedDataParallel], groups: Groups) -> None:
+def finalize_grads(roles: Mapping[str, RoleDDP], groups: Groups) -> None:
     """Reduce gradients over data ranks, and those of replicated parameters over tensor ranks under SP."""
     for name, role in roles.items():
         finalize_model_grads([role], None, pg_collection=groups_of(groups, name).collection)
@@ -131,7 +128,7 @@ class RoleOptimizers:
 
     def __init__(
         self,
-        roles: dict[str, DistributedDataParallel],
+        roles: dict[str, RoleDDP],
         config: OptimConfig,
         groups: Groups,
         reference: Module | None = None,

@@ -81,6 +81,8 @@ class ShardedAdamW(DistributedOptimizer):
         )  # fmt: skip
         self.tp_group = self.expert_tp_group = collection.tp  # who counts a replicated gradient
         self.extra: dict[str, dict[Parameter, Tensor]] = {}
+        self._masters = [self.main(p).detach() for p in self.local_parameters()]
+        self._weights = [self._weight(p) for p in self.local_parameters()]
         self._fill_state()
 
     def _fill_state(self) -> None:
@@ -116,6 +118,18 @@ class ShardedAdamW(DistributedOptimizer):
         """This rank's fp32 master shard of a model parameter, flat."""
         group, order = self.model_param_group_index_map[param]
         return self.optimizer.param_groups[group]["params"][order]
+
+    def _weight(self, param: Parameter) -> Tensor:
+        """This rank's shard of a model parameter itself, flat."""
+        place = self._get_model_param_range_map(param)["gbuf_world_in_bucket"]
+        index, _, bucket = self.model_param_gbuf_map[param]
+        return self.buffers[index].buckets[bucket].param_data.view(-1)[place.start : place.end]
+
+    @torch.no_grad()
+    def _copy_main_params_to_model_params(self) -> None:
+        """In one launch what megatron-core does one by one."""
+        if self._weights:
+            torch._foreach_copy_(self._weights, self._masters)
 
     def tensors(self, param: Parameter) -> dict[str, Tensor]:
         """Every saved tensor of this rank's shard of a model parameter, by name, flat, fp32."""
