@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import shared
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from small import RATES, assemble, build, config, drawn_step, largest_difference, snapshot, train_step
 
 from nextvid_mcore.config import ConfigError
 from nextvid_mcore.models import fused
 from nextvid_mcore.parallel.groups import Layout
 from nextvid_mcore.training.optimizer import wrap_roles
+from nextvid_mcore.training.shards import ShardedAdamW
 
 STEPS = 3
 
@@ -125,6 +127,29 @@ def test_one_step_is_adamw_with_table_8():
             torch.testing.assert_close(average, optim.ema * before + (1 - optim.ema) * end[key, layer])
         else:
             assert (f"optimizer.state.ema.{key}", layer) not in end
+
+
+def masters_copied(layout: Layout) -> list[list[torch.Tensor]]:
+    """The weights before, after our copy of drawn bf16 masters, and after megatron-core's."""
+    _, optimizers = build(layout, None, torch.bfloat16, overlap_grad_reduce=True, bucket_size=500)
+    found = []
+    for copy in (None, ShardedAdamW, DistributedOptimizer):
+        for optimizer in optimizers.optimizers.values():
+            if copy is not None:
+                for i, param in enumerate(optimizer.local_parameters()):
+                    generator = torch.Generator().manual_seed(i)
+                    optimizer.main(param).data.normal_(generator=generator)
+                    param.data.zero_()
+                copy._copy_main_params_to_model_params(optimizer)
+        found.append([p.clone() for m in optimizers.modules.values() for p in m.parameters()])
+    return found
+
+
+def test_master_weights_are_copied_as_megatron_core_does() -> None:
+    for before, mine, wanted in shared(2).run(masters_copied, Layout(data=2)):
+        assert all(torch.equal(a, b) for a, b in zip(mine, wanted, strict=True))
+        assert any(not torch.equal(a, b) for a, b in zip(before, mine, strict=True))
+        assert {x.dtype for x in mine} == {torch.bfloat16}
 
 
 def skipping(layout: Layout, bad: str) -> tuple:
