@@ -253,7 +253,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", action="append", help="a placement's settings; '' is colocated")
     parser.add_argument("--backend", default="local", choices=["local", "te"])
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
-    parser.add_argument("--recompute", default="none", choices=["none", "core_attn", "full"])
+    parser.add_argument("--recompute", default="none", choices=["none", "pieces", "core_attn", "full"])
     parser.add_argument("--frames", type=int, help="default: the recipe's first stage's")
     parser.add_argument("--micro-batch", type=int, default=4, help="clips of an encoder replica")
     parser.add_argument("--micro-batches", type=int, default=8, help="of a step and GPU")

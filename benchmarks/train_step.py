@@ -103,7 +103,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     parser.add_argument("--backend", default="te", choices=["local", "te"])
     parser.add_argument("--fp8", default="none")
     parser.add_argument("--fp8-fused", type=int, default=1)
-    parser.add_argument("--recompute", default="none", choices=["none", "core_attn", "full"])
+    parser.add_argument("--recompute", default="none", choices=["none", "pieces", "core_attn", "full"])
     parser.add_argument("--compile", type=int, default=1)
     parser.add_argument("--graphs", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])

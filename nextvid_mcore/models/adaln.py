@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from nextvid_mcore.models import fused
+from nextvid_mcore.models import again, fused
 from nextvid_mcore.models.norm import mark_sequence_parallel
 
 
@@ -55,12 +55,16 @@ class AdaLNLayer(TransformerLayer):
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [s, rows, E] and context, tau's vector [1, rows, E] or `join`ed -> the same two."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(context[:1])
-        eps = self.config.layernorm_epsilon
-        x = fused.modulate(hidden_states, shift1, scale1, eps)
+        x = self.modulate(hidden_states, shift1, scale1)
         y, bias = self.attend(x, context[1:], rotary_pos_emb)
         hidden_states = fused.gated_add(hidden_states, gate1, y, bias)
-        y, bias = self.mlp(fused.modulate(hidden_states, shift2, scale2, eps))
+        y, bias = self.mlp(self.modulate(hidden_states, shift2, scale2))
         return fused.gated_add(hidden_states, gate2, y, bias), context
+
+    def modulate(self, *inputs: Tensor) -> Tensor:
+        """`fused.modulate` of the tokens, shift and scale."""
+        inputs = (*inputs, self.config.layernorm_epsilon)
+        return again.made(self.config, fused.modulate(*inputs), fused.modulate, *inputs)
 
     def attend(
         self, x: Tensor, z: Tensor, rotary_pos_emb: Tensor | tuple[Tensor, Tensor]

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nextvid_mcore.models import again
+
 if TYPE_CHECKING:
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -47,7 +49,8 @@ def mlp(module: MLP, x: Tensor, low: Any | None = None) -> tuple[Tensor, Tensor]
     flat = x.flatten(0, 1)
     flat = one.prepare_forward(flat)  # makes the quantisers and enters them in the roll, as its own pass does
     two.prepare_forward(flat)
-    y = _Mlp.apply(flat, one.weight, one.bias, two.weight, one, two, torch.is_grad_enabled(), low)
+    trained, remade = torch.is_grad_enabled(), again.wanted(module.config)
+    y = _Mlp.apply(flat, one.weight, one.bias, two.weight, one, two, trained, low, remade)
     two.end_forward()
     one.end_forward()
     return y.view(x.shape), two.bias
@@ -56,9 +59,21 @@ def mlp(module: MLP, x: Tensor, low: Any | None = None) -> tuple[Tensor, Tensor]
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, one: Any, two: Any, trained: bool, low: Any
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        one: Any,
+        two: Any,
+        trained: bool,
+        low: Any,
+        remade: bool,
     ) -> Tensor:
-        """x [N, D] -> [N, D]; in `trained` passes all is quantised in both directions."""
+        """x [N, D] -> [N, D]; in `trained` passes all is quantised in both directions.
+
+        remade: GELU's is so in the backward pass, with the scale it had.
+        """
         from nextvid_mcore.models import triton_fp8
 
         first, second = (linear._get_quantizers(False, False, trained) for linear in (one, two))
@@ -66,17 +81,17 @@ class _Mlp(torch.autograd.Function):
         low_x = first[INPUT](x) if low is None else low
         low_w1, low_w2 = _weight(one, first, trained), _weight(two, second, trained)
         h = _product(low_w1, low_x, x.dtype)
-        to = second[INPUT]
-        low_a = as_te(triton_fp8.gelu(h, b1, to.scale, to.amax, torch_dtype(to), trained), to, x.dtype)
+        to, both = second[INPUT], trained and not remade
+        low_a = as_te(triton_fp8.gelu(h, b1, to.scale, to.amax, torch_dtype(to), both), to, x.dtype)
         y = _product(low_w2, low_a, x.dtype)
         if trained:
-            own = [
-                w for linear, w in ((one, low_w1), (two, low_w2)) if linear.disable_parameter_transpose_cache
-            ]
-            for each in (low_x, low_a, *own):  # products of the backward pass read the other direction
+            weights = zip((one, two), (low_w1, low_w2), strict=True)
+            mine = [w for linear, w in weights if linear.disable_parameter_transpose_cache]
+            for each in (low_x, low_a, *mine) if both else (low_x, *mine):  # as the backward pass reads them
                 each.update_usage(rowwise_usage=False, columnwise_usage=True)
             ctx.save_for_backward(h, b1)
-            ctx.low, ctx.linears = (low_x, low_w1, low_a, low_w2), (one, two)
+            ctx.low, ctx.linears = (low_x, low_w1, low_a if both else None, low_w2), (one, two)
+            ctx.remade = None if both else (to, to.scale.clone())
             ctx.gradients = first[GRADIENT], second[GRADIENT]
         return y
 
@@ -90,12 +105,17 @@ class _Mlp(torch.autograd.Function):
         of.set_usage(rowwise=True, columnwise=True)
         low_dy = of(dy.contiguous())
         da = _product(low_w2, low_dy, h.dtype, layout="NN", grad=True)
+        if low_a is None:
+            given, scale = ctx.remade
+            seen = torch.zeros_like(given.amax)  # it has been told
+            low_a = triton_fp8.gelu(h, b1, scale, seen, torch_dtype(given), columns=True, rows=False)
+            low_a = as_te(low_a, given, h.dtype)
         dw2 = _weight_gradient(two, low_a, low_dy)
         del low_a, low_dy
         scaled, db1 = triton_fp8.gelu_backward(da, h, b1, to.scale, to.amax, torch_dtype(to))
         low_dh = as_te(scaled, to, h.dtype)
         dx = _product(low_w1, low_dh, h.dtype, layout="NN", grad=True)
-        return dx, _weight_gradient(one, low_x, low_dh), db1, dw2, None, None, None, None
+        return dx, _weight_gradient(one, low_x, low_dh), db1, dw2, None, None, None, None, None
 
 
 def _weight(linear: Any, quantizers: tuple, trained: bool) -> Any:
@@ -150,9 +170,9 @@ def as_te(scaled: Any, quantizer: Any, dtype: torch.dtype) -> Any:
     """As Transformer Engine's products take it."""
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
-    columns = scaled.columns
+    rows, columns = scaled.rows, scaled.columns
     return Float8TensorStorage(
-        data=scaled.rows.view(torch.uint8),
+        data=None if rows is None else rows.view(torch.uint8),
         fp8_scale_inv=scaled.inverse,
         fp8_dtype=quantizer.dtype,
         fake_dtype=dtype,

@@ -15,8 +15,9 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.nn import Module
 
-from nextvid_mcore.models import fp8_frozen, fp8_mlp, fused
+from nextvid_mcore.models import again, fp8_frozen, fp8_mlp, fused
 from nextvid_mcore.models.attention import AttentionPattern
 
 
@@ -27,7 +28,9 @@ class FusedMLP(MLP):
         """[s (/ tp), rows, D] -> the same shape, and the bias [D] that is still to be added."""
         if fp8_mlp.fits(self.config, hidden_states):
             return fp8_mlp.mlp(self, hidden_states)
-        return self.linear_fc2(fused.bias_gelu(*self.linear_fc1(hidden_states)))
+        x, bias = again.through(self.linear_fc1, hidden_states)
+        x = again.made(self.config, fused.bias_gelu(x, bias), fused.bias_gelu, x, bias)
+        return again.through(self.linear_fc2, x)
 
 
 class _Attend:
@@ -52,7 +55,7 @@ class PatternSelfAttention(_Attend, SelfAttention):
         attention_bias: AttentionPattern | None = None,
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [s (/ tp), rows, D], rotary_pos_emb [2, s, rows, R / 2] -> output and its bias."""
-        packed, _ = self.linear_qkv(hidden_states)
+        packed, _ = again.through(self.linear_qkv, hidden_states)
         q, k, v = fused.rotate_heads(3, packed, self.num_attention_heads_per_partition, rotary_pos_emb)
         return self.linear_proj(self.attend(q, k, v, attention_bias))
 
@@ -91,8 +94,17 @@ class PatternCrossAttention(_Attend, CrossAttention):
         """
         heads, (query_rope, key_rope) = self.num_attention_heads_per_partition, rotary_pos_emb
         k, v = fused.rotate_heads(2, self.linear_kv(key_value_states)[0], heads, key_rope)
-        (q,) = fused.rotate_heads(1, self.linear_q(hidden_states)[0], heads, query_rope)
+        (q,) = fused.rotate_heads(1, again.through(self.linear_q, hidden_states)[0], heads, query_rope)
         return self.linear_proj(self.attend(q, k, v, attention_bias))
+
+
+def norm(
+    layer: TransformerLayer, x: Tensor, added: tuple[Tensor, Tensor] | None, module: Module
+) -> tuple[Tensor, Tensor]:
+    """x with `added`, the output of a linear and its bias, and `module` of it."""
+    eps = layer.config.layernorm_epsilon
+    x, normed = fused.norm(x, module, eps) if added is None else fused.add_norm(x, *added, module, eps)
+    return x, again.made(layer.config, normed, lambda past: fused.norm(past, module, eps)[1], x)
 
 
 class EncoderLayer(TransformerLayer):
@@ -109,10 +121,9 @@ class EncoderLayer(TransformerLayer):
         """hidden_states [s (/ tp), rows, D] -> the same, and None."""
         if fp8_frozen.fits(self.config, hidden_states):
             return fp8_frozen.encoder_layer(self, hidden_states, rotary_pos_emb, attention_bias), None
-        eps = self.config.layernorm_epsilon
-        hidden_states, normed = fused.norm(hidden_states, self.input_layernorm, eps)
+        hidden_states, normed = norm(self, hidden_states, None, self.input_layernorm)
         attended = self.self_attention(normed, rotary_pos_emb=rotary_pos_emb, attention_bias=attention_bias)
-        hidden_states, normed = fused.add_norm(hidden_states, *attended, self.pre_mlp_layernorm, eps)
+        hidden_states, normed = norm(self, hidden_states, attended, self.pre_mlp_layernorm)
         return fused.add(hidden_states, *self.mlp(normed)), None
 
 
@@ -131,13 +142,12 @@ class ContextLayer(TransformerLayer):
         **unused: Any,
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [queries, rows, E] and context [keys, rows, E] -> the same two."""
-        eps = self.config.layernorm_epsilon
-        hidden_states, normed = fused.norm(hidden_states, self.pre_cross_attn_layernorm, eps)
+        hidden_states, normed = norm(self, hidden_states, None, self.pre_cross_attn_layernorm)
         attended = self.cross_attention(
             normed,
             key_value_states=context,
             rotary_pos_emb=rotary_pos_emb,
             attention_bias=attention_bias,
         )
-        hidden_states, normed = fused.add_norm(hidden_states, *attended, self.pre_mlp_layernorm, eps)
+        hidden_states, normed = norm(self, hidden_states, attended, self.pre_mlp_layernorm)
         return fused.add(hidden_states, *self.mlp(normed)), context

@@ -196,7 +196,7 @@ def transformer_config(shape: TransformerShape, model: ModelConfig, split: Split
     if split.pipeline > 1:
         recompute["num_layers_in_last_pipeline_stage"] = split.last_stage_layers
     on_gpu, fused = torch.cuda.is_available(), resolve(model.backend)[0] == "te"
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=shape.depth,
         hidden_size=shape.width,
         num_attention_heads=shape.heads,
@@ -231,6 +231,8 @@ def transformer_config(shape: TransformerShape, model: ModelConfig, split: Split
         **recompute,
         **split.fp8,
     )
+    config.recompute_pieces = split.recompute == "pieces"  # megatron-core's own name for nothing
+    return config
 
 
 def build_block(

@@ -10,7 +10,7 @@ meanwhile, share by share, in a fixed order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +28,16 @@ WIDEN = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 
 @dataclass(frozen=True)
 class Scaled:
-    """Values times a scale, in FP8: `rows` [N, W], `columns` [W, N] or None; `inverse` [1] is 1 / scale."""
+    """Values times a scale, in FP8: `rows` [N, W], `columns` [W, N], or both; `inverse` [1] is 1 / scale."""
 
-    rows: Tensor
+    rows: Tensor | None
     columns: Tensor | None
     inverse: Tensor
 
 
 @triton.jit
 def _store(y, scale, amax, rows_out, columns_out, r, c, rows, W: tl.constexpr, LIMIT: tl.constexpr,
-           COLUMNS: tl.constexpr):  # fmt: skip
+           COLUMNS: tl.constexpr, ROWS: tl.constexpr = True):  # fmt: skip
     """Largest value, and the tile `y` in FP8 at rows `r` and columns `c`; outside of the matrix y is 0."""
     inside = (r < rows)[:, None] & (c < W)[None, :]
     most = tl.max(tl.abs(y))
@@ -46,8 +46,11 @@ def _store(y, scale, amax, rows_out, columns_out, r, c, rows, W: tl.constexpr, L
     low = y * tl.load(scale)
     if not GPU:  # there the conversion to FP8 does so
         low = tl.clamp(low, -LIMIT, LIMIT)
-    low = low.to(rows_out.dtype.element_ty)
-    tl.store(rows_out + r.to(tl.int64)[:, None] * W + c[None, :], low, mask=inside)
+    if ROWS:
+        low = low.to(rows_out.dtype.element_ty)
+        tl.store(rows_out + r.to(tl.int64)[:, None] * W + c[None, :], low, mask=inside)
+    else:
+        low = low.to(columns_out.dtype.element_ty)
     if COLUMNS:
         at = columns_out + c.to(tl.int64)[:, None] * rows + r[None, :]
         tl.store(at, tl.trans(low), mask=tl.trans(inside))
@@ -55,8 +58,8 @@ def _store(y, scale, amax, rows_out, columns_out, r, c, rows, W: tl.constexpr, L
 
 @triton.jit
 def _gelu_forward(x, bias, scale, amax, inverse, rows_out, columns_out, rows,
-                  W: tl.constexpr, LIMIT: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr,
-                  BC: tl.constexpr):  # fmt: skip
+                  W: tl.constexpr, LIMIT: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+                  BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     if tl.program_id(0) + tl.program_id(1) == 0:
@@ -68,7 +71,7 @@ def _gelu_forward(x, bias, scale, amax, inverse, rows_out, columns_out, rows,
     a = a.to(tl.float32)
     a += tl.load(bias + c, mask=c < W, other=0.0).to(tl.float32)[None, :]
     y = tl.where(inside, triton_pieces.gelu(a, GPU), 0.0)
-    _store(y, scale, amax, rows_out, columns_out, r, c, rows, W, LIMIT, COLUMNS)
+    _store(y, scale, amax, rows_out, columns_out, r, c, rows, W, LIMIT, COLUMNS, ROWS)
 
 
 @triton.jit
@@ -116,16 +119,25 @@ FLAT = {"BR": 8, "BC": 512, "num_warps": 8}  # without columns
 ROW = {"BR": 1, "num_warps": 1}  # a warp a row: its sums need no barrier
 
 
-def gelu(x: Tensor, bias: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, columns: bool) -> Scaled:
+def gelu(
+    x: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    amax: Tensor,
+    dtype: torch.dtype,
+    columns: bool,
+    rows: bool = True,
+) -> Scaled:
     """Exact GELU of x [N, W] + bias [W], times `scale`, in `dtype`; `amax` [1] grows to its largest value."""
     if not x.is_cuda:
-        return _scaled(F.gelu(x.float() + bias.float()), scale, amax, dtype, columns)
-    out, (rows, width) = _empty(x, dtype, columns), x.shape
+        out = _scaled(F.gelu(x.float() + bias.float()), scale, amax, dtype, columns)
+        return out if rows else replace(out, rows=None)
+    out, (number, width) = _empty(x, dtype, columns, rows), x.shape
     tile = TILE if columns else FLAT
-    grid = (triton.cdiv(width, tile["BC"]), triton.cdiv(rows, tile["BR"]))
+    grid = (triton.cdiv(width, tile["BC"]), triton.cdiv(number, tile["BR"]))
     _gelu_forward[grid](
-        x, bias, scale, amax, out.inverse, out.rows, out.columns, rows,
-        W=width, LIMIT=torch.finfo(dtype).max, COLUMNS=columns, **tile,
+        x, bias, scale, amax, out.inverse, out.rows, out.columns, number,
+        W=width, LIMIT=torch.finfo(dtype).max, COLUMNS=columns, ROWS=rows, **tile,
     )  # fmt: skip
     return out
 
@@ -174,9 +186,9 @@ def norm(
     return total, out
 
 
-def _empty(x: Tensor, dtype: torch.dtype, columns: bool) -> Scaled:
+def _empty(x: Tensor, dtype: torch.dtype, columns: bool, rows: bool = True) -> Scaled:
     return Scaled(
-        torch.empty_like(x, dtype=dtype),
+        torch.empty_like(x, dtype=dtype) if rows else None,
         torch.empty(x.shape[::-1], dtype=dtype, device=x.device) if columns else None,
         torch.empty(1, dtype=torch.float32, device=x.device),
     )

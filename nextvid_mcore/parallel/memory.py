@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nextvid_mcore import flops
-from nextvid_mcore.config import RunConfig, StageConfig, TransformerShape
+from nextvid_mcore.config import RunConfig, StageConfig
 from nextvid_mcore.parallel.groups import Layout, sequences
 from nextvid_mcore.parallel.placement import Placement, Seat
 from nextvid_mcore.parallel.stages import stage_layers
@@ -65,7 +65,7 @@ def rank_memory(config: RunConfig, placement: Placement, rank: int, point: Stage
 
 def _seat(config: RunConfig, placement: Placement, seat: Seat, rank: int, point: StageConfig) -> RankMemory:
     layout, stage = seat.layout, seat.coordinates(rank)["pipeline"]
-    size = 2 if config.train.precision == "bf16" else 4
+    size = _size(config)
     by_role = trained(config, seat, stage)
     parameters = sum(by_role.values())
     quantised = sum(2 * number for role, number in by_role.items() if role in config.fp8.used)
@@ -83,7 +83,7 @@ def _seat(config: RunConfig, placement: Placement, seat: Seat, rank: int, point:
         if {"student", "reference"} & set(seat.roles)
         else 0.0,
         features=_features(config, placement, seat, stage, point) * size,
-        activations=_activations(config, placement, seat, stage, point) * size,
+        activations=_activations(config, placement, seat, stage, point),
     )
 
 
@@ -110,33 +110,72 @@ def _features(config: RunConfig, placement: Placement, seat: Seat, stage: int, p
 def _activations(
     config: RunConfig, placement: Placement, seat: Seat, stage: int, point: StageConfig
 ) -> float:
-    """Values kept for backward on a rank: `_layer` a token and layer, over the micro-batches in flight."""
+    """Bytes kept for backward on a rank, over the micro-batches in flight."""
     model, layout = config.model, seat.layout
-    length = sequences(config, point.frames)
+    length, size = sequences(config, point.frames), _size(config)
     rows = config.mask.masks * (model.token_frames(point.frames) - 1) * model.tokens_per_frame
     kept = 0.0
     if "student" in seat.roles:
         layers = stage_layers(config, layout.pipeline)[stage]
-        kept += length["student"] * layers * _layer(config, layout, model.encoder)
+        kept += length["student"] * layers * layer_bytes(config, layout, "student")
     if stage == layout.pipeline - 1:
         if "predictor" in seat.roles:
-            kept += length["predictor"] * model.predictor.depth * _layer(config, layout, model.predictor)
-            # the alignment's prediction, target and difference
-            kept += rows * 3 * model.encoder.width * model.align
-        if "decoder" in seat.roles:
-            kept += rows * point.tau_samples * model.decoder.depth * _layer(config, layout, model.decoder)
+            layer = length["predictor"] * layer_bytes(config, layout, "predictor")
+            if model.context == "isolated":
+                layer += length["student"] * key_bytes(config, layout, "predictor")
+            kept += model.predictor.depth * layer
+            # the alignment's prediction, and its target in fp32, one for all masks
+            kept += rows * (size + 4 / config.mask.masks) * model.encoder.width * model.align
+        if "decoder" in seat.roles and model.generate:
+            tokens, channels = rows * point.tau_samples, flops.target_channels(config)
+            kept += tokens * model.decoder.depth * layer_bytes(config, layout, "decoder")
+            # input and output maps; velocity, noise, the two mixed and their difference in fp32
+            kept += tokens * (size * (3 * model.decoder.width + channels) + 16 * channels)
     return kept * placement.clips(seat) * _in_flight(config, placement, seat, stage, point)
 
 
-def _layer(config: RunConfig, layout: Layout, shape: TransformerShape) -> float:
-    """Values a token leaves in one pre-norm layer: 4 D whole, 4 D + 2 MLP split over the tensor group.
+def _size(config: RunConfig) -> int:
+    return 2 if config.train.precision == "bf16" else 4
 
-    (Korthikanti et al., 2022, with an attention that keeps no scores and without dropout.)
+
+def layer_bytes(config: RunConfig, layout: Layout, role: str) -> float:
+    """Bytes a token leaves in one layer of `role`.
+
+    What stands on the residual stream is whole on every tensor rank (or split with the sequence); queries,
+    keys, values, attention's output and the MLP's inside are split. A linear keeps its input for its weight's
+    gradient: in FP8 where it runs so, and not at all where `recompute pieces` makes it again. After
+    Korthikanti et al., 2022, with an attention that keeps no scores and without dropout.
+    """
+    model, size, mode = config.model, _size(config), config.parallel.recompute
+    shape, recipe = model.encoder if role == "student" else getattr(model, role), config.fp8.of(role)
+    split = layout.tensor if layout.sequence else 1
+    if mode == "full":
+        return size * shape.width / split
+    linear = 1 if recipe != "none" else size
+    normed = 0 if mode == "pieces" and recipe == "none" else linear
+    fused = recipe == "delayed" and config.fp8.fused and layout.tensor == 1  # models/fp8_mlp.py
+    activated = 0 if mode == "pieces" and (recipe == "none" or fused) else linear
+    gated = 2 * size if role == "decoder" else 0  # what AdaLN's gates multiply
+    whole = 2 * size + 2 * normed + gated
+    queries = size if role == "predictor" and model.context == "isolated" else 3 * size
+    inside = queries + size + (recipe == "delayed")
+    kept = whole * shape.width / split
+    kept += (inside * shape.width + (size + activated) * shape.mlp) / layout.tensor
+    if role == "decoder" and model.condition == "cross_self":
+        kept += key_bytes(config, layout, role) + linear * shape.width / split
+    return kept
+
+
+def key_bytes(config: RunConfig, layout: Layout, role: str) -> float:
+    """Bytes a token that is attended to, and no query, leaves in one layer: key and value.
+
+    In FP8 every layer's linear has a copy of its own of the token too.
     """
     if config.parallel.recompute == "full":
-        return shape.width / (layout.tensor if layout.sequence else 1)
-    whole = 4 * shape.width / (layout.tensor if layout.sequence else 1)
-    return whole + (4 * shape.width + 2 * shape.mlp) / layout.tensor
+        return 0.0
+    width = getattr(config.model, role).width
+    copy = width / (layout.tensor if layout.sequence else 1) if config.fp8.of(role) != "none" else 0.0
+    return 2 * _size(config) * width / layout.tensor + copy
 
 
 def kinds(placement: Placement) -> Iterator[tuple[str, list[int]]]:
@@ -190,9 +229,8 @@ def _note(config: RunConfig, placement: Placement) -> str:
     if config.parallel.recompute == "full":
         note += "Activations: one width a token and layer (recompute full), over the micro-batches in flight."
     else:
-        whole = "/ tensor" if placement.encoder.layout.sequence else "on every tensor rank"
-        note += (
-            f"Activations: 4 width ({whole}) + (4 width + 2 MLP) / tensor values a token and layer, over the "
-            "micro-batches in flight."
-        )
-    return note + " Not counted: communication buffers, the target's network, CUDA's own."
+        note += "Activations: what every layer keeps for its backward pass, over the micro-batches in flight."
+    return note + (
+        " Not counted: what the backward pass itself needs, communication buffers, the target's network, "
+        "CUDA's own."
+    )

@@ -69,6 +69,8 @@ LAYOUTS = {
     "pp2-dp2": Case(4, pipeline=2),
     "recompute-full": Case(1, recompute="full"),
     "recompute-core-attn": Case(1, recompute="core_attn"),
+    "recompute-pieces": Case(1, recompute="pieces"),
+    "tp2-sp-recompute-pieces": Case(2, tensor=2, sequence=True, recompute="pieces"),
     "tp2-generator-dp2": Case(2, tensor=2, micro=2, generator=(None, 2)),
     "tp2-sp-pp2-generator-dp2": Case(4, tensor=2, pipeline=2, sequence=True, micro=2, generator=(1, 2)),
     "two-1-1": Case(2, placement="two-groups"),

@@ -161,7 +161,8 @@ def test_what_cannot_be_recorded_is_said(monkeypatch) -> None:
         on = config.altered(train={"cuda_graphs": "on"})
         with pytest.raises(ConfigError, match=words):
             graphs.wanted(on, placement)
-    for parallel, world, recorded in (({}, 1, True), ({}, 2, True), (TENSOR, 2, False)):
+    again = {"recompute": "pieces"}
+    for parallel, world, recorded in (({}, 1, True), ({}, 2, True), (TENSOR, 2, False), (again, 1, True)):
         config = parity.small(**parallel)  # auto: what was seen on GPUs
         placement = resolve_placement(config, world)
         assert graphs.wanted(config, placement) == recorded

@@ -51,6 +51,9 @@ def test_kernels_are_what_they_stand_for(monkeypatch, dtype: torch.dtype, rows: 
             torch.testing.assert_close(plain(a.inverse), b.inverse)
             if a.columns is not None:
                 assert torch.equal(plain(a.columns).float(), low.t())
+        if columns:  # alone
+            alone = t.gelu(x.as_subclass(Cuda), bias, scale, most[0], dtype, columns=True, rows=False)
+            assert alone.rows is None and torch.equal(plain(alone.columns), plain(found.columns))
             if dtype == torch.float32:
                 torch.testing.assert_close(low, high, rtol=2e-5, atol=1e-4)
             else:  # the interpreter rounds its own way: by a step or two
@@ -178,8 +181,9 @@ def te(monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
+@pytest.mark.parametrize("remade", [False, True])
 @pytest.mark.parametrize("cached", [True, False])
-def test_products_and_gradients(te, monkeypatch, cached: bool) -> None:
+def test_products_and_gradients(te, monkeypatch, cached: bool, remade: bool) -> None:
     torch.manual_seed(0)
     one, two = Linear(16, 48), Linear(48, 16)
     one.disable_parameter_transpose_cache = two.disable_parameter_transpose_cache = not cached
@@ -187,7 +191,7 @@ def test_products_and_gradients(te, monkeypatch, cached: bool) -> None:
     monkeypatch.setattr(
         fp8_mlp, "_weight", lambda *a, made=fp8_mlp._weight: weights.append(made(*a)) or weights[-1]
     )
-    module = SimpleNamespace(linear_fc1=one, linear_fc2=two)
+    module = SimpleNamespace(linear_fc1=one, linear_fc2=two, config=SimpleNamespace(recompute_pieces=remade))
     x = torch.randn(5, 8, 16, requires_grad=True)
     wanted = F.linear(F.gelu(F.linear(x, one.weight, one.bias)), two.weight)
     dy = torch.randn_like(wanted)
@@ -195,8 +199,12 @@ def test_products_and_gradients(te, monkeypatch, cached: bool) -> None:
     found = []
     for _ in range(2):  # the second micro-batch takes the first one's weights
         y, bias = fp8_mlp.mlp(module, x)
+        (low_x, _, low_a, _), told = y.grad_fn.next_functions[0][0].low, two.made[0].amax.clone()
+        assert low_x.data is None and (low_a is None) == remade
+        two.made[0].scale = torch.tensor(SCALE * 2)  # the pass has ended and scales are renewed
         assert bias is two.bias and one.open == two.open == 0
         found = torch.autograd.grad(y, (x, one.weight, one.bias, two.weight), dy)
+        assert torch.equal(two.made[0].amax, told)
     torch.testing.assert_close(y, wanted)
     torch.testing.assert_close(found[0], grads[0])
     torch.testing.assert_close(found[2], grads[2])
@@ -219,7 +227,7 @@ def test_without_gradient_one_direction_is_made(te) -> None:
     x = torch.randn(5, 8, 16)
     with torch.no_grad():
         for _ in range(2):
-            y, _ = fp8_mlp.mlp(SimpleNamespace(linear_fc1=one, linear_fc2=two), x)
+            y, _ = fp8_mlp.mlp(SimpleNamespace(linear_fc1=one, linear_fc2=two, config=None), x)
     torch.testing.assert_close(y, F.linear(F.gelu(F.linear(x, one.weight, one.bias)), two.weight))
     assert not (one.made[0].both or two.made[1].both) and two.made[1].seen == 2 and not two._fp8_workspaces
 
@@ -253,7 +261,7 @@ def test_a_frozen_layer(te, monkeypatch) -> None:
         input_layernorm=norms[0],
         pre_mlp_layernorm=norms[1],
         self_attention=Attention(),
-        mlp=SimpleNamespace(linear_fc1=one, linear_fc2=two),
+        mlp=SimpleNamespace(linear_fc1=one, linear_fc2=two, config=None),
     )
     x = torch.randn(5, 8, 16)
     with torch.no_grad():
