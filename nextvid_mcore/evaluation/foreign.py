@@ -7,6 +7,7 @@ taken from its files; a model that doesn't say them is refused, never guessed.
 from __future__ import annotations
 
 import importlib
+import json
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -198,12 +199,26 @@ class TransformersVideo(Foreign):
         return [x.reshape(batch, -1, x.shape[-1]) for x in tokens]
 
 
+def read_processor(transformers: ModuleType, name: str) -> dict[str, Any]:
+    """Of pictures, or as V-JEPA 2 is published: of videos alone."""
+    try:
+        return transformers.ImageProcessingMixin.get_image_processor_dict(name)[0]
+    except OSError:
+        try:
+            path = transformers.utils.cached_file(name, "video_preprocessor_config.json")
+        except OSError:
+            path = None
+        if path is None:
+            raise
+    return json.loads(Path(path).read_text())
+
+
 def transformers_encoder(name: str) -> Foreign:
     """A model by its name or folder, with the normalisation that its image processor states."""
     transformers = optional("transformers")
     try:
         model, info = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
-        processor, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
+        processor = read_processor(transformers, name)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"transformers:{name} cannot be loaded: {str(error).splitlines()[0]}") from None
     used = "vision_model." if hasattr(model, "vision_model") else ""

@@ -18,6 +18,7 @@ from nextvid_mcore import recipes
 from nextvid_mcore.data.transforms import centre_crop, normalize, resize_clip
 from nextvid_mcore.hub import VisionTransformer, export
 from nextvid_mcore.hub.hf import write
+from nextvid_mcore.hub.vit import frame_plan, grid_positions, rope_angles
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = recipes.get("tiny")
@@ -117,17 +118,24 @@ def test_transformers_loads_it_and_computes_the_same(exported, tmp_path):
         tokens = encoder(video)
         hidden = encoder(video, return_layers=range(4), norm_layers=False)
     assert torch.allclose(found["tokens"], tokens, atol=1e-5)
-    assert len(found["hidden"]) == 4
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found["hidden"], hidden, strict=True))
+    assert len(found["hidden"]) == 1 + 4
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found["hidden"][1:], hidden, strict=True))
+    with torch.no_grad():
+        angles = rope_angles(grid_positions(*encoder.grid(video.shape)), 24, encoder.rope_base)[None, None]
+        plan = frame_plan(*[torch.arange(2)[None].repeat_interleave(64, 1)] * 2)
+        first = encoder.blocks[0](found["hidden"][0], angles, plan)  # what it reads is the embedding
+    assert torch.allclose(first, hidden[0], atol=1e-5)
     still = found["picture"]
     assert still.shape == (1, CONFIG["frames"], 3, 64, 64)
     assert torch.allclose(still[0, -1], video[0, :, 0], atol=1e-6)
 
 
 VIDEO = """
+import re
 import sys
+import warnings
 import torch
-from transformers import AutoModel, AutoVideoProcessor
+from transformers import AutoImageProcessor, AutoModel, AutoVideoProcessor
 
 folder, inputs, copy = sys.argv[1:]
 clip = torch.load(inputs)["clip"]
@@ -135,6 +143,27 @@ processor = AutoVideoProcessor.from_pretrained(folder, trust_remote_code=True)
 assert type(processor).__name__ == "NextVidVideoProcessor"
 processor.save_pretrained(copy)
 again = AutoVideoProcessor.from_pretrained(copy, trust_remote_code=True)
+pictures = AutoImageProcessor.from_pretrained(copy, trust_remote_code=True)
+assert type(again).__name__ == type(processor).__name__ and type(pictures).__name__ == "NextVidProcessor"
+assert len(pictures([clip[0], clip[1]])["pixel_values_videos"]) == 2  # not one clip of two frames
+still = clip.numpy()
+still.setflags(write=False)
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    processor(still)
+for given, options, said in (
+    (clip.float() / 255, {}, "of floats in .0, 1.: .x . 255..round.. as uint8"),
+    (clip, {"num_frames": 16}, "num_frames 16 is of a picture's clip"),
+    (clip[:3], {}, r"clips have \\[3\\] frames: give equal numbers, multiples of 2"),
+    ("clip.mp4", {}, "got 'clip.mp4': give decoded pictures"),
+    ([], {}, r"got \\[\\]: give decoded"),
+):
+    try:
+        processor(given, **options)
+    except ValueError as error:
+        assert re.search(said, str(error)), error
+    else:
+        raise AssertionError(said)
 batches = [processor(clip), processor(videos=[clip]), again(list(clip)), processor(clip[None])]
 pixels = [batch["pixel_values_videos"] for batch in batches]
 assert all(torch.equal(each, pixels[0]) for each in pixels)

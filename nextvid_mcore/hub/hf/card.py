@@ -29,6 +29,7 @@ later frames.
 import torch
 from transformers import AutoImageProcessor, AutoModel
 
+DIR = "."  # this folder, or its name on the hub
 model = AutoModel.from_pretrained(DIR, trust_remote_code=True).eval()
 processor = AutoImageProcessor.from_pretrained(DIR, trust_remote_code=True)
 
@@ -49,7 +50,6 @@ with torch.no_grad():
 ## Training
 
 {training}
-
 {losses}
 ## Limits
 
@@ -132,5 +132,5 @@ def write(
         width=config["width"],
         model=model,
         training=training,
-        losses=f"Losses at the end:\n\n{table(lines)}\n\n" if lines else "",
+        losses=f"\nLosses at the end:\n\n{table(lines)}\n" if lines else "",
     )

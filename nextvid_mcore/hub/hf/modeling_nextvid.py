@@ -50,14 +50,19 @@ class NextVidModel(PreTrainedModel):
         **kwargs,
     ) -> BaseModelOutput | tuple:
         """pixel_values_videos: [B, T, 3, H, W] in [-1, 1], T a multiple of the tubelet size, as the
-        processor makes them. `hidden_states`: the output of every block, without the final norm."""
+        processor makes them. `hidden_states`: the embedded patches, then the output of every block, without
+        the final norm."""
         if kwargs:
             raise TypeError(f"NextVidModel does not know {', '.join(sorted(kwargs))}")
         video = pixel_values_videos.transpose(1, 2)  # [B, 3, T, H, W]
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden = None
         if wanted:
-            hidden = tuple(self.vit(video, return_layers=range(self.vit.depth), norm_layers=False))
+            embed = self.vit.patch_embed
+            hidden = (
+                embed(self.vit.patchify(video).to(embed.weight.dtype)),
+                *self.vit(video, return_layers=range(self.vit.depth), norm_layers=False),
+            )
             last = self.vit.norm(hidden[-1])
         else:
             last = self.vit(video)

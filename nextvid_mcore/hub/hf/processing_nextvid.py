@@ -39,10 +39,15 @@ class NextVidProcessor(ImageProcessingMixin):
         images: a picture or a list: PIL images, or uint8 arrays and tensors [H, W, 3] or [3, H, W].
         videos: a clip or a list: uint8 [T, H, W, 3] or [T, 3, H, W], or a list of pictures. All frames are
             kept, so sample them first (4 a second in the pretraining); T a multiple of the tubelet size.
-        num_frames: of a picture's clip (default: the pretraining's).
+        num_frames: of a picture's clip (default: the pretraining's); a clip has those that it has.
         """
         if (images is None) == (videos is None):
             raise ValueError("give either images or videos")
+        if videos is not None and num_frames is not None:
+            raise ValueError(
+                f"num_frames {num_frames} is of a picture's clip; of a clip all frames are kept: give "
+                f"it with those wanted, e.g. video[::step][:{num_frames}]"
+            )
         if return_tensors not in (None, "pt"):
             raise ValueError(f"return_tensors is {return_tensors!r}: only 'pt' is there")
         if images is not None:
@@ -61,25 +66,40 @@ class NextVidProcessor(ImageProcessingMixin):
             )
         return BatchFeature({"pixel_values_videos": torch.stack(clips)})
 
+    def to_dict(self) -> dict[str, Any]:
+        """Both processors' names, whichever is saved: transformers would put its own in either place."""
+        names = {"image": "NextVidProcessor", "video": "NextVidVideoProcessor"}
+        return super().to_dict() | {
+            "auto_map": {f"Auto{k.title()}Processor": f"processing_nextvid.{v}" for k, v in names.items()},
+            **{f"{kind}_processor_type": name for kind, name in names.items()},
+        }
+
     @staticmethod
     def _several(videos: Any) -> list:
         """A list of clips, of one clip or several."""
-        if isinstance(videos, Sequence):
+        if isinstance(videos, Sequence) and len(videos) and not isinstance(videos, str):
             first = videos[0]
             one = not isinstance(first, Sequence) and getattr(first, "ndim", 3) == 3  # a list of pictures
             return [videos] if one else list(videos)
-        return list(videos) if videos.ndim == 5 else [videos]
+        return list(videos) if getattr(videos, "ndim", 0) == 5 else [videos]
 
     def _clip(self, frames: Any) -> Tensor:
         """A picture or a clip -> float [T, 3, size, size] in [-1, 1]."""
+        if isinstance(frames, str) or (isinstance(frames, Sequence) and not len(frames)):
+            raise ValueError(f"got {frames!r}: give decoded pictures, uint8 arrays or PIL images")
         if isinstance(frames, Sequence):
             return torch.cat([self._clip(frame) for frame in frames])
         if hasattr(frames, "convert"):  # PIL
             frames = np.array(frames.convert("RGB"))
+        if isinstance(frames, np.ndarray) and not frames.flags.writeable:
+            frames = frames.copy()  # np.asarray of a PIL image; torch warns of it
         x = torch.as_tensor(frames)
         x = x[None] if x.dim() == 3 else x
         if x.dim() != 4 or x.dtype != torch.uint8 or 3 not in (x.shape[1], x.shape[-1]):
-            raise ValueError(f"got {x.dtype} of shape {tuple(x.shape)}: give uint8 pictures of 3 channels")
+            fix = "; of floats in [0, 1]: (x * 255).round() as uint8" if x.is_floating_point() else ""
+            raise ValueError(
+                f"got {x.dtype} of shape {tuple(x.shape)}: give uint8 pictures of 3 channels{fix}"
+            )
         x = x if x.shape[1] == 3 else x.permute(0, 3, 1, 2)
         side = min(x.shape[-2:])
         top, left = (x.shape[-2] - side) // 2, (x.shape[-1] - side) // 2
