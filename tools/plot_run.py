@@ -29,6 +29,7 @@ from nextvid_mcore.config import ConfigError, require  # noqa: E402
 from nextvid_mcore.evaluation.pictures import (  # noqa: E402
     LOSSES,
     draw_losses,
+    mark_lost,
     running_mean,
     save,
     shade_stages,
@@ -91,6 +92,8 @@ class Run:
         return tuple(np.array(pairs, dtype=float).reshape(-1, 2).T)
 
     def has(self, key: str) -> bool:
+        if key == "loss":  # that none is finite is worth seeing
+            return True
         found = self.evaluated(key)[1] if key.startswith(KNN) else self.values(key)
         return bool(np.isfinite(found).any())
 
@@ -120,6 +123,8 @@ def draw_values(ax: Axes, run: Run, key: str, colour: object, label: str | None,
     ax.plot(
         steps, values, color=colour, linewidth=1.5, label=label, marker="o" if sparse else None, markersize=3
     )
+    if key == "loss":
+        mark_lost(ax, run.steps, run.values(key), colour)
     at, held_out = run.evaluated(key)
     if np.isfinite(held_out).any():
         ax.plot(at, held_out, "--", color=colour, linewidth=1.2, marker=".", markersize=5)
@@ -194,6 +199,8 @@ def main() -> int:
         )
         runs = [Run.read(path, name) for path, name in zip(args.runs, names, strict=True)]
         keys = args.keys.split(",") if args.keys else DEFAULT + sorted(set().union(*(r.knn for r in runs)))
+        none = [key for key in keys if not any(run.has(key) for run in runs)] if args.keys else []
+        require(not none, f"--keys {','.join(none)}: none of the runs has such numbers")
         save(figure(runs, keys), args.out)
     except (ConfigError, OSError) as error:
         print(f"plot_run: {error}", file=sys.stderr)

@@ -61,10 +61,20 @@ def draw_losses(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             name += f" (mean of {window})"
         marker = "o" if len(values) <= 3 else None
         ax.plot(steps, values, color=colour, linewidth=1.6, label=name, marker=marker, markersize=4)
-    lost = steps[[row.get("loss") is None for row in rows]]
+    mark_lost(ax, steps, [row.get("loss") for row in rows], "#c00000", "skipped")
+
+
+def mark_lost(
+    ax: Axes, steps: np.ndarray, losses: Sequence[float | None], colour: object, label: str | None = None
+) -> None:
+    """Ticks at the bottom, at the steps whose loss is null or not finite."""
+    lost = steps[[value is None or not np.isfinite(value) for value in losses]]
+    drawn = any(np.isfinite(np.asarray(line.get_ydata(), dtype=float)).any() for line in ax.lines)
     if len(lost):
         height = ax.get_xaxis_transform()
-        ax.plot(lost, np.full(len(lost), 0.02), "|", color="#c00000", transform=height, label="skipped")
+        ax.plot(lost, np.full(len(lost), 0.02), "|", color=colour, transform=height, label=label)
+    if len(lost) == len(steps) and not drawn:
+        ax.text(0.5, 0.5, "no finite loss", transform=ax.transAxes, ha="center", color="#888888")
 
 
 def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:

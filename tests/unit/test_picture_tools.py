@@ -248,6 +248,19 @@ def test_several_runs_share_panels(tmp_path):
     assert axes[0].get_xlim() == (0.5, 12.5)
 
 
+def test_runs_without_a_finite_loss_show_it(tmp_path):
+    module = tool("plot_run")
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {step}, "loss": {loss}, "lr": 1}}\n' for step, loss in ((1, "null"), (2, "NaN")))
+    )
+    lost, other = module.Run.read(tmp_path), module.Run.read(write_run(tmp_path / "b", 4))
+    panel = next(ax for ax in module.figure([lost], module.DEFAULT).axes if ax.get_title() == "loss")
+    assert panel.lines[-1].get_xdata().tolist() == [1, 2] and panel.texts[0].get_text() == "no finite loss"
+    panel = module.figure([lost, other], ["loss"]).axes[0]
+    ticks = [line for line in panel.lines if line.get_marker() == "|"]
+    assert [line.get_xdata().tolist() for line in ticks] == [[1, 2], [3]]
+
+
 def test_the_online_knn_has_panels_of_its_own(tmp_path):
     module, path = tool("plot_run"), write_run(tmp_path / "a", 8)
     with (path / "eval.jsonl").open("a") as file:
@@ -269,7 +282,7 @@ def test_plot_run_on_the_command_line(tmp_path, monkeypatch, capsys):
     for arguments, words in (
         ([str(tmp_path)], "metrics.jsonl does not exist"),
         ([str(run), "--names", "x,y"], "2 names for 1 runs"),
-        ([str(run), "--keys", "nothing"], "none of these numbers"),
+        ([str(run), "--keys", "nothing,loss"], "--keys nothing: none of the runs"),
         ([str(run), "--out", str(tmp_path)], "is no picture's name"),
         ([str(run), "--out", str(tmp_path / "o.png" / "o.png")], "cannot be written"),
     ):
