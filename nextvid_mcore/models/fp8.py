@@ -4,8 +4,9 @@ megatron-core puts TE's autocast round its layers; what it leaves to its caller 
 
     settings          a role's recipe in megatron-core's words
     reduce_over       `delayed` takes the largest value over a group, which megatron-core reads from its
-                      global groups; without them TE would take every rank of the run. Its recipe is made
-                      here too: megatron-core 0.19.2 gives it an argument that TE 2.20 has no more
+                      global groups; without them TE would take every rank of the run. Here it is the tensor
+                      ranks alone (megatron-core's tp_only_amax_red). Its recipe is made here too:
+                      megatron-core 0.19.2 gives it an argument that TE 2.20 has no more
     quantise_again    the linears keep their quantised weights until they are told that these have changed
     cache_weights     or keep nothing: where passes are recorded and replayed
     update_scales     `delayed` renews its scales where a pass with gradients ends; the reference has none
@@ -78,7 +79,11 @@ def check_gpu(fp8: Fp8Config) -> None:
 
 
 def reduce_over(config: TransformerConfig, group: dist.ProcessGroup) -> None:
-    """Let `delayed` reduce over `group`, which must hold the same layers on every rank."""
+    """Let `delayed` reduce over `group`: the tensor ranks, which gather each other's FP8 values.
+
+    Data ranks multiply nothing of each other's. Their weights are the same, and so are these scales; scales
+    of activations and gradients follow each rank's own clips.
+    """
     if config.fp8 is None or config.fp8_recipe != "delayed":
         return
     from megatron.core.transformer import transformer_block

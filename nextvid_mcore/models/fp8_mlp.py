@@ -104,14 +104,15 @@ class _Mlp(torch.autograd.Function):
         ctx.low = None
         of.set_usage(rowwise=True, columnwise=True)
         low_dy = of(dy.contiguous())
-        da = _product(low_w2, low_dy, h.dtype, layout="NN", grad=True)
         if low_a is None:
             given, scale = ctx.remade
             seen = torch.zeros_like(given.amax)  # it has been told
             low_a = triton_fp8.gelu(h, b1, scale, seen, torch_dtype(given), columns=True, rows=False)
             low_a = as_te(low_a, given, h.dtype)
         dw2 = _weight_gradient(two, low_a, low_dy)
-        del low_a, low_dy
+        del low_a
+        da = _product(low_w2, low_dy, h.dtype, layout="NN", grad=True)
+        del low_dy
         scaled, db1 = triton_fp8.gelu_backward(da, h, b1, to.scale, to.amax, torch_dtype(to))
         low_dh = as_te(scaled, to, h.dtype)
         dx = _product(low_w1, low_dh, h.dtype, layout="NN", grad=True)

@@ -245,7 +245,7 @@ def build_block(
     last: bool = True,
 ) -> TransformerBlock:
     """A TransformerBlock of `layers` local layers, with `norm` at its end on the last stage."""
-    fp8.reduce_over(config, groups.tp_dp_cp)
+    fp8.reduce_over(config, groups.tp)
     return TransformerBlock(
         config=config,
         spec=TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm),

@@ -14,13 +14,12 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from nextvid_mcore.config import RunConfig
 from nextvid_mcore.parallel.seats import Seats
 
 
-def connect(config: RunConfig, seats: Seats, device: torch.device) -> None:
+def connect(seats: Seats, device: torch.device) -> None:
     """Take one small collective of each kind on every group of a step. Every rank must call it."""
-    for group in in_use(config, seats):
+    for group in in_use(seats):
         whole = torch.zeros(group.size(), device=device)
         mine = torch.zeros(1, device=device)
         dist.all_reduce(whole, group=group)
@@ -30,7 +29,7 @@ def connect(config: RunConfig, seats: Seats, device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def in_use(config: RunConfig, seats: Seats) -> list[dist.ProcessGroup]:
+def in_use(seats: Seats) -> list[dist.ProcessGroup]:
     """The groups in whose collectives this rank takes part in a step, in the same order everywhere.
 
     The world's for losses and norms, and the data ranks' for gradients and weights, which megatron-core uses
@@ -41,6 +40,4 @@ def in_use(config: RunConfig, seats: Seats) -> list[dist.ProcessGroup]:
         part = seats.groups[seat.name].collection
         found.append(part.dp)
         found += [group for group in (part.tp, part.pp) if group.size() > 1]
-        if "delayed" in config.fp8.used.values() and part.tp_dp_cp.size() > 1:
-            found.append(part.tp_dp_cp)  # largest values
     return list(dict.fromkeys(found))

@@ -53,8 +53,6 @@ def refusal(config: RunConfig, placement: Placement) -> str | None:
         return f"mask mode {config.mask.mode} changes the number of tokens from clip to clip"
     if config.parallel.recompute in ("core_attn", "full"):
         return f"recompute {config.parallel.recompute} reads the state of the random generators"
-    if "delayed" in config.fp8.used.values() and layout.data > 1:
-        return f"fp8 delayed asks {layout.data} data ranks for their largest values amid the pass"
     return None
 
 

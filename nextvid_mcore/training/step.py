@@ -72,7 +72,7 @@ class TrainStep:
         recorded = graphs.wanted(config, seats.placement)
         if recorded:
             graphs.own_stream()
-        communicators.connect(config, seats, device)
+        communicators.connect(seats, device)
         places = make_places(config, seats)
         generate = config.model.generate
         decodes = "decoder" in places and generate

@@ -36,7 +36,7 @@ def of_a_step(config: RunConfig) -> tuple[set[str], set[str], set[str]]:
     step.run(point, parity.clips(config, point, home.data_rank, home.layout.data, micro))
     after = operations()
     used = {name for name in after if after[name] > before.get(name, 0)}
-    named = {group.group_name for group in communicators.in_use(config, step.seats)}
+    named = {group.group_name for group in communicators.in_use(step.seats)}
     return used, {name for name, count in before.items() if count > 0}, named
 
 
@@ -58,9 +58,9 @@ def connected(config: RunConfig) -> list[tuple[list[int], int]]:
 
     init_distributed()
     seats = build_seats(check(config, dist.get_world_size()))
-    groups = communicators.in_use(config, seats)
+    groups = communicators.in_use(seats)
     before = operations()
-    communicators.connect(config, seats, torch.device("cpu"))
+    communicators.connect(seats, torch.device("cpu"))
     after = operations()
     names = [group.group_name for group in groups]
     return [

@@ -153,7 +153,6 @@ def test_what_cannot_be_recorded_is_said(monkeypatch) -> None:
         (2, {"parallel": {"encoder": RoleParallel(pipeline=2)}}, "pipeline 2"),
         (1, {"mask": {"mode": "packed"}}, "packed"),
         (1, {"parallel": {"recompute": "full"}}, "recompute full"),
-        (2, {**FP8, "fp8": {"reference": "delayed"}}, "delayed asks 2 data ranks"),
     ):
         config = parity.small().altered(**changes)
         placement = resolve_placement(config, world)
@@ -169,8 +168,9 @@ def test_what_cannot_be_recorded_is_said(monkeypatch) -> None:
         assert graphs.wanted(config.altered(train={"cuda_graphs": "on"}), placement)
 
 
-def test_fp8_is_recorded_on_one_gpu(monkeypatch) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fp8_is_recorded_on_data_ranks(monkeypatch, ranks: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for recipe in ("current", "delayed", "blockwise"):
         config = parity.small().altered(**FP8, fp8={"all": recipe})
-        assert graphs.wanted(config, resolve_placement(config, 1))
+        assert graphs.wanted(config, resolve_placement(config, ranks))

@@ -18,7 +18,7 @@ from unittest import mock
 import parity
 import pytest
 import torch
-from launch import run, shared
+from launch import shared
 
 from nextvid_mcore.config import Fp8Config, RoleParallel, RunConfig, StageConfig, TransformerShape
 
@@ -322,6 +322,43 @@ def test_checkpoints_know_no_precision(tmp_path, first: str, then: str) -> None:
         assert after == pytest.approx(straight, rel=5e-3)  # the backward's atomic additions differ
 
 
+def over_data(recipe: str, graphs: str) -> dict[str, Any]:
+    """Losses and norms of four steps of this data rank, and its scales; recorded, all are replays."""
+    config = small(all=recipe).altered(train={"cuda_graphs": graphs})
+    step, _ = built(config)
+    assert (step.engine.graphs is not None) == (graphs == "on")
+    schedule = parity.schedule(config)
+    results = [step.run(schedule.at(i), clips(config, schedule.at(i), step)) for i in range(4)]
+    metas = [getattr(module, "fp8_meta", {}) for module in step.model.modules()]
+    scales = torch.stack([meta["scaling_fwd"].scale[:2].cpu() for meta in metas if "scaling_fwd" in meta])
+    step.close()
+    return {
+        "steps": [(r.loss, r.grad_norm) for r in results],
+        "inputs": scales[:, 0],
+        "weights": scales[:, 1],
+    }
+
+
+def test_data_ranks_in_delayed_are_recorded() -> None:
+    """Each rank has scales of its own clips; weights, and so their scales, are the same everywhere."""
+    if GPUS < 2:
+        pytest.skip(f"needs 2 GPUs, {GPUS} are here")
+    eager, recorded = (shared(2).run(over_data, "delayed", graphs, timeout=120) for graphs in ("off", "on"))
+    one = shared(1).run(over_two, {"all": "delayed"}, False, 1, timeout=60)[0]
+    for found in (eager, recorded):
+        assert found[0]["steps"] == found[1]["steps"]
+        assert torch.equal(found[0]["weights"], found[1]["weights"])
+        assert not torch.equal(found[0]["inputs"], found[1]["inputs"])
+    print(f"\ndp2 delayed: eager {eager[0]['steps']}, recorded {recorded[0]['steps']}, one GPU {one}", end="")
+    for number, (loss, norm) in enumerate(eager[0]["steps"]):
+        rel = 2e-3 if number == 0 else 2e-2
+        assert recorded[0]["steps"][number][0] == pytest.approx(loss, rel=rel)
+        assert recorded[0]["steps"][number][1] == pytest.approx(norm, rel=10 * rel)
+    for (loss, norm), (loss1, norm1) in zip(recorded[0]["steps"], one, strict=False):
+        assert loss == pytest.approx(loss1, rel=2e-2)
+        assert norm == pytest.approx(norm1, rel=5e-2)
+
+
 def over_two(settings: dict[str, Any], sequence: bool, tensor: int) -> list[tuple[float, float]]:
     config = small(**settings).altered(
         parallel={"sequence": sequence, "encoder": RoleParallel(tensor=tensor)}
@@ -340,7 +377,7 @@ def test_two_gpus_train_as_one(recipe: str, tensor: int, sequence: bool) -> None
     if GPUS < 2:
         pytest.skip(f"needs 2 GPUs, {GPUS} are here")
     one = shared(1).run(over_two, {"all": recipe}, False, 1, timeout=60)[0]
-    two = run(over_two, 2, {"all": recipe}, sequence, tensor, timeout=120)
+    two = shared(2).run(over_two, {"all": recipe}, sequence, tensor, timeout=120)
     assert two[0] == two[1]
     for (loss, norm), (loss1, norm1) in zip(two[0], one, strict=True):
         assert loss == pytest.approx(loss1, rel=2e-2)
