@@ -33,6 +33,7 @@ from nextvid_mcore.schedule import Schedule
 from nextvid_mcore.targets import target_channels
 from nextvid_mcore.targets.autoencoder import AutoencoderKL
 from nextvid_mcore.targets.va_vae import VA_VAE, VaVae
+from nextvid_mcore.training import graphs
 from nextvid_mcore.training import step as training_step
 from nextvid_mcore.training.step import StepResult, TrainStep
 
@@ -147,7 +148,12 @@ class Bench:
             torch.cuda.synchronize()
 
     def measure(self, steps: int, warmup: int, ready: Callable[[], None] | None = None) -> Measured:
-        """Time `steps` steps after `warmup` ones. `ready` is called in between."""
+        """Time `steps` steps after `warmup` ones, or as many as it takes until passes are recorded.
+
+        `ready` is called in between.
+        """
+        if self.step.engine.graphs is not None:
+            warmup = max(warmup, graphs.WARM // len(self.clips) + 1)
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(warmup):

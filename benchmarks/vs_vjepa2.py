@@ -1,13 +1,15 @@
 """Our training step beside V-JEPA 2's own, in one run on one GPU; prints the ratio of clips per second.
 
     git clone https://github.com/facebookresearch/vjepa2 ../vjepa2
-    python benchmarks/vs_vjepa2.py --checkout ../vjepa2 vit_g --model.backend te --train.micro-batch 32
+    python benchmarks/vs_vjepa2.py --checkout ../vjepa2 --fp8 delayed vit_g --model.backend te \
+        --train.micro-batch 16
 
 Both take whole steps on clips that lie on the device (benchmarks/vjepa2_step.py says how theirs is run),
 in bf16, each at a batch of its own: theirs is the first of --batch that fits, with the activation
 checkpointing of --config. `--modes eager compiled` runs theirs with its option `compile_model` too, which
-takes minutes to compile. Everything after RECIPE is a setting of ours, as of nextvid_mcore.pretrain; our
-latents are random and resident, since V-JEPA 2 has no generation target.
+takes minutes to compile; `--fp8 delayed` adds a row of ours in FP8. Everything after RECIPE is a setting of
+ours, as of nextvid_mcore.pretrain; our latents are random and resident, since V-JEPA 2 has no generation
+target.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import vjepa2_step
 from common import Bench, Measured, quick_start
 
 from nextvid_mcore import cli
-from nextvid_mcore.config import ConfigError, RunConfig, TargetConfig, require
+from nextvid_mcore.config import ConfigError, Fp8Config, RunConfig, TargetConfig, require
 from nextvid_mcore.parallel.groups import init_distributed
 
 CONFIG = "configs/train/{}16/pretrain-256px-16f.yaml"
@@ -76,6 +78,14 @@ def measure_theirs(args: argparse.Namespace, checkout: Path, settings: dict, com
     raise ConfigError(f"V-JEPA 2's step fits with none of --batch {' '.join(map(str, args.batch))}")
 
 
+def measure_ours(args: argparse.Namespace, config: RunConfig, precision: str) -> Row:
+    with quick_start():
+        bench = Bench(config)
+    found = bench.measure(args.steps, args.warmup)
+    bench.step.close()
+    return Row(f"ours, {config.model.backend}, {precision}", config.train.micro_batch, found)
+
+
 def report(rows: list[Row], title: str) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"\n{title}\n1 x {device}, torch {torch.__version__}")
@@ -99,6 +109,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tau", type=int, default=1, help="samples of tau, of our flow loss")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--fp8", nargs="+", default=[], help="recipes in which ours is measured beside bf16")
     parser.add_argument("recipe", help="ours, followed by its settings")
     args, settings_of_ours = parser.parse_known_args(argv)
     try:
@@ -106,6 +117,7 @@ def main(argv: list[str]) -> int:
         name = args.config or CONFIG.format(args.recipe.replace("_", ""))
         settings = vjepa2_step.read_settings(checkout, name)
         config = ours([args.recipe, *settings_of_ours], args.tau, *vjepa2_step.frames_and_size(settings))
+        configs = [config, *(config.altered(fp8=Fp8Config(all=recipe)) for recipe in args.fp8)]
         init_distributed()
         require(
             dist.get_world_size() == 1, f"this compares on one GPU; started {dist.get_world_size()} processes"
@@ -118,18 +130,17 @@ def main(argv: list[str]) -> int:
             rows.append(measure_theirs(args, checkout, settings, mode == "compiled"))
         except Exception:  # the other measurements are still worth having
             traceback.print_exc()
-    try:
-        with quick_start():
-            bench = Bench(config)
-        found = bench.measure(args.steps, args.warmup)
-        rows.append(Row(f"ours, {config.model.backend}", config.train.micro_batch, found))
-    except Exception:
-        traceback.print_exc()
+    for number, config in enumerate(configs):
+        try:
+            rows.append(measure_ours(args, config, ["bf16", *args.fp8][number]))
+        except Exception:
+            traceback.print_exc()
+        vjepa2_step.free()
     frames, size = vjepa2_step.frames_and_size(settings)
     if rows:
         report(rows, f"{args.recipe}, tau {args.tau}, and {name}: {frames} frames of {size} pixels")
     dist.destroy_process_group()
-    return 0 if len(rows) == len(args.modes) + 1 else 1
+    return 0 if len(rows) == len(args.modes) + len(configs) else 1
 
 
 if __name__ == "__main__":
