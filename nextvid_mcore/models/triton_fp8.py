@@ -26,7 +26,10 @@ GPU = tl.constexpr(triton_pieces.PTX)
 WIDEN = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 # fp32 to FP8, four at a time, beyond the range to its end. Of Triton's own conversion, whose pairs are packed
 # once as the rows want them and once as the columns do, ptxas 12.8 made wrong bytes in half of the columns
-_ROUND = "{{ .reg .b16 a, b; cvt.rn.satfinite.{0}.f32 a, $2, $1; cvt.rn.satfinite.{0}.f32 b, $4, $3; mov.b32 $0, {{a, b}}; }}"
+_ROUND = (
+    "{{ .reg .b16 a, b; cvt.rn.satfinite.{0}.f32 a, $2, $1; cvt.rn.satfinite.{0}.f32 b, $4, $3; "
+    "mov.b32 $0, {{a, b}}; }}"
+)
 ROUND_E4M3, ROUND_E5M2 = (tl.constexpr(_ROUND.format(name)) for name in ("e4m3x2", "e5m2x2"))
 
 

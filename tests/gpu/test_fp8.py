@@ -250,7 +250,7 @@ def test_norm_kernel(width: int) -> None:
         total, low = triton_fp8.norm(*given, torch.float8_e4m3fn)
         found[device] = [z.cpu().float() for z in (total, low.rows, low.inverse, amax)]
     (total, low, inverse, amax), wanted = found.values()
-    # the reference rounds y + bias to bf16 before it adds x: half a step at 8, and of that 50 / sqrt(3) weights
+    # the reference rounds y + bias to bf16 before it adds x: half a step at 8, of which 50 / sqrt(3) weights
     torch.testing.assert_close(total, wanted[0], rtol=2e-2, atol=4e-2)
     torch.testing.assert_close(low, wanted[1], rtol=0.13, atol=2.0)
     assert ((low - wanted[1]).norm() / wanted[1].norm()).item() < 0.03
