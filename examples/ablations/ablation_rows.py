@@ -222,6 +222,9 @@ def variants(budget: Budget) -> dict[str, tuple[str, RunConfig]]:
         out[row] = "pretrain", recipes.ablate(full, row)
     for row in ("table4_no_mask", "table5_cross", "table5_cross_self", "table11_tau4"):
         out[row] = "pretrain", recipes.ablate(full, row)
+    twice = base(budget, share=2.0)  # Table 11 again after 30K steps
+    out["table11_2x"] = "pretrain", twice
+    out["table11_tau4_2x"] = "pretrain", recipes.ablate(twice, "table11_tau4")
     for target in ("pixels", "vae"):
         out[f"table3_{target}"] = "pretrain", with_target(full, budget, target)
     for kind in ("pretrain", "random", "supervised"):
@@ -257,6 +260,7 @@ ORDER: list[tuple[str, int]] = [  # short runs first: their places are free agai
     *[(row, 0) for row in ("mask_packed", "real_align", "mask_truncate")],
     *[(row, 0) for row in _SCALES if row != "scale_m_1"],
     *[(row, seed) for seed in (0, 1) for row in ("decoder_wide", "decoder_wide_gen")],
+    *[("random_wide", 1), ("random_wide", 2), ("table11_2x", 0), ("table11_tau4_2x", 0)],
 ]
 
 

@@ -3,4 +3,6 @@
 # Resumable, stops by itself; see `run.sh --help`. Exit status 3: something is not run yet.
 set -euo pipefail
 export OMP_NUM_THREADS=1
-exec "${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/run_queue.py" "$@"
+here=$(dirname "${BASH_SOURCE[0]}")
+venv=$here/../../.venv/bin/python # of scripts/install.sh
+exec "${PYTHON:-$([ -x "$venv" ] && echo "$venv" || echo python3)}" "$here/run_queue.py" "$@"

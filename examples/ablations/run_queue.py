@@ -3,18 +3,23 @@
     python examples/ablations/run_queue.py --minutes 9 [--rows full random ...] [--workers 8]
 
 One line of JSON is appended to --results when a run ends. A run whose line is there is never repeated; one
-that was under way when the time was over is lost and begins anew. Ends with what was not run.
+that was under way when the time was over is lost and begins anew. Ends with what was not run. The default
+--results has the runs of docs/results.md: give another FILE to make them again. On a core of a CPU a run of
+the default size takes an hour, and --minutes must be more; to see the queue work, make the runs smaller:
+--steps 100 --batch 16 --probe-train 400 --probe-test 200.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -36,6 +41,8 @@ Serve = Callable[[Connection], None]
 
 def serve_runs(link: Connection) -> None:
     """A worker's process; what is heavy is imported there."""
+    # megatron-core warns of every optional package that isn't there: forty lines over one of ours
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     from ablation_run import serve
 
     serve(link)
@@ -121,7 +128,15 @@ def drain(
     began, mark = time.monotonic(), commit()
     have = finished(file, mend=True)
     left = [run for run in runs if run.key not in have]
-    todo, failed, costs = list(left), 0, []  # costs: the GPU's seconds a step
+    lacking: dict[str, list[str]] = {}
+    for run in left:
+        if what := run.missing():
+            lacking.setdefault(what, []).append(run.name)
+    for what, names in lacking.items():
+        say(f"needs {what}: {', '.join(names)}")
+    todo = [run for run in left if not run.missing()]
+    failed, costs = 0, []  # costs: the GPU's seconds a step
+    traces: set[str] = set()
     pool = [Worker(serve) for _ in range(min(workers, len(todo)))]
     counted = began
 
@@ -171,7 +186,9 @@ def drain(
                 took = time.monotonic() - worker.began
                 if row is None:
                     failed += 1
-                    say(f"{run.name} FAILED: {error}")
+                    text = error.strip()
+                    say(f"{run.name} FAILED: {text.splitlines()[-1] if text in traces else text}")
+                    traces.add(text)
                 else:
                     append(file, row | {"commit": mark})
                     left.remove(run)
@@ -182,12 +199,23 @@ def drain(
                 worker.run = None
             hand_out()
     finally:
+        cut = [(worker.run.name, time.monotonic() - worker.began) for worker in pool if worker.run]
         for worker in pool:
             worker.end()
+    if cut:
+        say("time is over; under way and lost: " + ", ".join(f"{name} ({took:.0f} s)" for name, took in cut))
     say(f"{len(runs) - len(left)} of {len(runs)} runs have results; {failed} failed")
     if left:
         say("not run: " + ", ".join(run.name for run in left))
     return left
+
+
+def default_workers() -> int:
+    """Small networks leave a GPU idle unless many run at once; on a CPU each takes a core."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    return 8 if torch.cuda.is_available() else min(8, cores)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -195,7 +223,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--minutes", type=float, default=9.0, help="of wall time, then everything stops")
     out.add_argument("--rows", nargs="+", metavar="ROW", help="these alone (default: the whole table)")
     out.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="these alone")
-    out.add_argument("--workers", type=int, default=8, help="runs at once")
+    out.add_argument(
+        "--workers", type=int, help="runs at once (default: 8 on a GPU, one for every core without)"
+    )
     out.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
     out.add_argument("--list", action="store_true", help="show the runs and whether they have a result")
     budget = out.add_argument_group("the size of every run")
@@ -208,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         require(args.minutes > 0, f"--minutes {args.minutes}: give more than 0")
-        require(args.workers >= 1, f"--workers {args.workers}: give 1 or more")
+        require(args.workers is None or args.workers >= 1, f"--workers {args.workers}: give 1 or more")
         runs = table(Budget(**{name: getattr(args, name) for name in vars(Budget())}), args.rows, args.seeds)
         require(bool(runs), f"--seeds {args.seeds}: no row has them; see --list")
         have = finished(args.results)
@@ -223,11 +253,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(text: str) -> None:
         print(text, flush=True)
 
-    lacking = {run.name: run.missing() for run in runs if run.missing()}
-    for name, what in lacking.items():
-        say(f"{name} is left out: it needs {what}")
-    runs = [run for run in runs if run.name not in lacking]
-    return 3 if drain(runs, args.results, 60 * args.minutes, args.workers, say=say) else 0
+    if importlib.util.find_spec("torch") is None:
+        print(
+            f"ablations: {sys.executable} lacks torch; run scripts/install.sh train,demo, or set PYTHON",
+            file=sys.stderr,
+        )
+        return 2
+    if any(run.key not in have and not run.real for run in runs):
+        from nextvid_mcore.data.moving_digits import DigitsError, mnist_file
+
+        try:
+            mnist_file()
+        except DigitsError as error:
+            print(f"ablations: {error}", file=sys.stderr)
+            return 2
+    workers = args.workers or default_workers()
+    return 3 if drain(runs, args.results, 60 * args.minutes, workers, say=say) else 0
 
 
 if __name__ == "__main__":

