@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tau", type=int, default=1, help="samples of tau, of our flow loss")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--fp8", nargs="+", default=[], help="recipes in which ours is measured beside bf16")
+    parser.add_argument("--fp8", action="append", default=[], help="a recipe to measure ours in beside bf16")
     parser.add_argument("recipe", help="ours, followed by its settings")
     args, settings_of_ours = parser.parse_known_args(argv)
     try:

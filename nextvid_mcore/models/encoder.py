@@ -62,7 +62,8 @@ class Encoder(MegatronModule):
         hidden = None
         if self.first:
             shard = sequence_shard(patches, self.groups, self.config.sequence_parallel)
-            hidden = self.patch_embed(shard.to(self.patch_embed.weight.dtype))
+            # one product: of patches that lie clip by clip torch makes as many as there are tokens
+            hidden = self.patch_embed(shard.to(self.patch_embed.weight.dtype).contiguous())
         return self.block(
             hidden_states=hidden,
             attention_mask=None,
