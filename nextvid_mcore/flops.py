@@ -136,7 +136,8 @@ def knn_share(config: RunConfig) -> float:
 def knn_note(config: RunConfig) -> str:
     """What the online kNN will cost, for the plan and the log."""
     share, every = knn_share(config), config.eval.knn_every
-    text = f"online kNN: {config.eval.knn_samples:,} clips every {every:,} steps, {share:.2%} of the FLOPs"
+    clips = f"up to {config.eval.knn_samples:,} clips"
+    text = f"online kNN: {clips} every {every:,} steps, {share:.2%} of the FLOPs"
     if share > KNN_SHARE:
         least = math.ceil(every * share / KNN_SHARE)
         text += f"; --eval.knn-every {least:,} or fewer --eval.knn-samples keep it under {KNN_SHARE:.0%}"

@@ -81,7 +81,17 @@ def settings(args: argparse.Namespace) -> tuple[RunConfig, Path, Path]:
         for name, value in (("checkpoint", args.target_checkpoint), ("statistics", args.target_statistics))
         if value is not None
     }
+    kind = config.target.kind
+    flags = ", ".join(f"--target-{name}" for name in given)
+    require(
+        not given or kind != "pixels", f"{flags}: this model makes pixels and needs no files; leave it out"
+    )
     config = config.altered(target=given)
+    require(
+        kind == "pixels" or config.target.checkpoint is not None,
+        f"this model generates latents of {kind}: give what it was trained with, --target-checkpoint"
+        + (" and --target-statistics" if kind == "va_vae" else ""),
+    )
     if args.fps:
         config = config.altered(data={"fps": args.fps})
     return config, export, out

@@ -12,7 +12,8 @@ of VA-VAE's files, reconstructions.png and losses.jsonl. Use them with
 
 Loss: mean absolute error + mean squared error + kl * KL divergence, of single frames. This is no VA-VAE: it
 has neither its alignment to a vision model nor its perceptual and adversarial losses. Samples, noise and
-weights are functions of the seed; an interrupted run goes on where it was (OUT/training.pt).
+weights are functions of the seed. Stopped (Ctrl-C, SIGTERM), it saves first, and the same command goes on
+(OUT/training.pt); the exit status is then 3.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +46,7 @@ from nextvid_mcore.data.sampler import build_mixture  # noqa: E402
 from nextvid_mcore.data.transforms import normalize  # noqa: E402
 from nextvid_mcore.evaluation.ranks import device_of  # noqa: E402
 from nextvid_mcore.evaluation.results import writable_folder  # noqa: E402
+from nextvid_mcore.evaluation.stopping import Stop, Stopped  # noqa: E402
 from nextvid_mcore.rng import key, numpy_rng  # noqa: E402
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape  # noqa: E402
 
@@ -180,8 +183,16 @@ class Training:
             self.out / "training.pt",
         )
 
-    def run(self, *, workers: int, save_every: int, progress: bool, stop: int | None = None) -> None:
-        """Train to the last step, or to step `stop`."""
+    def run(
+        self,
+        *,
+        workers: int,
+        save_every: int,
+        progress: bool,
+        stop: int | None = None,
+        told: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Train to the last step, or to step `stop`, or until `told`. Whether it was the last one."""
         from tqdm import tqdm
 
         settings, end = self.settings, min(self.settings.steps, stop or self.settings.steps)
@@ -205,8 +216,12 @@ class Training:
                 self.rows.append({"step": self.step, **values})
                 bar.update()
                 bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
-                if self.step % save_every == 0 or self.step == end:
+                halted = told()
+                if halted or self.step % save_every == 0 or self.step == end:
                     self.save()
+                if halted:
+                    break
+        return self.step == settings.steps
 
     @torch.no_grad()
     def finish(self, workers: int, samples: int) -> dict[str, float]:
@@ -270,7 +285,9 @@ def main() -> int:
         if field.name == "manifest":
             parser.add_argument("--manifest", required=True, help="of tools/build_manifest.py")
         else:
-            parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=str(field.default))
+            parser.add_argument(
+                f"--{field.name}", type=kind, default=field.default, help=f"default: {field.default}"
+            )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--workers", type=int, default=1, help="loader processes; 0: none")
     parser.add_argument("--save-every", type=int, default=200, help="steps")
@@ -284,8 +301,17 @@ def main() -> int:
         training = Training(settings, args.out, args.device)
         millions = sum(p.numel() for p in training.model.parameters()) / 1e6
         print(f"{millions:.2f}M parameters; step {training.step} of {settings.steps}", flush=True)
-        training.run(workers=args.workers, save_every=args.save_every, progress=True)
-        found = training.finish(args.workers, args.samples)
+        with Stop() as stop:
+            with stop.gently():
+                done = training.run(
+                    workers=args.workers, save_every=args.save_every, progress=True, told=stop
+                )
+            if not done:
+                raise Stopped
+            found = training.finish(args.workers, args.samples)
+    except Stopped:
+        print(f"stopped before the end; the same command goes on from {args.out}")
+        return 3
     except (ConfigError, OSError) as error:
         print(f"train_vae: {error}", file=sys.stderr)
         return 2

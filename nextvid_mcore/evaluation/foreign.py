@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nextvid_mcore.config import ConfigError, require
 from nextvid_mcore.evaluation.encoders import LAST, Wrapped, renormalise, resize
+from nextvid_mcore.targets.folder import quiet
 
 UNUSED = {"pooler", "head", "predictor", "mask_token"}  # parts that no patch's features pass through
 FINAL_NORMS = ("layernorm", "post_layernorm", "norm")  # names of a last norm in transformers' models
@@ -217,7 +218,8 @@ def transformers_encoder(name: str) -> Foreign:
     """A model by its name or folder, with the normalisation that its image processor states."""
     transformers = optional("transformers")
     try:
-        model, info = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
+        with quiet(transformers):
+            model, info = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
         processor = read_processor(transformers, name)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"transformers:{name} cannot be loaded: {str(error).splitlines()[0]}") from None

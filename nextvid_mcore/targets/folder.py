@@ -6,8 +6,10 @@ code when they are opened.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +23,9 @@ def read_json(folder: str | None, kind: str, example: str) -> dict[str, Any]:
     """config.json of the folder that --target.checkpoint names; ConfigError if there is none."""
     require(folder is not None, f"target {kind} needs {FLAG} DIR: {example}")
     path = Path(folder) / "config.json"
-    require(path.is_file(), f"{FLAG} {folder}: no config.json there; give {example}")
+    below = sorted(path.parent.glob("*/config.json"))  # of a whole repository, as Cosmos' vae/
+    hint = f"; there is {below[0].parent}" if below else ""
+    require(path.is_file(), f"{FLAG} {folder}: no config.json there{hint}; give {example}")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -39,6 +43,19 @@ def need_package(name: str, kind: str) -> ModuleType:
             f"target {kind} needs the package {name} ({error}): pip install {name}, or generate pixels with "
             "--target.kind pixels"
         ) from None
+
+
+@contextlib.contextmanager
+def quiet(transformers: ModuleType) -> Iterator[None]:
+    """Without transformers' table of weights that a model has no use for, hundreds of a SigLIP2's text model:
+    which may be missing or left over is checked, strictly, by those who load."""
+    log = transformers.utils.logging
+    before = log.get_verbosity()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(before)
 
 
 def need_weights(folder: str) -> None:

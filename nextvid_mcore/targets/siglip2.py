@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nextvid_mcore.config import ConfigError, ModelConfig, RunConfig, require
 from nextvid_mcore.rng import torch_generator
 from nextvid_mcore.targets.base import check_latents, check_video
-from nextvid_mcore.targets.folder import FLAG, check_loaded, need_package, need_weights, read_json
+from nextvid_mcore.targets.folder import FLAG, check_loaded, need_package, need_weights, quiet, read_json
 from nextvid_mcore.targets.va_vae import load_statistics
 
 EXAMPLE = "a published SigLIP2 folder for transformers (config.json and safetensors)"
@@ -101,13 +101,14 @@ class Siglip2:
         need_weights(folder)
         transformers = need_package("transformers", "siglip2")
         try:
-            network, info = getattr(transformers, CLASSES[sizes["kind"]]).from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+            with quiet(transformers):
+                network, info = getattr(transformers, CLASSES[sizes["kind"]]).from_pretrained(
+                    folder,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
         except (OSError, RuntimeError, ValueError, TypeError) as error:
             first = str(error).strip().splitlines()[0]
             raise ConfigError(f"{FLAG} {folder} cannot be loaded as a SigLIP2: {first}") from error

@@ -341,7 +341,7 @@ def test_real_transformers_models(tmp_path: Path) -> None:
 
 @needs_transformers
 @torch.no_grad()
-def test_vjepa2_of_transformers_and_ours_agree(tmp_path: Path) -> None:
+def test_vjepa2_of_transformers_and_ours_agree(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """Two implementations of one model; layers too."""
     import transformers as t
 
@@ -371,6 +371,10 @@ def test_vjepa2_of_transformers_and_ours_agree(tmp_path: Path) -> None:
     for a, b in zip(ours(video, (0, 2)), other(video, (0, 2)), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     assert encoders.spread_layers(other.depth, 2) == (1, 2)
+    capfd.readouterr()
     theirs.save_pretrained(tmp_path)  # as it is published, with a processor of videos and none of pictures
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    weights = load_file(tmp_path / "model.safetensors") | {"head.of.a.task": torch.zeros(2)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert torch.equal(build_encoder(f"transformers:{tmp_path}")(video)[0], other(video)[0])
+    assert "head.of.a.task" not in "".join(capfd.readouterr())  # transformers' table of what isn't used

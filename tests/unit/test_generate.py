@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -196,4 +197,21 @@ def test_mistakes_are_one_sentence(
         (("--out", str(tmp_path / "file")), "file cannot be written"),
     ):
         monkeypatch.setattr("sys.argv", ["generate", str(run), *options])
+        assert module.main() == 2 and message in capsys.readouterr().err
+    path = tmp_path / "latents" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(CONFIG | {"target_kind": "va_vae", "target_channels": 64}))
+    for folder, options, message in (
+        (
+            path.parent,
+            (),
+            "latents of va_vae: give what it was trained with, --target-checkpoint and --target-s",
+        ),
+        (
+            run / "encoder",
+            ("--target-checkpoint", "x.pt"),
+            "--target-checkpoint: this model generates pixels",
+        ),
+    ):
+        monkeypatch.setattr("sys.argv", ["generate", str(folder), *options, "--data", str(tmp_path)])
         assert module.main() == 2 and message in capsys.readouterr().err

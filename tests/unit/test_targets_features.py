@@ -160,6 +160,10 @@ def test_cosmos_refuses_what_it_cannot_use(cosmos, tmp_path, monkeypatch):
     }.items():
         with pytest.raises(ConfigError, match=words):
             target_channels(config)
+    (tmp_path / "repository" / "vae").mkdir(parents=True)
+    (tmp_path / "repository" / "vae" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no config.json there; there is .*repository/vae; give"):
+        target_channels(run("cosmos", tmp_path / "repository"))
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / "config.json").write_text((cosmos / "config.json").read_text())

@@ -56,6 +56,10 @@ def test_a_stopped_training_goes_on_exactly(vae, settings, tmp_path):
     assert whole.step == parts.step == 6 and whole.rows == parts.rows
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, parts.model.state_dict()[name]), name
+    told = vae.Training(settings, tmp_path / "told", "cpu")
+    assert not told.run(workers=0, save_every=100, progress=False, told=lambda: told.step == 3)
+    assert train(vae, settings, tmp_path / "told").rows == whole.rows
+    assert torch.load(tmp_path / "told" / "training.pt", weights_only=True)["step"] == 6
     other = train(vae, dataclasses.replace(settings, seed=1), tmp_path / "other", stop=1)
     assert other.rows[0]["loss"] != whole.rows[0]["loss"]
     with pytest.raises(ConfigError, match=r"other settings: seed 0 \(now 1\)"):
