@@ -1,6 +1,7 @@
 """Process groups of a layout, and layouts that cannot work."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch.distributed as dist
 from launch import RankFailure, run, shared
 
 from nextvid_mcore import recipes
-from nextvid_mcore.config import ConfigError, RoleParallel
+from nextvid_mcore.config import ConfigError, Fp8Config, RoleParallel
+from nextvid_mcore.models import fp8, specs
 from nextvid_mcore.parallel import groups
 
 
@@ -33,6 +35,24 @@ def test_rank_order_is_tensor_data_pipeline():
     assert [o["dp_sum"] for o in out] == [2, 4, 2, 4]
     assert out[3]["place"] == (1, 1, 0, True)
     assert all(o["intra_dist_opt"] == [0, 1, 2, 3] and len(o["cp"]) == 1 for o in out)
+
+
+def asked_by_delayed(layout):
+    """Whose largest values a network in FP8 `delayed` takes on this rank."""
+    groups.init_distributed(60)
+    built = groups.build_groups(layout, timeout=60)
+    settings = fp8.settings(Fp8Config(all="delayed"), "student")
+    run = recipes.get("vit_l")
+    config = specs.transformer_config(run.model.encoder, run.model, specs.Split(layout.tensor, fp8=settings))
+    with mock.patch.object(specs, "TransformerBlock"):
+        specs.build_block(config, "layer", 1, None, built.collection)
+    return dist.get_process_group_ranks(config.amax_group)
+
+
+def test_delayed_asks_no_data_rank():
+    found = shared(4).run(asked_by_delayed, groups.Layout(tensor=2, data=2))
+    assert found == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert shared(2).run(asked_by_delayed, groups.Layout(data=2)) == [[0], [1]]
 
 
 def test_pipeline_groups():
