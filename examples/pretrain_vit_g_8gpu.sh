@@ -16,8 +16,9 @@ target=(--target.checkpoint "$VA_VAE" --target.statistics "$STATISTICS")
 if [ -z "$VA_VAE" ]; then target=(--target.kind pixels); fi
 
 # Layout: 22 heads and an MLP of 6144 admit --parallel.encoder.tensor 1 or 2 and no more. By default every
-# GPU holds the whole encoder and the optimizer is sharded over all of them; if memory runs out, lower
-# MICRO_BATCH, then add --parallel.recompute full, then --parallel.encoder.tensor 2.
+# GPU holds the whole encoder and the optimizer is sharded over all of them; if memory runs out, add
+# --parallel.recompute pieces, then lower MICRO_BATCH, then --parallel.recompute full, then
+# --parallel.encoder.tensor 2.
 torchrun --standalone --nproc-per-node "$GPUS" \
     -m nextvid_mcore.pretrain vit_g \
     --out "$OUT" \
