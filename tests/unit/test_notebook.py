@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import media
+import pytest
 from test_generate import write_export
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,16 +26,20 @@ def test_it_is_a_notebook_that_was_run():
     assert len(set(ids)) == len(ids)
 
 
-def test_its_code_runs(tmp_path):
+@pytest.mark.parametrize("listed", [False, True])
+def test_its_code_runs(tmp_path, listed):
     for name, level in (("dark", 20), ("light", 200)):
         for i in range(10):
             media.image(tmp_path / "data" / name / f"{i}.png", level=level + i)
     write_export(tmp_path / "export", roles=("encoder",))
+    lines = [f"data/{name}/{i}.png {k}" for i in range(10) for k, name in enumerate(("dark", "light"))]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
     cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
     script = "\n".join("".join(cell["source"]) for cell in cells)
     script += "\nassert accuracy['pixels']['linear'] == 1.0, accuracy\nfigure.savefig(sys.argv[1])\n"
     (tmp_path / "script.py").write_text(script)
-    env = os.environ | {"NEXTVID_EXPORT": str(tmp_path / "export"), "NEXTVID_DATA": str(tmp_path / "data")}
+    data = tmp_path / ("list.csv" if listed else "data")
+    env = os.environ | {"NEXTVID_EXPORT": str(tmp_path / "export"), "NEXTVID_DATA": str(data)}
     env |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "plot.png")]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
