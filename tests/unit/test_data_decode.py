@@ -56,6 +56,14 @@ def test_exactly_the_frames_asked_for(tmp_path: Path) -> None:
     assert left - right == pytest.approx(20, abs=2)
 
 
+@pytest.mark.parametrize("width", [16, 48, 72])
+def test_narrow_videos_whose_rows_decord_miscounts(tmp_path: Path, width: int) -> None:
+    video = Video(str(media.video(tmp_path / "a.avi", frames=12, height=40, width=width)))
+    clip = video.read(np.array([3, 9, 3]))
+    assert clip.shape == (3, 40, width, 3) and media.frame_numbers(clip) == [3, 9, 3]
+    assert abs(clip[:, :, 2].astype(int) - clip[:, :, -3] - 20).max() < 6  # the left half is brighter
+
+
 def test_frames_do_not_depend_on_what_was_read_before() -> None:
     """HEVC with open groups of pictures; decord itself fails this in about one of fifteen reads."""
     path = str(Path(__file__).parents[1] / "gpu" / "clips" / "hevc.mp4")
