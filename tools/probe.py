@@ -38,8 +38,23 @@ from nextvid_mcore.evaluation.encoders import Encoder, HubEncoder, build_encoder
 from nextvid_mcore.evaluation.presets import METHODS, PRESETS, ProbeConfig, preset  # noqa: E402
 from nextvid_mcore.evaluation.run import RESULTS, Job, run  # noqa: E402
 
-NUMBERS = ("classes", "train_items", "val_items", "segments", "views", "frames", "size", "side", "augment")
-NUMBERS += ("batch", "epochs", "layers", "heads", "k", "seed")
+NUMBERS = {
+    "classes": "default: the largest training label + 1",
+    "train_items": "of moving digits",
+    "val_items": "of moving digits",
+    "segments": "clips of a video, their tokens in a row",
+    "views": "crops of a validation clip, averaged",
+    "frames": "of a clip",
+    "size": "pixels of a frame (default: what the encoder was trained on)",
+    "side": "pixels of a moving digit",
+    "augment": "differently cropped copies of the training set; 0: none (default: one an epoch)",
+    "batch": "items of a step, over all ranks",
+    "epochs": "of the training set",
+    "layers": "encoder layers, their tokens in a row",
+    "heads": "of the probe's attention",
+    "k": "neighbours of --method knn",
+    "seed": "of split, order, crops and weights",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,14 +68,14 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--val", metavar="LIST", help="validation list or folder")
     out.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"gets {RESULTS} and the state")
     changes = out.add_argument_group("instead of the preset's numbers")
-    for name in NUMBERS:
-        changes.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
+    for name, what in NUMBERS.items():
+        changes.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=what)
     changes.add_argument("--rate", type=float, metavar="X", help="frame step, or frames a second")
     changes.add_argument("--rate-is", choices=("step", "fps"), help="how to read --rate (presets: step)")
     changes.add_argument("--flip", type=float, metavar="P", help="share of mirrored training clips")
     changes.add_argument("--holdout", type=float, metavar="SHARE", help="of the training set, for the choice")
-    changes.add_argument("--lrs", type=float, nargs="+", metavar="LR")
-    changes.add_argument("--weight-decays", type=float, nargs="+", metavar="WD")
+    changes.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="of the sweep")
+    changes.add_argument("--weight-decays", type=float, nargs="+", metavar="WD", help="of the sweep")
     changes.add_argument("--mlp", action="store_true", default=None, help="V-JEPA 2's MLP in the probe")
     job = out.add_argument_group("how it runs")
     job.add_argument("--cache", type=Path, metavar="DIR", help="keep features there (without augmentation)")
@@ -71,8 +86,8 @@ def parser() -> argparse.ArgumentParser:
         "--chunk", type=int, default=32, metavar="ITEMS", help="whose features are held at a time"
     )
     job.add_argument("--workers", type=int, default=4, metavar="N", help="loader processes of a rank")
-    job.add_argument("--save-every", type=int, default=200, metavar="STEPS")
-    job.add_argument("--stop-after", type=int, metavar="STEPS")
+    job.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="(default: 200)")
+    job.add_argument("--stop-after", type=int, metavar="STEPS", help="then stop; the same command goes on")
     job.add_argument("--no-progress", action="store_true")
     return out
 
@@ -133,6 +148,19 @@ def config_of(args: argparse.Namespace, encoder: Encoder) -> tuple[ProbeConfig, 
     return config, notes
 
 
+def headline(config: ProbeConfig, train: int, val: int) -> str:
+    """What is about to run."""
+    text = f"{config.dataset}, {config.method}: {train:,} training and {val:,} validation items, "
+    text += f"{config.frames} frames of {config.size} pixels"
+    if config.dataset != "moving_digits":
+        text += f", {'step' if config.rate_is == 'step' else 'frames a second'} {config.rate:g}"
+    text += f", {config.segments} segment(s), {config.views} view(s), {config.layers} encoder layer(s)"
+    if config.method == "knn":
+        return f"{text}; {config.k} neighbours"
+    members = len(config.lrs) * len(config.weight_decays)
+    return f"{text}; {members} probes, batch {config.batch}, {config.epochs} epochs"
+
+
 def sizes_note(config: ProbeConfig, train: int, val: int) -> list[str]:
     """Lists that differ much from Table 9's are worth a word."""
     notes = []
@@ -177,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         here = ranks_.start(args.device)
         train, val = build_data(config, args.train, args.val, here.device, encoder.per_frame)
         if here.first:
+            print(headline(config, len(train), len(val)))
             for note in [*notes, *lists_notes(train, val), *sizes_note(config, len(train), len(val))]:
                 print(note, flush=True)
         job = Job(
