@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
+TWICE = 1.0  # seconds: Ctrl-C reaches a rank from the terminal and from its launcher, and is one wish
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -20,10 +22,11 @@ class Stop:
 
     def __init__(self, says: bool = True) -> None:
         self.asked, self.says = False, says
-        self._gentle = False
+        self._gentle, self._first = False, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
+        self._stderr = os.dup(2)  # while a file is decoded, 2 is somewhere else
         for number in SIGNALS:
             try:
                 self._before[number] = signal.signal(number, self._ask)
@@ -34,6 +37,7 @@ class Stop:
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.close(self._stderr)
 
     @contextlib.contextmanager
     def gently(self) -> Iterator[None]:
@@ -44,12 +48,18 @@ class Stop:
             self._gentle = False
 
     def _ask(self, number: int, *_: Any) -> None:
-        again, self.asked = self.asked, True
+        again = self.asked and time.monotonic() - self._first > TWICE
+        if not self.asked:
+            self.asked, self._first = True, time.monotonic()
+        elif not again:
+            return
         if again or not self._gentle:
             raise Stopped
         if self.says:  # not print: it may have been interrupted itself
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: this step ends, then the state is saved (again: at once)\n".encode())
+            os.write(
+                self._stderr, f"\n{name}: this step ends, then the state is saved (again: at once)\n".encode()
+            )
 
     def __call__(self) -> bool:
         return self.asked
