@@ -92,6 +92,8 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+FEW = 50  # held-out items
+
 UNREAD = {  # changes that a method, or a kind of data, would pass over without a word
     "knn": (
         "augment",
@@ -162,8 +164,10 @@ def headline(config: ProbeConfig, train: int, val: int) -> str:
 
 
 def sizes_note(config: ProbeConfig, train: int, val: int) -> list[str]:
-    """Lists that differ much from Table 9's are worth a word."""
-    notes = []
+    """Lists that differ much from Table 9's, and few items to choose by, are worth a word."""
+    notes, held = [], max(1, round(train * config.holdout))
+    if config.method != "knn" and len(config.lrs) * len(config.weight_decays) > 1 and held < FEW:
+        notes.append(f"only {held} held-out training item(s) judge the sweep; --holdout 0.2 holds out more")
     for what, found, wanted in (
         ("training", train, config.train_items),
         ("validation", val, config.val_items),

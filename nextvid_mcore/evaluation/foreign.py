@@ -219,7 +219,11 @@ def transformers_encoder(name: str) -> Foreign:
     transformers = optional("transformers")
     try:
         with quiet(transformers):
-            model, info = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
+            model, info = transformers.AutoModel.from_pretrained(
+                name,
+                output_loading_info=True,
+                trust_remote_code=False,  # else it asks on the terminal
+            )
         processor = read_processor(transformers, name)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"transformers:{name} cannot be loaded: {str(error).splitlines()[0]}") from None

@@ -371,7 +371,13 @@ def test_vjepa2_of_transformers_and_ours_agree(tmp_path: Path, capfd: pytest.Cap
     for a, b in zip(ours(video, (0, 2)), other(video, (0, 2)), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     assert encoders.spread_layers(other.depth, 2) == (1, 2)
-    capfd.readouterr()
+    (tmp_path / "own").mkdir()
+    named = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(named))
+    with pytest.raises(ConfigError, match="own cannot be loaded: .*custom code"):  # and asks nobody
+        build_encoder(f"transformers:{tmp_path / 'own'}")
+    said = "".join(capfd.readouterr())
+    assert "[y/N]" not in said
     theirs.save_pretrained(tmp_path)  # as it is published, with a processor of videos and none of pictures
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     weights = load_file(tmp_path / "model.safetensors") | {"head.of.a.task": torch.zeros(2)}

@@ -111,7 +111,9 @@ def test_presets_and_what_changes_them() -> None:
     got, notes = config("--dataset", "k400", encoder="random:tiny")
     assert got.size == 64 and "64 pixels, the encoder's, instead of 256" in notes[0]
     assert probe.sizes_note(got, 241_258, 19_881) == []
-    assert probe.sizes_note(got, 100, 20_000) == ["100 training items; Table 9 has about 241,000"]
+    few, size = probe.sizes_note(got, 100, 20_000)
+    assert size == "100 training items; Table 9 has about 241,000"
+    assert few == "only 5 held-out training item(s) judge the sweep; --holdout 0.2 holds out more"
 
 
 def test_videos_with_loader_processes(tmp_path: Path) -> None:
