@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import math
 import time
 import traceback
@@ -220,15 +219,13 @@ def a_frame(case: Case) -> Callable[[], Tensor]:
     return call
 
 
-def prefix(case: Case, module: str) -> Callable[[], Tensor]:
-    attend = importlib.import_module(f"nextvid_mcore.models.{module}").attend
+def prefix(case: Case) -> Callable[[], Tensor]:
     q, k, v = (case.rowed(x) for x in case.qkv)
-    return lambda: attend(q, k, v, case.n).permute(2, 0, 1, 3).flatten(1, 2)
+    return lambda: kernels.prefix(q, k, v, case.pattern).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 KERNELS: dict[str, Callable[[Case], Callable[[], Tensor]]] = {
-    "gluon": functools.partial(prefix, module="gluon_prefix"),
-    "triton": functools.partial(prefix, module="triton_prefix"),
+    "prefix": prefix,
     "flex": flex,
     "cudnn strides": functools.partial(cudnn_graph, ragged=False),
     "cudnn ragged": functools.partial(cudnn_graph, ragged=True),
@@ -304,7 +301,6 @@ def main() -> None:
     begun, found = time.perf_counter(), {}
     if device.type == "cuda":
         own_stream()
-        print(f"cuDNN {torch.backends.cudnn.version()}", flush=True)
 
     cases = []
     for text in args.cases:
