@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from nextvid_mcore.config import ModelConfig, RunConfig, require
+from nextvid_mcore.config import ConfigError, ModelConfig, RunConfig, require
 
 
 @runtime_checkable
@@ -57,9 +57,16 @@ def target_channels(config: RunConfig) -> int:
         return cosmos.Cosmos.channels_for(config.model, cosmos.read_config(target.checkpoint))
     if target.kind == "va_vae":  # without its file (a plan, a conversion elsewhere) it is VA-VAE's own
         there = target.checkpoint is not None and Path(target.checkpoint).is_file()
-        return va_vae.VaVae.channels_for(
-            config.model, va_vae.shape_of(target.checkpoint) if there else va_vae.VA_VAE
-        )
+        shape = va_vae.shape_of(target.checkpoint) if there else va_vae.VA_VAE
+        try:
+            return va_vae.VaVae.channels_for(config.model, shape)
+        except ConfigError as error:
+            if there or target.checkpoint is None:
+                raise
+            raise ConfigError(
+                f"--target.checkpoint {target.checkpoint}: no such file, and VA-VAE's own would not fit: "
+                f"{error}"
+            ) from None
     return pixels.Pixels.channels_for(config.model)
 
 

@@ -210,7 +210,7 @@ def read_tensors(path: str, flag: str) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ConfigError(
-            f"{flag} {path} is not a torch file of plain tensors ({str(error).splitlines()[0]}); if you "
+            f"{flag} {path} is not a torch file of plain tensors; if it is one of more than that, and you "
             "trust it, load it once with weights_only=False and save its state_dict alone"
         ) from error
     except Exception as error:  # an unpickler raises anything on a foreign file
@@ -228,6 +228,10 @@ def shape_of(path: str) -> AutoencoderShape:
     sizes = {
         k: v.shape for k, v in read_tensors(path, "--target.checkpoint").items() if isinstance(v, Tensor)
     }
+    require(
+        any(key.startswith(PREFIXES) for key in sizes),
+        f"--target.checkpoint {path} is no autoencoder's: it holds {_some(sorted(sizes)) or 'no tensors'}",
+    )
     levels, blocks = 0, 0
     while f"encoder.down.{levels}.block.0.conv2.weight" in sizes:
         levels += 1

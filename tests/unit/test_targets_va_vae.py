@@ -147,7 +147,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, narrow):
     for name, words in {
         "mixed.pt": "of another shape",
         "odd.pt": "no multiples of the first convolution's 48",
-        "vit.pt": "342 missing",
+        "vit.pt": "is no autoencoder's: it holds vit.weight",
         "object.pt": "plain tensors",
         "text.pt": "text.pt",
         "text.safetensors": "cannot be read",
@@ -206,3 +206,20 @@ def test_training_without_the_files_names_the_flags(tmp_path):
     config = dataclasses.replace(config, target=dataclasses.replace(config.target, checkpoint="vae.pt"))
     with pytest.raises(ConfigError, match="--target.statistics FILE.*latents_stats.pt"):
         build_target(config, "cpu", torch.float32)
+
+
+def test_a_file_that_is_missing_or_another_is_named_before_the_patch_size(tmp_path):
+    config = recipes.get("tiny")
+    for name, state, words in (
+        ("none.pt", None, "none.pt: no such file, and VA-VAE's own would not fit: .*patch size"),
+        ("vit.pt", {"cls_token": torch.zeros(1)}, "vit.pt is no autoencoder's: it holds cls_token"),
+    ):
+        if state:
+            torch.save(state, tmp_path / name)
+        target = dataclasses.replace(config.target, kind="va_vae", checkpoint=str(tmp_path / name))
+        with pytest.raises(ConfigError, match=words):
+            target_channels(dataclasses.replace(config, target=target))
+    (tmp_path / "picture.pt").write_bytes(b"\x89PNG no pickle")
+    with pytest.raises(ConfigError, match="picture.pt (is not a torch file|cannot be read)") as error:
+        shape_of(str(tmp_path / "picture.pt"))
+    assert "In PyTorch" not in str(error.value)  # torch would have any file run its code
