@@ -21,7 +21,7 @@ from nextvid_mcore.recipes import digits
 REAL = "real-clips:"  # before the path of a file of real_clips.py
 REAL_FRAMES = 8
 KINDS = ("pretrain", "random", "pixels", "supervised")
-WIDE = 0.06  # deviation of initial weights with which an untrained encoder is at its best
+WIDE = 0.06  # deviation of initial weights that makes most untrained encoders tell digits better
 
 
 @dataclass(frozen=True)

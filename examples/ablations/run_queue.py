@@ -135,7 +135,7 @@ def drain(
     for what, names in lacking.items():
         say(f"needs {what}: {', '.join(names)}")
     todo = [run for run in left if not run.missing()]
-    failed, costs = 0, []  # costs: the GPU's seconds a step
+    begun, failed, costs = len(left), 0, []  # costs: the GPU's seconds a step
     traces: set[str] = set()
     pool = [Worker(serve) for _ in range(min(workers, len(todo)))]
     counted = began
@@ -203,7 +203,9 @@ def drain(
         for worker in pool:
             worker.end()
     if cut:
-        say("time is over; under way and lost: " + ", ".join(f"{name} ({took:.0f} s)" for name, took in cut))
+        lost = ", ".join(f"{name} ({took:.0f} s)" for name, took in cut)
+        more = "; give more --minutes, or smaller runs (--help)" if len(left) == begun else ""  # else stuck
+        say(f"time is over; under way and lost: {lost}{more}")
     say(f"{len(runs) - len(left)} of {len(runs)} runs have results; {failed} failed")
     if left:
         say("not run: " + ", ".join(run.name for run in left))
