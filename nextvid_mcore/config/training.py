@@ -67,8 +67,8 @@ class TrainConfig:
     micro_batch: int = 1  # clips of one encoder replica in one forward pass
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
-    # forward and backward pass as one CUDA graph (training/graphs.py); auto: without tensor parallelism, or
-    # eagerly where recording fails; on: with it too, and where that can't be the run ends
+    # forward and backward pass as one CUDA graph (training/graphs.py); auto: but for FP8 over tensor ranks,
+    # and eagerly where recording fails; on: that too, and where it can't be the run ends
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     init_from: str | None = None  # weights only, from a run or a checkpoint
     init_noise: float = 0.0  # std of seeded noise in tensors that start at zero (tests)

@@ -64,8 +64,8 @@ def wanted(config: RunConfig, placement: Placement) -> bool:
     """
     choice = config.train.cuda_graphs
     reason = refusal(config, placement) if choice != "off" else None
-    if choice == "auto" and placement.encoder.layout.tensor > 1:
-        return False  # a compiled pass of tiny networks broke off so on two GPUs: benchmarks/RESULTS.md
+    if choice == "auto" and placement.encoder.layout.tensor > 1 and config.fp8.used:
+        return False  # `auto` is what was seen on GPUs; FP8 over tensor ranks has run eagerly alone
     if choice == "on" and reason is not None:
         raise ConfigError(f"train cuda_graphs on: {reason}; use --train.cuda-graphs auto or off")
     return choice != "off" and reason is None

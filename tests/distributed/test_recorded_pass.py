@@ -161,8 +161,15 @@ def test_what_cannot_be_recorded_is_said(monkeypatch) -> None:
         with pytest.raises(ConfigError, match=words):
             graphs.wanted(on, placement)
     again = {"recompute": "pieces"}
-    for parallel, world, recorded in (({}, 1, True), ({}, 2, True), (TENSOR, 2, False), (again, 1, True)):
-        config = parity.small(**parallel)  # auto: what was seen on GPUs
+    low = FP8 | {"fp8": {"all": "current"}}
+    for parallel, world, changes, recorded in (  # auto: what was seen on GPUs
+        ({}, 1, {}, True),
+        ({}, 2, {}, True),
+        (TENSOR, 2, {}, True),
+        (TENSOR, 2, low, False),
+        (again, 1, {}, True),
+    ):
+        config = parity.small(**parallel).altered(**changes)
         placement = resolve_placement(config, world)
         assert graphs.wanted(config, placement) == recorded
         assert graphs.wanted(config.altered(train={"cuda_graphs": "on"}), placement)
