@@ -210,7 +210,7 @@ def test_mistakes_are_one_sentence(
         (
             run / "encoder",
             ("--target-checkpoint", "x.pt"),
-            "--target-checkpoint: this model generates pixels",
+            "--target-checkpoint: this model makes pixels",
         ),
     ):
         monkeypatch.setattr("sys.argv", ["generate", str(folder), *options, "--data", str(tmp_path)])
