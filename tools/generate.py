@@ -118,6 +118,10 @@ def read_clips(config: RunConfig, args: argparse.Namespace, frames: int) -> list
         return out
     found = clip_files.find(args.data, args.skip + args.clips).items[args.skip :]
     require(len(found) > 0, f"{args.data} has no more than {args.skip} clips; lower --skip")
+    if Path(args.data).is_dir() and len(found) < args.clips:
+        print(
+            f"{args.data} has {len(found)} clips from --skip {args.skip} on, not the {args.clips} of --clips"
+        )
     return [clip_files.read(item, frames, size, config.data.fps) for item in found]
 
 

@@ -153,10 +153,15 @@ def test_an_export_alone_with_files_of_ones_own(run: Path, tmp_path: Path) -> No
         str(run / "encoder"), "--mode", "autoregressive", "--length", "2", "--solver", "euler", *common
     )
     assert ended.returncode == 0, ended.stderr
+    assert "of --clips" not in ended.stdout
     frames, width, height = gif(tmp_path / "out" / "rollout.gif")
     assert frames == 6 and width > 3 * 128 and height > 2 * 128  # original and two samples; two clips
     assert (tmp_path / "out" / "rollout.png").exists() and seed.exists() and clip.exists()
     has_av = importlib.util.find_spec("av") is not None
+    ended = start(
+        str(run / "encoder"), "--samples", "1", "--clips", "3", "--skip", "1", "--frames", "4", *common
+    )
+    assert ended.returncode == 0 and "has 1 clips from --skip 1 on, not the 3 of --clips" in ended.stdout
     ended = start(str(run / "encoder"), "--samples", "1", "--clips", "1", "--frames", "4", "--mp4", *common)
     if has_av:
         assert ended.returncode == 0, ended.stderr
