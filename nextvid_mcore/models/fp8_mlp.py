@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nextvid_mcore.config import ConfigError, RunConfig
 from nextvid_mcore.models import again
 
 if TYPE_CHECKING:
@@ -39,6 +40,47 @@ def fits(config: TransformerConfig, x: Tensor) -> bool:
         and config.recompute_granularity != "full"
         and x.is_cuda
     )
+
+
+def check(config: RunConfig, device: torch.device) -> None:
+    """Where MLPs go this way, run the kernels once at each of their widths and compare all that they write.
+
+    A compiler is part of them: ptxas 12.8 made wrong bytes of one form of their code (benchmarks/RESULTS.md),
+    which no loss shows in a few steps. What is compiled here is what the run takes.
+
+    Raises:
+        ConfigError: they write something else than they should.
+    """
+    roles = [role for role, recipe in config.fp8.used.items() if recipe == "delayed"]
+    if not roles or not _state["on"]:
+        return
+    from nextvid_mcore.models import triton_fp8
+
+    shapes = {"student": config.model.encoder, "reference": config.model.encoder}
+    widths = {shapes.get(role, getattr(config.model, role, None)).mlp for role in roles}
+    rows, generator = 256, torch.Generator().manual_seed(0)
+    gradient = torch.float8_e5m2 if config.fp8.format == "hybrid" else torch.float8_e4m3fn
+    for width in sorted(widths):
+        given = [torch.randn(*size, generator=generator).bfloat16() for size in ((rows, width), (width,))]
+        found = []
+        for place in (device, torch.device("cpu")):
+            x, bias = (each.to(place) for each in given)
+            amax = torch.zeros(2, 1, device=place)
+            scale = torch.tensor(50.0, device=place)
+            out = triton_fp8.gelu(x, bias, scale, amax[0], torch.float8_e4m3fn, True)
+            back, _ = triton_fp8.gelu_backward(x, x, bias, scale, amax[1], gradient)
+            found.append([each.cpu().float() for y in (out, back) for each in (y.rows, y.columns)])
+        for low, transposed, wanted in ((*found[0][:2], found[1][0]), (*found[0][2:], found[1][2])):
+            wrong = ((low - wanted).abs() > 0.3 * wanted.abs() + 0.05).sum() + (transposed != low.t()).sum()
+            if wrong:
+                import triton
+
+                name = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU"
+                raise ConfigError(
+                    f"fp8 delayed: GELU's kernel {width} wide writes {wrong} of {2 * low.numel()} values "
+                    f"wrong on {name} with Triton {triton.__version__}; use --no-fp8.fused (slower), or the Triton "
+                    "of constraints.txt"
+                )
 
 
 def mlp(module: MLP, x: Tensor, low: Any | None = None) -> tuple[Tensor, Tensor]:

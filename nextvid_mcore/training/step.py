@@ -69,6 +69,8 @@ class TrainStep:
         )
         fused.use(config.model.compile)
         fp8_mlp.use(config.model.compile and config.fp8.fused)
+        if cuda:
+            fp8_mlp.check(config, device)
         recorded = graphs.wanted(config, seats.placement)
         if recorded:
             graphs.own_stream()

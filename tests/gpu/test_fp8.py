@@ -288,6 +288,17 @@ def test_gelu_kernels(shape: tuple[int, int], dtype: torch.dtype) -> None:
             assert torch.equal(a.columns.cpu().float(), a_rows.t())
 
 
+def test_kernels_pass_their_check() -> None:
+    """At ViT-G's widths, as a run calls it before it starts."""
+    from nextvid_mcore import recipes
+    from nextvid_mcore.models import fp8_mlp
+
+    fp8_mlp.use(True)
+    for form in ("hybrid", "e4m3"):
+        config = recipes.get("vit_g").altered(fp8={"all": "delayed", "format": form})
+        fp8_mlp.check(config, torch.device("cuda", 0))
+
+
 def losses_of(settings: dict[str, Any], folder: str, at: int, start: str | None, steps: int) -> list[float]:
     """Losses of `steps` steps from step `at` on, which starts from a checkpoint; saves one at the end."""
     from nextvid_mcore.training import checkpoint

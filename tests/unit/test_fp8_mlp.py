@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextvid_mcore import recipes
+from nextvid_mcore.config import ConfigError
 from nextvid_mcore.models import fp8_mlp
 
 SCALE = 8.0  # a power of two: nothing is rounded
@@ -76,6 +78,38 @@ def test_norm_is_what_it_stands_for() -> None:
         torch.testing.assert_close(most[0], most[1])
         torch.testing.assert_close(plain(found.inverse), wanted.inverse)
         assert found.columns is None
+
+
+@pytest.mark.parametrize("kernel", [None, "gelu", "gelu_backward"])
+def test_kernels_are_checked_before_a_run(monkeypatch, kernel: str | None) -> None:
+    """Half of the transposed copy's bytes wrong, as a compiler once made them."""
+    from nextvid_mcore.models import triton_fp8
+
+    if kernel is not None:
+        right = getattr(triton_fp8, kernel)
+
+        def wrong(*args: object) -> object:
+            found = right(*args)
+            low = found[0] if isinstance(found, tuple) else found
+            low.columns.view(torch.uint8)[::2] = 0x60
+            return found
+
+        monkeypatch.setattr(triton_fp8, kernel, wrong)
+    config = recipes.get("tiny").altered(
+        model={"backend": "te"},
+        train={"precision": "bf16"},
+        fp8={"student": "delayed", "decoder": "delayed"},
+    )
+    fp8_mlp.use(True)
+    if kernel is None:
+        fp8_mlp.check(config, torch.device("cpu"))
+        return
+    with pytest.raises(ConfigError, match=r"values wrong on .* use --no-fp8\.fused"):
+        fp8_mlp.check(config, torch.device("cpu"))
+    fp8_mlp.check(config.altered(fp8={"student": "current", "decoder": "none"}), torch.device("cpu"))
+    fp8_mlp.use(False)
+    fp8_mlp.check(config, torch.device("cpu"))
+    fp8_mlp.use(True)
 
 
 @dataclass
