@@ -78,8 +78,8 @@ def check(config: RunConfig, device: torch.device) -> None:
                 name = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU"
                 raise ConfigError(
                     f"fp8 delayed: GELU's kernel {width} wide writes {wrong} of {2 * low.numel()} values "
-                    f"wrong on {name} with Triton {triton.__version__}; use --no-fp8.fused (slower), or the Triton "
-                    "of constraints.txt"
+                    f"wrong on {name} with Triton {triton.__version__}; use --no-fp8.fused (slower), or "
+                    "the Triton of constraints.txt"
                 )
 
 
