@@ -60,6 +60,31 @@ def make_config(args: argparse.Namespace, recipe: str, seed: int) -> Any:
     )
 
 
+def refuse(args: argparse.Namespace) -> None:
+    """End here where one of the runs can't be, before any begins."""
+    from nextvid_mcore import cli
+    from nextvid_mcore.config import ConfigError
+
+    try:
+        check_runs(args)
+    except ConfigError as error:
+        cli.fail(error)
+
+
+def check_runs(args: argparse.Namespace) -> None:
+    """Raise ConfigError where one of the runs can't be on this machine."""
+    from nextvid_mcore.config import require
+    from nextvid_mcore.parallel.plan import check
+
+    for run in args.runs:
+        recipe, _, seed = run.partition(":")
+        require(
+            recipe in (*RECIPES, "mxfp8") and seed.isdecimal(),
+            f"--runs {run}: write RECIPE:SEED, as bf16:0, with one of {', '.join(RECIPES)} or mxfp8",
+        )
+        check(make_config(args, recipe, int(seed)), 1)
+
+
 def train(args: argparse.Namespace, recipe: str, seed: int, path: Path) -> None:
     """One run in this process; its losses go to `path` as it goes."""
     import torch
@@ -241,6 +266,7 @@ def main() -> None:
         plot(done, found, Path(args.draw).with_suffix(".png"))
         print("\n".join(lines))
         return
+    refuse(args)
     done = run_all(args)
     lines, found = summarise(done)
     out = Path(args.out)

@@ -88,6 +88,8 @@ def main() -> None:
     parser.add_argument("--student", type=int, default=16128)
     parser.add_argument("--reference", type=int, default=32768)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device, and nothing here runs without")
     print(torch.cuda.get_device_name(), torch.__version__)
     norms(args.reference)
     bias = torch.randn(args.width, device="cuda", dtype=torch.bfloat16)

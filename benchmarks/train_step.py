@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -31,8 +32,12 @@ from common import PEAK_BF16, Bench, quick_start
 from parts import PARTS, kernels, shares
 from world import first_says, join, leave
 
-from nextvid_mcore import flops, recipes
-from nextvid_mcore.config import Fp8Config, RoleParallel, RunConfig, require
+from nextvid_mcore import cli, flops, recipes
+from nextvid_mcore.config import ConfigError, Fp8Config, RoleParallel, RunConfig, require
+from nextvid_mcore.models import fp8
+from nextvid_mcore.models.specs import get_backend
+from nextvid_mcore.parallel import plan
+from nextvid_mcore.training import graphs
 
 KEYS = {
     "recipe": str,
@@ -92,6 +97,28 @@ def configure(case: dict[str, Any], world: int) -> RunConfig:
             cuda_graphs=case["graphs"],
         ),
     )
+
+
+def check(case: dict[str, Any], world: int) -> None:
+    """Raise ConfigError where `case` can't be measured on this machine's `world` processes."""
+    ranks, tensor, recipe = 1 if case["gpus"] == 1 else world, case["tensor"], case["recipe"]
+    require(recipe in recipes.names(), f"recipe={recipe}: there are {', '.join(recipes.names())}")
+    require(
+        tensor >= 1 and ranks % tensor == 0,
+        f"tensor={tensor} can't share {ranks} process{'es' if ranks > 1 else ''}; start a multiple of it with "
+        "torchrun --nproc-per-node",
+    )
+    config = configure(case, ranks)
+    require(
+        not case["vae"] or config.target.kind == "va_vae",
+        f"vae={case['vae']}: recipe {recipe} has patches of {config.model.patch_size} pixels, VA-VAE's latents "
+        "16; leave vae out or take vit_l, vit_h or vit_g",
+    )
+    placement = plan.check(config.altered(eval={"every": 0}), ranks, dry_run=True)
+    get_backend(config.model.backend)
+    if config.fp8.used:
+        fp8.check_gpu(config.fp8)
+    graphs.wanted(config, placement)
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[str, Any]]]:
@@ -172,6 +199,8 @@ def label(case: dict[str, Any], cases: list[dict[str, Any]]) -> str:
 def failure(error: Exception) -> str:
     """What a case ended with, on one line. NCCL can't have what torch's allocator keeps unused."""
     text = str(error).strip() or "no message"
+    if isinstance(error, ConfigError):
+        return text
     if isinstance(error, dist.DistBackendError) and "Failed to CUDA" in text:
         return f"out of memory, in NCCL: {text.splitlines()[-1][:60]!r}; lower micro_batch;"
     if isinstance(error, torch.OutOfMemoryError):
@@ -179,11 +208,20 @@ def failure(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:90]!r}"
 
 
+def percent(share: float) -> str:
+    return f"{'-':>6}" if math.isnan(share) else f"{share:>6.1%}"
+
+
 def main() -> int:
-    """0 if any case was measured."""
+    """0 if any case was measured, 2 if one can't be."""
     args, cases = parse()
     begun = time.perf_counter()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    try:
+        for case in cases:
+            check(case, world)
+    except ConfigError as error:
+        cli.fail(error)
     first, lines = None, []
     head = (
         f"{'clips/s':>8} {'ms':>8} {'MFU':>6} {'GiB':>6} {'ratio':>6} "
@@ -211,7 +249,7 @@ def main() -> int:
         lines.append(
             f"{rate:>8.2f} {1e3 * measured.seconds:>8.1f} {rate * found['flops'] / PEAK_BF16:>6.1%} "
             f"{measured.gib:>6.1f} {rate / first:>6.2f} "
-            + " ".join(f"{share.get(part, float('nan')):>6.1%}" for part in (*PARTS, "other", "gaps"))
+            + " ".join(percent(share.get(part, math.nan)) for part in (*PARTS, "other", "gaps"))
             + f"  {label(case, cases)}"
         )
         if rank == 0:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nextvid_mcore.config.data import DataConfig
-from nextvid_mcore.config.errors import require
+from nextvid_mcore.config.errors import require, require_choices
 from nextvid_mcore.config.fp8 import Fp8Config
 from nextvid_mcore.config.model import MaskConfig, ModelConfig, TargetConfig
 from nextvid_mcore.config.parallel import ParallelConfig
@@ -37,6 +37,7 @@ class RunConfig:
     profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require(len(self.stages) > 0, "a run needs at least one stage")
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), f"stage names must differ, got {names}")

@@ -71,9 +71,10 @@ def _store(y, scale, amax, rows_out, columns_out, r, c, rows, W: tl.constexpr, L
 def _gelu_forward(x, bias, scale, amax, inverse, rows_out, columns_out, rows,
                   W: tl.constexpr, LIMIT: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
                   BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    r = tl.program_id(1) * BR + tl.arange(0, BR)
-    if tl.program_id(0) + tl.program_id(1) == 0:
+    tiles: tl.constexpr = (W + BC - 1) // BC  # one axis for all programs: a second one ends at 65,535
+    c = tl.program_id(0) % tiles * BC + tl.arange(0, BC)
+    r = tl.program_id(0) // tiles * BR + tl.arange(0, BR)
+    if tl.program_id(0) == 0:
         tl.store(inverse, 1.0 / tl.load(scale))
     inside = (r < rows)[:, None] & (c < W)[None, :]
     a = tl.load(x + r.to(tl.int64)[:, None] * W + c[None, :], mask=inside, other=0.0)
@@ -145,7 +146,7 @@ def gelu(
         return out if rows else replace(out, rows=None)
     out, (number, width) = _empty(x, dtype, columns, rows), x.shape
     tile = TILE if columns else FLAT
-    grid = (triton.cdiv(width, tile["BC"]), triton.cdiv(number, tile["BR"]))
+    grid = (triton.cdiv(width, tile["BC"]) * triton.cdiv(number, tile["BR"]),)
     _gelu_forward[grid](
         x, bias, scale, amax, out.inverse, out.rows, out.columns, number,
         W=width, LIMIT=torch.finfo(dtype).max, COLUMNS=columns, ROWS=rows, **tile,

@@ -72,8 +72,9 @@ def gelu_slope(a, PTX: tl.constexpr):
 
 @triton.jit
 def _gelu_forward(x, bias, y, rows, W: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PTX: tl.constexpr):
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    tiles: tl.constexpr = (W + BC - 1) // BC  # one axis for all programs: a second one ends at 65,535
+    c = tl.program_id(0) % tiles * BC + tl.arange(0, BC)
+    r = tl.program_id(0) // tiles * BR + tl.arange(0, BR)
     at = r.to(tl.int64)[:, None] * W + c[None, :]
     inside = (r < rows)[:, None]
     if W % BC != 0:
@@ -228,7 +229,7 @@ class BiasGelu(torch.autograd.Function):
         x = x.contiguous()
         y = torch.empty_like(x)
         rows, width = x.shape
-        grid = (triton.cdiv(width, 256), triton.cdiv(rows, 8))
+        grid = (triton.cdiv(width, 256) * triton.cdiv(rows, 8),)
         _gelu_forward[grid](x, bias, y, rows, W=width, BR=8, BC=256, PTX=PTX)
         ctx.save_for_backward(x, bias)
         return y

@@ -224,3 +224,18 @@ def _separate(config: RunConfig, world_size: int) -> Placement:
         extra = reference if with_generator and "predictor" in roles[name] else ()
         seats.append(Seat(name, extra + roles[name], layout, seats[-1].ranks.stop))
     return Placement(parallel.placement, tuple(seats), config.train.micro_batch)
+
+
+def unrecordable(config: RunConfig, placement: Placement) -> str | None:
+    """Why micro-batches of this run can't be CUDA graphs (training/graphs.py) on any machine, or None."""
+    layout = placement.encoder.layout
+    if placement.separate or layout.pipeline > 1:
+        return (
+            f"micro-batches overlap between ranks (placement {config.parallel.placement}, "
+            f"pipeline {layout.pipeline})"
+        )
+    if not config.mask.static:
+        return f"mask mode {config.mask.mode} changes the number of tokens from clip to clip"
+    if config.parallel.recompute in ("core_attn", "full"):
+        return f"recompute {config.parallel.recompute} reads the state of the random generators"
+    return None

@@ -13,7 +13,7 @@ from nextvid_mcore import flops
 from nextvid_mcore.config import RunConfig, TransformerShape, require
 from nextvid_mcore.parallel import memory, seating
 from nextvid_mcore.parallel.fp8_shapes import check_fp8
-from nextvid_mcore.parallel.placement import Placement, resolve_placement
+from nextvid_mcore.parallel.placement import Placement, resolve_placement, unrecordable
 from nextvid_mcore.parallel.stages import last_stage_layers
 from nextvid_mcore.schedule import Schedule
 
@@ -30,6 +30,9 @@ def check(config: RunConfig, world_size: int, dry_run: bool = False) -> Placemen
     placement = resolve_placement(config, world_size)
     last_stage_layers(config, placement.encoder.layout.pipeline)
     check_fp8(config, placement)
+    if config.train.cuda_graphs == "on":
+        reason = unrecordable(config, placement)
+        require(reason is None, f"train cuda_graphs on: {reason}; use --train.cuda-graphs auto or off")
     Schedule(config)  # the start stage exists, the steps fit
     if config.model.generate:
         target_channels(config)
@@ -52,6 +55,10 @@ def _check_machine(config: RunConfig) -> None:
     if config.eval.knn_every:
         build_labelled(config)
     get_backend("te" if config.fp8.used else config.model.backend)  # raises if te can't run
+    require(
+        config.train.cuda_graphs != "on" or torch.cuda.is_available(),
+        "train cuda_graphs on: there is no CUDA device; use --train.cuda-graphs auto or off",
+    )
     fp8.check_gpu(config.fp8)
     require(
         config.train.precision != "bf16" or not torch.cuda.is_available() or torch.cuda.is_bf16_supported(),

@@ -30,7 +30,7 @@ from nextvid_mcore.config import ConfigError, RunConfig
 from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.models import fp8
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch
-from nextvid_mcore.parallel.placement import Placement
+from nextvid_mcore.parallel.placement import Placement, unrecordable
 from nextvid_mcore.training import microbatch, monitors
 
 if TYPE_CHECKING:
@@ -40,20 +40,10 @@ WARM = 2  # eager passes of a shape before it is recorded: they compile, and res
 
 
 def refusal(config: RunConfig, placement: Placement) -> str | None:
-    """Why this run can't be recorded, or None."""
-    layout = placement.encoder.layout
+    """Why this run can't be recorded here, or None."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    if placement.separate or layout.pipeline > 1:
-        return (
-            f"micro-batches overlap between ranks (placement {config.parallel.placement}, "
-            f"pipeline {layout.pipeline})"
-        )
-    if not config.mask.static:
-        return f"mask mode {config.mask.mode} changes the number of tokens from clip to clip"
-    if config.parallel.recompute in ("core_attn", "full"):
-        return f"recompute {config.parallel.recompute} reads the state of the random generators"
-    return None
+    return unrecordable(config, placement)
 
 
 def wanted(config: RunConfig, placement: Placement) -> bool:

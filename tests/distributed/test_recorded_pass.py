@@ -10,6 +10,7 @@ import torch
 from launch import RankFailure, shared
 
 from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig
+from nextvid_mcore.parallel import plan
 from nextvid_mcore.parallel.placement import resolve_placement
 from nextvid_mcore.training import graphs
 from nextvid_mcore.training import step as training_step
@@ -87,6 +88,7 @@ def failed_recording(
     """
     config = parity.small(**parallel or {}).altered(train={"cuda_graphs": choice})
     with (
+        mock.patch.object(plan, "_check_machine"),
         mock.patch.object(graphs, "refusal", lambda *_: None),
         mock.patch.object(graphs, "own_stream"),
     ):
@@ -160,6 +162,8 @@ def test_what_cannot_be_recorded_is_said(monkeypatch) -> None:
         on = config.altered(train={"cuda_graphs": "on"})
         with pytest.raises(ConfigError, match=words):
             graphs.wanted(on, placement)
+        with pytest.raises(ConfigError, match=f"cuda_graphs on: .*{words}.*; use --train.cuda-graphs auto"):
+            plan.check(on, world, dry_run=True)
     again = {"recompute": "pieces"}
     low = FP8 | {"fp8": {"all": "current"}}
     for parallel, world, changes, recorded in (  # auto: what was seen on GPUs

@@ -39,6 +39,46 @@ def test_fp8_of_a_case() -> None:
         train_step.fp8_config("foo:current", 1)
 
 
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("recompute=xx", "parallel recompute 'xx' is not one of none, pieces, core_attn, full"),
+        ("fp8=student:foo", "fp8 student 'foo' is not one of none, current, delayed, blockwise, mxfp8$"),
+        ("graphs=maybe", "train cuda_graphs 'maybe' is not one of auto, on, off"),
+        ("graphs=on", "cuda_graphs on: there is no CUDA device"),
+        ("recipe=vit_x", "recipe=vit_x: there are tiny"),
+        ("tensor=2", "tensor=2 can't share 1 process;"),
+        ("vae=1", "vae=1: recipe tiny has patches of 8 pixels"),
+    ],
+)
+def test_a_case_that_cannot_be_is_refused_before_any_is_measured(case: str, words: str) -> None:
+    import train_step
+
+    _, cases = train_step.parse(["tiny", "--backend", "local", "--case", "", "--case", case])
+    train_step.check(cases[0], 1)
+    with pytest.raises(ConfigError, match=words):
+        train_step.check(cases[1], 1)
+
+
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        ("foo:0", "--runs foo:0: write RECIPE:SEED"),
+        ("bf16", "--runs bf16: write RECIPE:SEED"),
+        ("current:0", "backend te needs Transformer Engine"),
+    ],
+)
+def test_runs_of_fp8_convergence(runs: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fp8_convergence
+    import torch
+
+    if torch.cuda.is_available() and runs == "current:0":
+        pytest.skip("Transformer Engine may be there")
+    monkeypatch.setattr(sys, "argv", ["fp8_convergence.py", "--runs", runs])
+    with pytest.raises(ConfigError, match=words):
+        fp8_convergence.check_runs(fp8_convergence.parse())
+
+
 def test_videos_that_cannot_be_read_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     import decode
 

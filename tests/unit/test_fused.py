@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -135,3 +136,27 @@ def test_gelu_is_exact() -> None:
     x, zero = torch.tensor([[[1.0, -0.5]]]), torch.zeros(2)
     wanted = [z * (1 + math.erf(z / math.sqrt(2))) / 2 for z in (1.0, -0.5)]
     assert fused.bias_gelu(x, zero).flatten().tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_launches_of_many_rows_stay_within_what_cuda_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second axis ends at 65,535 programs: at 8 rows each 524,280 rows, fewer than 37 clips at tau 4 have."""
+    from nextvid_mcore.models import triton_fp8, triton_pieces
+
+    class Launches(list):
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **kwargs: self.append(grid)
+
+    launches = Launches()
+    for module in (triton_pieces, triton_fp8):
+        for name in ("_gelu_forward", "_gelu_backward"):
+            monkeypatch.setattr(module, name, launches)
+    monkeypatch.setattr(triton_pieces, "_add_up", launches)
+    x = torch.empty(2**20, 300, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.empty(300, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    triton_pieces.BiasGelu.apply(x, bias).backward(x.detach())
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    scale = torch.empty(1, device="meta")
+    for columns in (False, True):
+        triton_fp8.gelu(x.detach(), bias.detach(), scale, scale, torch.float8_e4m3fn, columns)
+    assert len(launches) == 5
+    assert all(size <= 65_535 for grid in launches for size in grid[1:])
