@@ -105,14 +105,14 @@ def check(case: dict[str, Any], world: int) -> None:
     require(recipe in recipes.names(), f"recipe={recipe}: there are {', '.join(recipes.names())}")
     require(
         tensor >= 1 and ranks % tensor == 0,
-        f"tensor={tensor} can't share {ranks} process{'es' if ranks > 1 else ''}; start a multiple of it with "
-        "torchrun --nproc-per-node",
+        f"tensor={tensor} can't share {ranks} process{'es' if ranks > 1 else ''}; start a multiple of it "
+        "with torchrun --nproc-per-node",
     )
     config = configure(case, ranks)
     require(
         not case["vae"] or config.target.kind == "va_vae",
-        f"vae={case['vae']}: recipe {recipe} has patches of {config.model.patch_size} pixels, VA-VAE's latents "
-        "16; leave vae out or take vit_l, vit_h or vit_g",
+        f"vae={case['vae']}: recipe {recipe} has patches of {config.model.patch_size} pixels, VA-VAE's "
+        "latents 16; leave vae out or take vit_l, vit_h or vit_g",
     )
     placement = plan.check(config.altered(eval={"every": 0}), ranks, dry_run=True)
     get_backend(config.model.backend)

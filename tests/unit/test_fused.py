@@ -139,7 +139,7 @@ def test_gelu_is_exact() -> None:
 
 
 def test_launches_of_many_rows_stay_within_what_cuda_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second axis ends at 65,535 programs: at 8 rows each 524,280 rows, fewer than 37 clips at tau 4 have."""
+    """A second axis ends at 65,535: of 8 rows each, those of 36 clips at tau 4."""
     from nextvid_mcore.models import triton_fp8, triton_pieces
 
     class Launches(list):
