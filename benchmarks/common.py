@@ -23,9 +23,16 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # so that it runs from a clone that isn't installed
 
+from nextvid_mcore.pretrain import quiet
+
+quiet()  # before megatron-core is imported
+
 from nextvid_mcore.config import ModelConfig, RunConfig
 from nextvid_mcore.data import ClipBatch
+from nextvid_mcore.models import fp8
 from nextvid_mcore.models.nextvid import NextVid
+from nextvid_mcore.models.specs import get_backend
+from nextvid_mcore.parallel import plan
 from nextvid_mcore.parallel.groups import seed_trackers
 from nextvid_mcore.parallel.placement import Placement, resolve_placement
 from nextvid_mcore.parallel.seats import build_seats
@@ -38,6 +45,17 @@ from nextvid_mcore.training import step as training_step
 from nextvid_mcore.training.step import StepResult, TrainStep
 
 PEAK_BF16 = 989e12  # dense FLOP/s of one H100 or H200
+
+
+def check(config: RunConfig, world: int) -> None:
+    """Raise ConfigError where this machine's `world` processes can't take a step of `config`.
+
+    As at the start of a run, but no data, weights of a target or evaluation are asked for.
+    """
+    placement = plan.check(config.altered(eval={"every": 0, "knn_every": 0}), world, dry_run=True)
+    get_backend("te" if config.fp8.used else config.model.backend)
+    fp8.check_gpu(config.fp8)
+    graphs.wanted(config, placement)
 
 
 class ResidentTarget:

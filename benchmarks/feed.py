@@ -187,8 +187,10 @@ def main() -> None:
 def measure(args: argparse.Namespace, folder: Path) -> None:
     import torch
     import torch.distributed as dist
-    from common import Bench, quick_start  # and puts the clone on the path
+    from common import Bench, check, quick_start  # and puts the clone on the path
 
+    from nextvid_mcore import cli
+    from nextvid_mcore.config import ConfigError
     from nextvid_mcore.parallel.groups import init_distributed
     from nextvid_mcore.parallel.placement import resolve_placement
 
@@ -197,7 +199,11 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         time.sleep(0.2)
     init_distributed()
     world = dist.get_world_size()
-    config = configure(args, folder, world)
+    try:
+        config = configure(args, folder, world)
+        check(config, world)
+    except ConfigError as error:
+        cli.fail(error)
     placement = resolve_placement(config, world)
 
     def start(decoder: str) -> Files:

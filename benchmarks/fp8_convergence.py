@@ -64,7 +64,9 @@ def refuse(args: argparse.Namespace) -> None:
     """End here where one of the runs can't be, before any begins."""
     from nextvid_mcore import cli
     from nextvid_mcore.config import ConfigError
+    from nextvid_mcore.pretrain import quiet
 
+    quiet()
     try:
         check_runs(args)
     except ConfigError as error:

@@ -26,6 +26,7 @@ import time
 import traceback
 from typing import Any
 
+import common
 import torch
 import torch.distributed as dist
 from common import PEAK_BF16, Bench, quick_start
@@ -34,10 +35,6 @@ from world import first_says, join, leave
 
 from nextvid_mcore import cli, flops, recipes
 from nextvid_mcore.config import ConfigError, Fp8Config, RoleParallel, RunConfig, require
-from nextvid_mcore.models import fp8
-from nextvid_mcore.models.specs import get_backend
-from nextvid_mcore.parallel import plan
-from nextvid_mcore.training import graphs
 
 KEYS = {
     "recipe": str,
@@ -114,11 +111,7 @@ def check(case: dict[str, Any], world: int) -> None:
         f"vae={case['vae']}: recipe {recipe} has patches of {config.model.patch_size} pixels, VA-VAE's "
         "latents 16; leave vae out or take vit_l, vit_h or vit_g",
     )
-    placement = plan.check(config.altered(eval={"every": 0}), ranks, dry_run=True)
-    get_backend(config.model.backend)
-    if config.fp8.used:
-        fp8.check_gpu(config.fp8)
-    graphs.wanted(config, placement)
+    common.check(config, ranks)
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[str, Any]]]:

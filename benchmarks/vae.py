@@ -20,12 +20,13 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from common import PEAK_BF16, Bench, ResidentTarget, online_vae_target, quick_start
+from common import PEAK_BF16, Bench, ResidentTarget, check, online_vae_target, quick_start
 from torch.profiler import ProfilerActivity, profile
 
 from nextvid_mcore import cli, flops
 from nextvid_mcore.config import ConfigError, RunConfig, TargetConfig
 from nextvid_mcore.parallel.groups import init_distributed
+from nextvid_mcore.targets import target_channels
 from nextvid_mcore.targets.va_vae import VaVae
 
 KINDS = {"norms and sums (triton)": ("triton",), "convolutions": ("conv", "fprop", "cudnn", "xmma")}
@@ -139,12 +140,15 @@ def main(argv: list[str]) -> int:
     args, settings = parser.parse_known_args(argv)
     try:
         config, _ = cli.parse([args.recipe, *settings, "--dry-run", "--world-size", "1"])
+        batch = config.train.micro_batch
+        stage = dataclasses.replace(config.stages[0], frames=args.frames, tau_samples=args.tau, batch=batch)
+        config = dataclasses.replace(config, stages=(stage,), target=TargetConfig("va_vae"))
+        target_channels(config)  # a latent a patch
+        if "step" in args.parts:
+            check(config, 1)
         init_distributed()
     except ConfigError as error:
         cli.fail(error)
-    batch = config.train.micro_batch
-    stage = dataclasses.replace(config.stages[0], frames=args.frames, tau_samples=args.tau, batch=batch)
-    config = dataclasses.replace(config, stages=(stage,), target=TargetConfig("va_vae"))
     failed = 0
     for part in args.parts:
         try:

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import vjepa2_step
-from common import Bench, Measured, quick_start
+from common import Bench, Measured, check, quick_start
 
 from nextvid_mcore import cli
 from nextvid_mcore.config import ConfigError, Fp8Config, RunConfig, TargetConfig, require
@@ -118,6 +118,8 @@ def main(argv: list[str]) -> int:
         settings = vjepa2_step.read_settings(checkout, name)
         config = ours([args.recipe, *settings_of_ours], args.tau, *vjepa2_step.frames_and_size(settings))
         configs = [config, *(config.altered(fp8=Fp8Config(all=recipe)) for recipe in args.fp8)]
+        for each in configs:
+            check(each, 1)
         init_distributed()
         require(
             dist.get_world_size() == 1, f"this compares on one GPU; started {dist.get_world_size()} processes"

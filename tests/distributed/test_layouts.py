@@ -70,6 +70,7 @@ LAYOUTS = {
     "recompute-full": Case(1, recompute="full"),
     "recompute-core-attn": Case(1, recompute="core_attn"),
     "recompute-pieces": Case(1, recompute="pieces"),
+    "pp2-recompute-pieces": Case(2, pipeline=2, recompute="pieces"),
     "tp2-sp-recompute-pieces": Case(2, tensor=2, sequence=True, recompute="pieces"),
     "tp2-generator-dp2": Case(2, tensor=2, micro=2, generator=(None, 2)),
     "tp2-sp-pp2-generator-dp2": Case(4, tensor=2, pipeline=2, sequence=True, micro=2, generator=(1, 2)),

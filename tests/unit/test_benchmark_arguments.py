@@ -61,6 +61,24 @@ def test_a_case_that_cannot_be_is_refused_before_any_is_measured(case: str, word
 
 
 @pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["tiny"], "one latent of 16 x 16 pixels, but the patch size is 8"),
+        (
+            ["vit_l", "--train.cuda-graphs", "on", "--parallel.recompute", "full"],
+            "cuda_graphs on: recompute full",
+        ),
+    ],
+)
+def test_vae(settings: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
+    import vae
+
+    with pytest.raises(SystemExit, match="2"):
+        vae.main(settings)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("runs", "words"),
     [
         ("foo:0", "--runs foo:0: write RECIPE:SEED"),
