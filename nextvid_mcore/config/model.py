@@ -78,6 +78,10 @@ class ModelConfig:
             "leave condition at concat",
         )
 
+    def shape(self, role: str) -> TransformerShape:
+        """Of the network of `role`: student and reference are one encoder."""
+        return getattr(self, {"student": "encoder", "reference": "encoder"}.get(role, role))
+
     @property
     def grid(self) -> int:
         """Token rows (and columns) of a frame: h = w."""

@@ -56,8 +56,7 @@ def check(config: RunConfig, device: torch.device) -> None:
         return
     from nextvid_mcore.models import triton_fp8
 
-    shapes = {"student": config.model.encoder, "reference": config.model.encoder}
-    widths = {shapes.get(role, getattr(config.model, role, None)).mlp for role in roles}
+    widths = {config.model.shape(role).mlp for role in roles}
     rows, generator = 256, torch.Generator().manual_seed(0)
     gradient = torch.float8_e5m2 if config.fp8.format == "hybrid" else torch.float8_e4m3fn
     for width in sorted(widths):

@@ -13,8 +13,6 @@ from nextvid_mcore.config import RunConfig, require
 from nextvid_mcore.parallel.groups import Layout, sequences
 from nextvid_mcore.parallel.placement import Placement, Seat
 
-_SHAPES = {"student": "encoder", "reference": "encoder", "predictor": "predictor", "decoder": "decoder"}
-
 
 def check_fp8(config: RunConfig, placement: Placement) -> None:
     """Raise ConfigError, naming role and numbers, where FP8 cannot be."""
@@ -31,7 +29,7 @@ def check_fp8(config: RunConfig, placement: Placement) -> None:
 
 
 def _check_widths(config: RunConfig, role: str, recipe: str, layout: Layout, unit: int) -> None:
-    shape = getattr(config.model, _SHAPES[role])
+    shape = config.model.shape(role)
     for name, width in (("width", shape.width), ("MLP width", shape.mlp)):
         share = width / layout.tensor
         require(

@@ -147,7 +147,7 @@ def layer_bytes(config: RunConfig, layout: Layout, role: str) -> float:
     Korthikanti et al., 2022, with an attention that keeps no scores and without dropout.
     """
     model, size, mode = config.model, _size(config), config.parallel.recompute
-    shape, recipe = model.encoder if role == "student" else getattr(model, role), config.fp8.of(role)
+    shape, recipe = model.shape(role), config.fp8.of(role)
     split = layout.tensor if layout.sequence else 1
     if mode == "full":
         return size * shape.width / split
@@ -173,7 +173,7 @@ def key_bytes(config: RunConfig, layout: Layout, role: str) -> float:
     """
     if config.parallel.recompute == "full":
         return 0.0
-    width = getattr(config.model, role).width
+    width = config.model.shape(role).width
     copy = width / (layout.tensor if layout.sequence else 1) if config.fp8.of(role) != "none" else 0.0
     return 2 * _size(config) * width / layout.tensor + copy
 
