@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 
 import common  # noqa: F401  (puts the clone on the path)
+import replay
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nextvid_mcore import recipes
 from nextvid_mcore.models import kernels
 from nextvid_mcore.models.attention import AttentionPattern, Frames, regular_pattern
-from nextvid_mcore.training.graphs import free, own_stream
+from nextvid_mcore.training.graphs import own_stream
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -104,44 +105,6 @@ def heads(
     return x.permute(1, 2, 0, 3).requires_grad_()
 
 
-def recorded(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of `function`, recorded on the current stream, where its tensors were made.
-
-    Autograd lets the stream of a gradient's tensor wait for the one that computed it; the default stream
-    may not wait for one that records (`own_stream`).
-    """
-    for _ in range(2):
-        function()
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    try:
-        with torch.cuda.graph(
-            graph, pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-        ):
-            function()
-    except Exception:
-        free(graph, pool, torch.device("cuda", torch.cuda.current_device()))
-        raise
-    return graph
-
-
-def seconds(function: Callable[[], object], repeats: int) -> float:
-    """Median time on the device, recorded once and played again."""
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-    graph, times = recorded(function), []
-    for _ in range(repeats + 2):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    graph.reset()
-    return sorted(times[2:])[repeats // 2]
-
-
 def error(found: Tensor, wanted: Tensor) -> float:
     return ((found.float() - wanted).norm() / wanted.norm()).item()
 
@@ -171,7 +134,8 @@ def measure(case: tuple, kernel: Callable, repeats: int, device: torch.device) -
     def both() -> None:
         torch.autograd.grad(kernel(q, k, v, pattern), (q, k, v), grad)
 
-    return seconds(forward, repeats), seconds(both, repeats) if backward else float("nan"), worst
+    timed = functools.partial(replay.seconds, repeats=repeats)
+    return timed(forward), timed(both) if backward else float("nan"), worst
 
 
 def figures(case: tuple, kernel: str, call: Callable, frames: int, repeats: int, device: torch.device) -> str:

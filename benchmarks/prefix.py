@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 
 import common  # noqa: F401  (puts the clone on the path)
+import replay
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -239,34 +240,17 @@ KERNELS: dict[str, Callable[[Case], Callable[[], Tensor]]] = {
 
 def milliseconds(call: Callable[[], Tensor], repeats: int) -> tuple[float, str]:
     """Of one call, and how it was timed."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    how, graph = "", torch.cuda.CUDAGraph()
+
+    def work() -> None:
+        for _ in range(CALLS):
+            call()
+
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(CALLS):
-                call()
-        play = graph.replay
+        return 1e3 * replay.seconds(work, repeats) / CALLS, ""
     except Exception as problem:
-        how = f"eager ({type(problem).__name__})"
         traceback.print_exc(limit=3)
         torch.cuda.synchronize()
-
-        def play() -> None:
-            for _ in range(CALLS):
-                call()
-
-    play()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        play()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / CALLS)
-    return sorted(times)[len(times) // 2], how
+        return 1e3 * replay.median(work, repeats) / CALLS, f"eager ({type(problem).__name__})"
 
 
 def line(case: Case, name: str, wanted: Tensor, repeats: int) -> tuple[str, float]:

@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import replay
 import torch
 from torch import Tensor
 
@@ -102,26 +103,13 @@ class Case:
 
 def milliseconds(run: Callable[[int], object], copies: int) -> float:
     """Of one call, the median of eight plays of a graph that calls it for every copy twice."""
-    if not CUDA:
-        start = time.perf_counter()
-        run(0)
-        return (time.perf_counter() - start) * 1e3
-    for i in range(copies):
-        run(i)
-    torch.cuda.synchronize()
-    graph, times = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        for i in range(2 * copies):
+    calls = 2 * copies if CUDA else 1  # a CPU has one copy, and time for one call
+
+    def work() -> None:
+        for i in range(calls):
             run(i % copies)
-    for _ in range(9):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / (2 * copies))
-    graph.reset()
-    return sorted(times[1:])[4]
+
+    return 1e3 * replay.seconds(work, 8) / calls
 
 
 def figures(name: str, what: str, by: str, case: Case, back: bool, run: Callable[[int], object]) -> str:

@@ -1,0 +1,60 @@
+"""How long some work takes on the device: recorded as a CUDA graph, and played again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+WARM = 2  # calls before a recording, and plays before the first that counts
+
+
+def recorded(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of `work`, recorded on the current stream, where its tensors were made.
+
+    Autograd lets the stream of a gradient's tensor wait for the one that computed it; the default stream
+    may not wait for one that records (`training.graphs.own_stream`): from there, work without gradients only.
+    """
+    for _ in range(WARM):
+        work()
+    torch.cuda.synchronize()
+    stream = torch.cuda.current_stream()
+    if stream == torch.cuda.default_stream():
+        stream = None  # it can't be recorded: one of torch's
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool, stream=stream, capture_error_mode="thread_local"):
+            work()
+    except Exception:
+        from nextvid_mcore.training.graphs import free  # slow to import
+
+        free(graph, pool, torch.device("cuda", torch.cuda.current_device()))
+        raise
+    return graph
+
+
+def median(play: Callable[[], object], repeats: int) -> float:
+    """Seconds of a play on the device."""
+    times = []
+    for _ in range(WARM + repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        play()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return sorted(times[WARM:])[repeats // 2]
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    """Of `work`, recorded; without a GPU one call by the clock."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    graph = recorded(work)
+    try:
+        return median(graph.replay, repeats)
+    finally:
+        graph.reset()
