@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import math
 import time
 import traceback
@@ -220,13 +221,15 @@ def a_frame(case: Case) -> Callable[[], Tensor]:
     return call
 
 
-def prefix(case: Case) -> Callable[[], Tensor]:
+def prefix(case: Case, module: str) -> Callable[[], Tensor]:
+    attend = importlib.import_module(f"nextvid_mcore.models.{module}").attend
     q, k, v = (case.rowed(x) for x in case.qkv)
-    return lambda: kernels.prefix(q, k, v, case.pattern).permute(2, 0, 1, 3).flatten(1, 2)
+    return lambda: attend(q, k, v, case.n).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 KERNELS: dict[str, Callable[[Case], Callable[[], Tensor]]] = {
-    "prefix": prefix,
+    "gluon": functools.partial(prefix, module="gluon_prefix"),
+    "triton": functools.partial(prefix, module="triton_prefix"),
     "flex": flex,
     "cudnn strides": functools.partial(cudnn_graph, ragged=False),
     "cudnn ragged": functools.partial(cudnn_graph, ragged=True),

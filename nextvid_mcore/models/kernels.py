@@ -3,7 +3,8 @@
     masked  torch's scaled_dot_product_attention, stretch by stretch with a boolean mask: the reference, for
             any pattern, anywhere.
     prefix  the same where whole frames see themselves and all before and no gradient is wanted, as in the
-            reference's passes: a kernel of ours (models/triton_prefix.py). Hopper, half precision.
+            reference's passes: kernels of ours (models/gluon_prefix.py and, for other versions of Triton,
+            triton_prefix.py). Hopper, half precision.
     flex    FlexAttention, all stretches in one call: no mask in memory, blocks that nobody sees are not
             computed. CUDA, half precision, patterns that hold for every row.
     padded  the stretches of packed masks in one call, padded to the longest (models/padded.py).
@@ -51,6 +52,7 @@ HOPPER, HOPPER_TILES = (
     },
 )
 PREFIX_TOKENS, PREFIX_HEADS = 64, (32, 64)  # tokens of a frame: a multiple; the widths that were tried
+GLUON = "3.6."  # the Triton whose Gluon models/gluon_prefix.py was tried with: it changes with every version
 SPAN = 1 << 16  # frame numbers lie below it
 # cuDNN computes tiles of 64 tokens, heads of 32 at least. Rows that are no whole tiles (16 tokens, heads of
 # 8) are the suspect of an illegal access in a recorded pass on two H200, and gain nothing from it.
@@ -113,9 +115,18 @@ def flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
 
 def prefix(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     """The same by Triton, for patterns that have a `prefix`; no gradient goes through it."""
-    from nextvid_mcore.models import triton_prefix  # Triton is not there without a GPU
+    return _prefix_kernel()(q, k, v, pattern.prefix)
 
-    return triton_prefix.attend(q, k, v, pattern.prefix)
+
+@functools.cache
+def _prefix_kernel() -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    import triton  # which is not there without a GPU
+
+    if triton.__version__.startswith(GLUON) and not triton.knobs.runtime.interpret:
+        from nextvid_mcore.models import gluon_prefix as made
+    else:
+        from nextvid_mcore.models import triton_prefix as made
+    return made.attend
 
 
 def flex_blocks(stretches: Sequence[Stretch], block: int | None = None) -> BlockMask:

@@ -112,6 +112,8 @@ def test_heads_of_any_width_turn() -> None:
 @pytest.mark.parametrize(("heads", "d", "frames", "n"), [(22, 64, 8, 256), (4, 64, 32, 256), (8, 32, 8, 64)])
 def test_reference_attention_over_prefixes(heads: int, d: int, frames: int, n: int) -> None:
     """The kernel that whole clips get without a gradient, called and recorded, against fp32 with a mask."""
+    from nextvid_mcore.models import gluon_prefix, triton_prefix
+
     if torch.cuda.get_device_capability() != kernels.HOPPER:
         pytest.skip("other GPUs keep FlexAttention")
     rows, whole = 3, (Frames(0, frames, n),)
@@ -130,6 +132,7 @@ def test_reference_attention_over_prefixes(heads: int, d: int, frames: int, n: i
         kernel = kernels.choose(parts(packed)[0], pattern)
         assert kernel is kernels.prefix
         errors = [far_from_fp32(kernel(*parts(packed), pattern))]
+        errors += [far_from_fp32(x.attend(*parts(packed), n)) for x in (gluon_prefix, triton_prefix)]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = kernel(*parts(packed), pattern)
