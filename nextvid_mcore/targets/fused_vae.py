@@ -1,0 +1,120 @@
+"""VA-VAE's encoder with its convolutions by cuDNN and all between them by Triton (targets/triton_vae.py).
+
+What is carried from block to block is a sum that is not yet added up: a residual, the last convolution, and
+the biases of both, which no convolution adds. The reference is AutoencoderKL.encode, eager.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextvid_mcore.config import require
+from nextvid_mcore.targets.autoencoder import (
+    AutoencoderKL,
+    AutoencoderShape,
+    ResidualBlock,
+    SelfAttention,
+)
+from nextvid_mcore.targets.triton_vae import Sum, Tuning, add, matrix_of, nchw, nhwc, normalise
+
+
+def check(shape: AutoencoderShape) -> None:
+    """ConfigError unless Triton's blocks fit: channels in powers of two."""
+    widths = [shape.width * m for m in shape.multipliers]
+    require(
+        all(w & (w - 1) == 0 for w in widths),
+        f"the autoencoder's widths {widths} are not all powers of two, which --target.compile True needs: "
+        "set --target.compile False",
+    )
+
+
+class FusedEncoder:
+    """Stands for `autoencoder.encode`. Its weights are read where they lie, and may not change after."""
+
+    def __init__(self, autoencoder: AutoencoderKL, tuning: Tuning | None = None, again: bool = True) -> None:
+        """again: the first convolution is made anew wherever it is needed, instead of written once."""
+        check(autoencoder.shape)
+        self.encoder, self.quant_conv = autoencoder.encoder, autoencoder.quant_conv
+        self.tuning, self.again = tuning or Tuning(), again
+        self.first = matrix_of(self.encoder.conv_in.weight)
+        self.packed = {
+            id(m): (
+                torch.cat([part.weight.flatten(1) for part in (m.q, m.k, m.v)]),
+                torch.cat([part.bias for part in (m.q, m.k, m.v)]),
+            )
+            for m in self.encoder.modules()
+            if isinstance(m, SelfAttention)
+        }
+        norms = sum(isinstance(m, nn.GroupNorm) for m in self.encoder.modules())
+        self.norms = norms
+
+    @torch.no_grad()
+    def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, 3, H, W] -> mean and log variance, [N, latent, h, w]."""
+        arrived = torch.zeros(self.norms, len(frames), dtype=torch.int32, device=frames.device)
+        self.arrived = iter(arrived.unbind())
+        x = Sum(_bias(self.encoder.conv_in), frames=frames.contiguous(), first=self.first)
+        if not self.again:
+            x = self._settled(x)
+        for level in self.encoder.down:
+            for i, block in enumerate(level.block):
+                x = self._block(block, x)
+                if level.attn:
+                    x = self._attend(level.attn[i], x)
+            if level.resample:
+                conv = level.downsample.conv
+                x = Sum(_bias(conv), (_conv(conv, add(x, padded=1)),))
+        mid = self.encoder.mid
+        x = self._block(mid.block_2, self._attend(mid.attn_1, self._block(mid.block_1, x)))
+        normed, _ = self._norm(self.encoder.norm_out, x)
+        out = self.quant_conv(self.encoder.conv_out(nchw(normed)))
+        mean, logvar = out.chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def _settled(self, x: Sum) -> Sum:
+        return Sum(torch.zeros_like(x.bias), (add(x),))
+
+    def _norm(self, norm: nn.GroupNorm, x: Sum, **how: bool) -> tuple[Tensor, Sum]:
+        """Normalised x with SiLU; and x, added up where it had two parts."""
+        keep = len(x.parts) > 1
+        normed, kept = normalise(
+            x, norm.weight, norm.bias, next(self.arrived), keep=keep, tuning=self.tuning, **how
+        )
+        return normed, Sum(torch.zeros_like(x.bias), (kept,)) if keep else x
+
+    def _block(self, block: ResidualBlock, x: Sum) -> Sum:
+        normed, x = self._norm(block.norm1, x)
+        out = Sum(_bias(block.conv1), (_conv(block.conv1, normed),))
+        del normed
+        normed, _ = self._norm(block.norm2, out, in_place=True)
+        out = _conv(block.conv2, normed)
+        if hasattr(block, "nin_shortcut"):
+            if x.frames is not None:
+                x = self._settled(x)
+            short = block.nin_shortcut  # of a sum of one part: its bias goes through by itself
+            bias = short.weight.flatten(1).float() @ x.bias + _bias(short)
+            x = Sum(bias, (_conv(short, x.parts[0]),))
+        return dataclasses.replace(x, bias=x.bias + _bias(block.conv2), parts=(*x.parts, out))
+
+    def _attend(self, attention: SelfAttention, x: Sum) -> Sum:
+        normed, x = self._norm(attention.norm, x, silu=False)
+        weight, bias = self.packed[id(attention)]
+        N, H, W, C = normed.shape
+        q, k, v = F.linear(normed.view(N, 1, H * W, C), weight, bias).chunk(3, -1)
+        mixed = F.scaled_dot_product_attention(q, k, v).reshape(N, H, W, C)
+        mixed = F.linear(mixed, attention.proj_out.weight.flatten(1))
+        return dataclasses.replace(x, bias=x.bias + _bias(attention.proj_out), parts=(*x.parts, mixed))
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    return conv.bias.float()
+
+
+def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """[N, H, W, C] -> [N, H', W', C'], without its bias."""
+    out = F.conv2d(nchw(x), conv.weight, None, conv.stride, conv.padding)
+    return nhwc(out.contiguous(memory_format=torch.channels_last))

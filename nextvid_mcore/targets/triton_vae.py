@@ -1,0 +1,272 @@
+"""What stands between the convolutions of VA-VAE's encoder, in Triton: it only moves memory.
+
+    normalise   GroupNorm and SiLU of a sum, in one reading of it from memory. The programs of an image add
+                up their slices, wait for each other, and read their slices again, which the L2 cache still
+                has: few images are in flight at a time. Sums are added in a fixed order.
+    add         a sum, with the row and column of zeros that a strided convolution wants.
+
+The sum is of up to two convolutions' outputs, their biases, and the first convolution of the frames, which is
+not read but made again: a product of 27 (padded to 32) with 128 numbers a pixel costs less than the 16.8 MB
+an image that it would have to be read from. Activations are [N, H, W, C], statistics fp32.
+targets/fused_vae.py puts these together; targets/autoencoder.py is what they stand for.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nextvid_mcore.targets.autoencoder import EPS, GROUPS
+
+TAPS = 27  # of the first convolution: 3 x 3 of 3 colours
+DEPTH = 32  # the power of two above it
+PTX = not triton.knobs.runtime.interpret
+BOTH, STATISTICS, APPLY = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How `normalise` is cut: numbers of a tile, of a slice (one program's share of an image), warps, and
+    programs a multiprocessor holds. `at_once`: one launch whose programs wait for each other, or two."""
+
+    tile: int = 8192
+    slice: int = 65536
+    warps: int = 8
+    programs: int = 2
+    at_once: bool = True
+
+
+@triton.jit
+def _silu(x, PTX: tl.constexpr):
+    if PTX:
+        bell = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], dtype=tl.float32, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+        return x * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + bell], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _summed(
+    a, b, frames, first, bias, n, y, x, inside,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    PARTS: tl.constexpr, FRAMES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """The sum [R, C] in fp32 at (y, x) [R] of image n; what is not `inside` means nothing."""
+    c = tl.arange(0, C)[None, :]
+    value = tl.load(bias + c)
+    at = n.to(tl.int64) * (H * W * C) + (y * W + x)[:, None] * C + c
+    if PARTS > 0:
+        value += tl.load(a + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    if PARTS > 1:
+        value += tl.load(b + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    if FRAMES:
+        t = tl.arange(0, DEPTH)
+        row, column = t % 9 // 3 - 1, t % 3 - 1
+        v, u = y[:, None] + row[None, :], x[:, None] + column[None, :]
+        there = (v >= 0) & (v < H) & (u >= 0) & (u < W) & (t < 27)[None, :]
+        where = (y * W + x)[:, None] + (t // 9 * (H * W) + row * W + column)[None, :]
+        patch = tl.load(frames + n.to(tl.int64) * (3 * H * W) + where, mask=there, other=0.0)
+        weight = tl.load(first + t[:, None] * C + c)
+        if not PTX:  # Triton's interpreter multiplies the bits of bf16 as if they were integers
+            patch, weight = patch.to(tl.float32), weight.to(tl.float32)
+        value += tl.dot(patch, weight, input_precision="ieee")
+    return value
+
+
+@triton.jit
+def _normalise(
+    a, b, frames, first, bias, weight, shift, kept, out, sums, arrived, images, eps,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    TILES: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr, FRAMES: tl.constexpr,
+    KEEP: tl.constexpr, SILU: tl.constexpr, IN_PLACE: tl.constexpr, PHASE: tl.constexpr,
+    DEPTH: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    P: tl.constexpr = H * W
+    EVEN: tl.constexpr = P == SLICES * TILES * R
+    MORE: tl.constexpr = triton.next_power_of_2(SLICES)
+    c, g, r = tl.arange(0, C), tl.arange(0, G), tl.arange(0, R)
+    k = tl.program_id(0) % SLICES
+    n = tl.program_id(0) // SLICES
+    while n < images:  # the interpreter has no range() over its numbers
+        base = n.to(tl.int64) * (P * C)
+        of = n * (SLICES * 2 * G)
+        if PHASE != 2:
+            total = tl.zeros([C], tl.float32)
+            square = tl.zeros([C], tl.float32)
+            for i in range(TILES):
+                p = (k * TILES + i) * R + r
+                inside = (p < P) | EVEN
+                v = _summed(
+                    a, b, frames, first, bias, n, p // W, p % W, inside,
+                    H, W, C, PARTS, FRAMES, DEPTH, PTX,
+                )  # fmt: skip
+                if KEEP:
+                    rounded = v.to(kept.dtype.element_ty)
+                    tl.store(kept + base + p[:, None] * C + c[None, :], rounded, mask=inside[:, None])
+                    v = rounded.to(tl.float32)
+                if not EVEN:
+                    v = tl.where(inside[:, None], v, 0.0)
+                total += tl.sum(v, 0)
+                square += tl.sum(v * v, 0)
+            to = sums + of + k * (2 * G) + g
+            tl.store(to, tl.sum(tl.reshape(total, [G, C // G]), 1))
+            tl.store(to + G, tl.sum(tl.reshape(square, [G, C // G]), 1))
+        if PHASE == 0:
+            tl.debug_barrier()  # all threads have stored before one says so
+            count = tl.atomic_add(arrived + n, 1, sem="acq_rel") + 1
+            while count < SLICES:
+                count = tl.atomic_add(arrived + n, 0, sem="acquire")
+            tl.debug_barrier()
+        if PHASE != 1:
+            s = tl.arange(0, MORE)
+            parts = sums + of + s[:, None] * (2 * G) + g[None, :]
+            there = (s < SLICES)[:, None] & (g >= 0)[None, :]
+            mean = tl.sum(tl.load(parts, mask=there, other=0.0, cache_modifier=".cg"), 0) / (P * (C // G))
+            spread = tl.sum(tl.load(parts + G, mask=there, other=0.0, cache_modifier=".cg"), 0)
+            spread = tl.maximum(spread / (P * (C // G)) - mean * mean, 0.0)
+            scale = tl.rsqrt(spread + eps)
+            scale = tl.reshape(tl.broadcast_to(scale[:, None], [G, C // G]), [C])
+            scale *= tl.load(weight + c).to(tl.float32)
+            start = tl.load(shift + c).to(tl.float32)
+            start -= tl.reshape(tl.broadcast_to(mean[:, None], [G, C // G]), [C]) * scale
+            for j in range(TILES):  # what was read last comes first
+                p = (k * TILES + (TILES - 1 - j)) * R + r
+                inside = (p < P) | EVEN
+                at = base + p[:, None] * C + c[None, :]
+                if KEEP:
+                    v = tl.load(kept + at, mask=inside[:, None], other=0.0).to(tl.float32)
+                else:
+                    v = _summed(
+                        a, b, frames, first, bias, n, p // W, p % W, inside,
+                        H, W, C, PARTS, FRAMES, DEPTH, PTX,
+                    )  # fmt: skip
+                if IN_PLACE:
+                    tl.debug_barrier()
+                v = v * scale[None, :] + start[None, :]
+                if SILU:
+                    v = _silu(v, PTX)
+                tl.store(out + at, v, mask=inside[:, None])
+        n += tl.num_programs(0) // SLICES
+
+
+@triton.jit
+def _add(
+    a, b, frames, first, bias, out,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, PARTS: tl.constexpr, FRAMES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    tiles: tl.constexpr = (HIGH * WIDE + R - 1) // R
+    n = tl.program_id(0) // tiles
+    p = tl.program_id(0) % tiles * R + tl.arange(0, R)
+    y, x = p // WIDE, p % WIDE
+    inside = (y < H) & (x < W)
+    v = _summed(a, b, frames, first, bias, n, y, x, inside, H, W, C, PARTS, FRAMES, DEPTH, PTX)
+    v = tl.where(inside[:, None], v, 0.0)
+    at = n.to(tl.int64) * (HIGH * WIDE * C) + p[:, None] * C + tl.arange(0, C)[None, :]
+    tl.store(out + at, v, mask=(p < HIGH * WIDE)[:, None])
+
+
+@dataclass(frozen=True)
+class Sum:
+    """bias [C] fp32 + up to two `parts` [N, H, W, C] + the first convolution of `frames` [N, 3, H, W]
+    with `first` [32, C], its weights as a matrix (`matrix_of`)."""
+
+    bias: Tensor
+    parts: tuple[Tensor, ...] = ()
+    frames: Tensor | None = None
+    first: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """N, H, W, C."""
+        if self.parts:
+            return tuple(self.parts[0].shape)
+        N, _, H, W = self.frames.shape
+        return N, H, W, len(self.bias)
+
+    @property
+    def like(self) -> Tensor:
+        return self.parts[0] if self.parts else self.frames
+
+    def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        unused = self.bias
+        a, b = (*self.parts, unused, unused)[:2]
+        return a, b, *((unused, unused) if self.frames is None else (self.frames, self.first)), self.bias
+
+
+def matrix_of(weight: Tensor) -> Tensor:
+    """[C, 3, 3, 3] -> [32, C]: a row a colour and place of the window, five of zeros."""
+    return torch.cat([weight.flatten(1).T, weight.new_zeros(DEPTH - TAPS, len(weight))]).contiguous()
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def normalise(
+    x: Sum,
+    weight: Tensor,
+    bias: Tensor,
+    arrived: Tensor,
+    *,
+    silu: bool = True,
+    keep: bool = False,
+    in_place: bool = False,
+    tuning: Tuning,
+) -> tuple[Tensor, Tensor | None]:
+    """GroupNorm of x with weight and bias [C], and SiLU -> [N, H, W, C]; and x itself if it is to be kept.
+
+    arrived: zeros [N], int32, for this call alone. in_place: into the memory of x's one part.
+    """
+    N, H, W, C = x.shape
+    tile = min(max(16, tuning.tile // C), max(16, triton.next_power_of_2(H * W)))
+    slices = triton.cdiv(H * W * C, max(tuning.slice, tile * C))
+    tiles = triton.cdiv(H * W, slices * tile)
+    slices = triton.cdiv(H * W, tiles * tile)
+    kept = torch.empty(x.shape, dtype=x.like.dtype, device=x.like.device) if keep else None
+    out = x.parts[0] if in_place else torch.empty(x.shape, dtype=x.like.dtype, device=x.like.device)
+    sums = torch.empty(N, slices, 2, GROUPS, dtype=torch.float32, device=out.device)
+    at_once = tuning.at_once and (PTX or slices == 1)  # the interpreter's programs follow each other
+    room = max(1, tuning.programs * _processors(out.device) // slices)
+    for phase in (BOTH,) if at_once else (STATISTICS, APPLY):
+        _normalise[((min(N, room) if at_once else N) * slices,)](
+            *x.pointers(), weight, bias, out if kept is None else kept, out, sums, arrived, N, EPS,
+            H=H, W=W, C=C, G=GROUPS, R=tile, TILES=tiles, SLICES=slices, PARTS=len(x.parts),
+            FRAMES=x.frames is not None, KEEP=keep, SILU=silu, IN_PLACE=in_place, PHASE=phase,
+            DEPTH=DEPTH, PTX=PTX, num_warps=tuning.warps,
+            maxnreg=65536 // (32 * tuning.warps * tuning.programs) // 8 * 8,
+            launch_cooperative_grid=at_once,
+        )  # fmt: skip
+    return out, kept
+
+
+def add(x: Sum, padded: int = 0) -> Tensor:
+    """x [N, H + padded, W + padded, C], zeros at the bottom and the right."""
+    N, H, W, C = x.shape
+    high, wide = H + padded, W + padded
+    out = torch.empty(N, high, wide, C, dtype=x.like.dtype, device=x.like.device)
+    tile = max(16, 8192 // C)
+    _add[(N * triton.cdiv(high * wide, tile),)](
+        *x.pointers(), out, H=H, W=W, C=C, HIGH=high, WIDE=wide, R=tile, PARTS=len(x.parts),
+        FRAMES=x.frames is not None, DEPTH=DEPTH, PTX=PTX, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """[N, C, H, W] in channels-last memory as [N, H, W, C]."""
+    return x.permute(0, 2, 3, 1)
+
+
+def nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)

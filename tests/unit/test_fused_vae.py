@@ -1,0 +1,42 @@
+"""VA-VAE's encoder in pieces of Triton, which the interpreter runs, against the eager one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from unit.narrow_vae import clip
+
+from nextvid_mcore.config import ConfigError
+from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
+from nextvid_mcore.targets.fused_vae import FusedEncoder
+from nextvid_mcore.targets.triton_vae import Tuning
+
+
+@torch.no_grad()
+def autoencoder(multipliers: tuple[int, ...]) -> AutoencoderKL:
+    torch.manual_seed(0)
+    made = AutoencoderKL(AutoencoderShape(width=32, multipliers=multipliers, latent=4))
+    for name, weight in made.named_parameters():
+        if weight.ndim == 1:
+            weight.add_(0.3 * torch.randn_like(weight))
+    return made.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "shape", "again"),
+    [((1, 2), (2, 3, 24, 16), True), ((1, 2), (2, 3, 24, 16), False), ((2, 2), (1, 3, 16, 16), True)],
+)
+def test_the_fused_encoder_equals_the_eager_one(multipliers, shape, again):
+    """Images of several slices, the last not full; the first convolution made again, or written once."""
+    made = autoencoder(multipliers)
+    frames = clip(shape)
+    wanted = made.encode(frames)
+    for got, want in zip(
+        FusedEncoder(made, Tuning(tile=32 * 64, slice=32 * 128), again)(frames), wanted, strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_widths_that_are_no_powers_of_two_are_refused():
+    with pytest.raises(ConfigError, match=r"\[96, 192\].*--target.compile False"):
+        FusedEncoder(AutoencoderKL(AutoencoderShape(width=96, multipliers=(1, 2), latent=4)))
