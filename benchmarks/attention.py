@@ -62,7 +62,8 @@ def kernels_of(case: tuple, searched: bool) -> dict[str, Callable]:
         return {"sdpa": kernels.plain} if pattern is None else {"masked": kernels.masked}
     if pattern is None:
         return {x: with_backend(kernels.plain, x) for x in BACKENDS}
-    tried = {"flex": kernels.flex, "masked cudnn": with_backend(kernels.masked, "cudnn")}
+    tried = {"stairs": kernels.stairs} if pattern.stairs else {}
+    tried |= {"flex": kernels.flex, "masked cudnn": with_backend(kernels.masked, "cudnn")}
     if searched:
         tried |= {"flex 128 searched": flex_of(128), "flex 64 searched": flex_of(64)}
     return tried

@@ -63,12 +63,15 @@ class AttentionPattern:
     padded: the same for one call, where a row holds many stretches of different lengths.
     prefix: tokens of a frame where queries and keys are the same frames, each of which sees itself and all
         before: a prefix of the keys.
+    stairs: (first query, first key, frames, queries of a frame, keys of a frame) of each stretch, where its
+        i-th frame of queries sees the first i + 1 frames of its keys.
     """
 
     stretches: tuple[Stretch, ...]
     blocks: BlockMask | None = None
     padded: Padded | None = None
     prefix: int | None = None
+    stairs: tuple[tuple[int, int, int, int, int], ...] | None = None
 
 
 def allowed_pairs(query_frames: Tensor, key_frames: Tensor, rule: Rule) -> Tensor:
@@ -144,6 +147,11 @@ def regular_pattern(
     pattern = make_pattern(*([x.numbers(device) for x in part] for part in (queries, keys)), starts, rule)
     if tuple(queries) == tuple(keys) and len(keys) == 1 and rule == "causal":
         pattern = dataclasses.replace(pattern, prefix=keys[0].tokens)
+    later = {"causal": 0, "autoregressive": 1}.get(rule)  # than its first keys begin a stretch's queries
+    if all(q.first - k.first == later and q.number == k.number for q, k in zip(queries, keys, strict=True)):
+        stretches = zip(pattern.stretches, queries, keys, strict=True)
+        stairs = tuple((x.q_start, x.k_start, q.number, q.tokens, k.tokens) for x, q, k in stretches)
+        pattern = dataclasses.replace(pattern, stairs=stairs)
     if device.type != "cuda":
         return pattern
     return dataclasses.replace(pattern, blocks=kernels.flex_blocks(pattern.stretches))

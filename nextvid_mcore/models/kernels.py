@@ -5,6 +5,8 @@
     prefix  the same where whole frames see themselves and all before and no gradient is wanted, as in the
             reference's passes: kernels of ours (models/gluon_prefix.py and, for other versions of Triton,
             triton_prefix.py). Hopper, half precision.
+    stairs  the same for stretches of frames that see themselves or all before, forward and backward, in
+            Triton (models/triton_stairs.py). Hopper, half precision.
     flex    FlexAttention, all stretches in one call: no mask in memory, blocks that nobody sees are not
             computed. CUDA, half precision, patterns that hold for every row.
     padded  the stretches of packed masks in one call, padded to the longest (models/padded.py).
@@ -53,6 +55,9 @@ HOPPER, HOPPER_TILES = (
 )
 PREFIX_TOKENS, PREFIX_HEADS = 64, (32, 64)  # tokens of a frame: a multiple; the widths that were tried
 GLUON = "3.6."  # the Triton whose Gluon models/gluon_prefix.py was tried with: it changes with every version
+# Queries from which on a pattern with stairs gets `stairs`; None: none does
+STAIRS_SHORTEST: int | None = None
+STAIRS_HEADS = (32, 64)
 SPAN = 1 << 16  # frame numbers lie below it
 # cuDNN computes tiles of 64 tokens, heads of 32 at least. Rows that are no whole tiles (16 tokens, heads of
 # 8) are the suspect of an illegal access in a recorded pass on two H200, and gain nothing from it.
@@ -129,6 +134,13 @@ def _prefix_kernel() -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
     return made.attend
 
 
+def stairs(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+    """The same by Triton, for patterns that have `stairs`."""
+    from nextvid_mcore.models import triton_stairs
+
+    return triton_stairs.attend(q, k, v, pattern.stairs)
+
+
 def flex_blocks(stretches: Sequence[Stretch], block: int | None = None) -> BlockMask:
     """FlexAttention's form of stretches that have a rule and the same frames in every row.
 
@@ -159,6 +171,12 @@ def _prefix_fits(q: Tensor, pattern: AttentionPattern) -> bool:
     return frame % PREFIX_TOKENS == 0 and q.shape[-1] in PREFIX_HEADS
 
 
+def _stairs_fit(q: Tensor, pattern: AttentionPattern) -> bool:
+    if pattern.stairs is None or STAIRS_SHORTEST is None or not _hopper(q.device):
+        return False
+    return q.shape[2] >= STAIRS_SHORTEST and q.shape[-1] in STAIRS_HEADS
+
+
 def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]:
     """The kernel for queries [rows, A, s, d]."""
     half = q.dtype in (torch.bfloat16, torch.float16)
@@ -169,6 +187,8 @@ def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]
         return padded.attend
     if half and fused.compiles(q) and _prefix_fits(q, pattern):
         return prefix
+    if half and fused.compiles(q) and _stairs_fit(q, pattern):
+        return stairs
     fits = q.shape[-1] >= MIN_HEAD and q.shape[2] >= SHORTEST
     if pattern.blocks is not None and half and fits and fused.compiles(q):
         return flex

@@ -1,4 +1,4 @@
-"""Attention patterns for FlexAttention, which kernel a pattern gets, and prefix's in Triton's interpreter."""
+"""Attention patterns, which kernel a pattern gets, and ours in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -126,6 +126,27 @@ def test_whole_frames_without_a_gradient_see_prefixes(monkeypatch) -> None:
         assert kernels.choose(half, pattern) is kernels.masked
 
 
+def test_patterns_with_stairs(monkeypatch) -> None:
+    student = regular_pattern(VISIBLE, VISIBLE, "causal", CPU)
+    assert student.stairs == ((0, 0, 3, 6, 6), (18, 18, 3, 4, 4))
+    assert regular_pattern(ASKED, VISIBLE, "autoregressive", CPU).stairs == (
+        (0, 0, 3, 5, 6),
+        (15, 18, 3, 5, 4),
+    )
+    for queries, rule in ((VISIBLE, "isolated"), (VISIBLE, "autoregressive"), (ASKED, "causal")):
+        assert regular_pattern(queries, VISIBLE, rule, CPU).stairs is None
+    fewer = (Frames(1, 2, 5),) * 2
+    assert regular_pattern(fewer, VISIBLE, "autoregressive", CPU).stairs is None
+    monkeypatch.setattr(kernels, "_hopper", lambda device: True)
+    monkeypatch.setattr(fused, "compiles", lambda x: True)
+    half = torch.zeros(1, 2, 128, 32, dtype=torch.bfloat16)
+    for shortest, kernel in ((None, kernels.masked), (129, kernels.masked), (128, kernels.stairs)):
+        monkeypatch.setattr(kernels, "STAIRS_SHORTEST", shortest)
+        assert kernels.choose(half, student) is kernel
+    assert kernels.choose(half.float(), student) is kernels.masked
+    assert kernels.choose(half[..., :24], student) is kernels.masked
+
+
 @pytest.fixture
 def scalars(monkeypatch) -> None:
     """Triton 3.6's interpreter takes arrays of one number for indices, which numpy 2.5 does no more."""
@@ -154,3 +175,32 @@ def test_prefix_attention_is_the_masked_one(scalars: None, frame: int, width: in
         found = kernels.prefix(q, k, v, pattern)
         assert found.permute(2, 0, 1, 3).is_contiguous()
         assert (found - wanted).norm() < 1e-3 * wanted.norm()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has it compiled")
+@pytest.mark.parametrize(
+    ("queries", "keys", "rule"),
+    [
+        ((Frames(0, 3, 48), Frames(0, 2, 20)),) * 2 + ("causal",),
+        ((Frames(1, 3, 70),) * 2, (Frames(0, 3, 40), Frames(0, 3, 24)), "autoregressive"),
+        ((Frames(0, 5, 7), Frames(0, 2, 140), Frames(0, 1, 3)),) * 2 + ("causal",),
+    ],
+)
+def test_attention_up_stairs_is_the_masked_one(scalars: None, queries, keys, rule: str) -> None:
+    """Output and gradients, from views of packed heads as the networks have them."""
+    rows, heads, width = 2, 2, 16
+    pattern = regular_pattern(queries, keys, rule, CPU)
+    asked, visible = (sum(x.number * x.tokens for x in part) for part in (queries, keys))
+    packed = torch.randn(visible, rows, heads, 3, width)
+    own = packed[..., 0, :] if rule == "causal" else torch.randn(asked, rows, heads, width)
+    made = [x.permute(1, 2, 0, 3) for x in (own, packed[..., 1, :], packed[..., 2, :])]
+    exact, single = (
+        [x.to(kind).detach().requires_grad_() for x in made] for kind in (torch.double, torch.float)
+    )
+    wanted, found = kernels.masked(*exact, pattern), kernels.stairs(*single, pattern)
+    assert found.permute(2, 0, 1, 3).is_contiguous()
+    grad = torch.randn_like(found)
+    wanted.backward(grad.double())
+    found.backward(grad)
+    for a, b in ((wanted, found), *((x.grad, y.grad) for x, y in zip(exact, single, strict=True))):
+        assert (a - b).norm() < 1e-6 * a.norm()

@@ -1,0 +1,352 @@
+"""Attention to all frames up to one's own, forward and backward: stretches of any tokens a frame, no mask.
+
+In a stretch, query i sees the keys below (i // N + 1) * M, where a frame has N queries and M keys: stairs. So
+student and predictor see (models/attention.py): a frame of the student itself and those before, one of the
+predictor, whose queries begin a frame later, those before. Blocks of queries and keys that see each other
+wholly are computed without a question; only those on the edge compare. The algorithm is FlashAttention's (Dao
+et al. 2022): the backward pass makes the scores again, once for the queries' gradients and once for those of
+keys and values, so every sum has a fixed order. benchmarks/attention.py compares with FlexAttention.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(math.log2(math.e))
+Stairs = tuple[tuple[int, int, int, int, int], ...]  # of stretches: where queries, keys begin, frames, N, M
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a block, warps of a program, blocks that are loaded ahead."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+FORWARD, QUERIES, KEYS = Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)
+
+
+@triton.jit
+def _place(tile, SIZE: tl.constexpr, KEYS: tl.constexpr, STRETCHES: tl.constexpr):
+    """Of a tile of queries or of KEYS: where its stretch's queries and keys begin, its frames, the numbers
+    of queries and keys of one, and the tile's first token in the stretch.
+
+    Tiles of one stretch come before the next one's, and those that see or are seen by the most come first.
+    """
+    q_start, k_start, frames, n, m, tiles = tile * 0, tile * 0, tile * 0, tile * 0, tile * 0, tile * 0
+    before = 0
+    for i in tl.static_range(len(STRETCHES)):
+        own = (STRETCHES[i][2] * (STRETCHES[i][4] if KEYS else STRETCHES[i][3]) + SIZE - 1) // SIZE
+        here = tile >= before
+        q_start = tl.where(here, STRETCHES[i][0], q_start)
+        k_start = tl.where(here, STRETCHES[i][1], k_start)
+        frames = tl.where(here, STRETCHES[i][2], frames)
+        n = tl.where(here, STRETCHES[i][3], n)
+        m = tl.where(here, STRETCHES[i][4], m)
+        tiles = tl.where(here, before + (0 if KEYS else own - 1), tiles)
+        before += own
+    number = tile - tiles if KEYS else tiles - tile
+    return q_start, k_start, frames, n, m, number * SIZE
+
+
+@triton.jit
+def _attend(
+    query, top, total, found, k, v, k_token, v_token, limit, start, stop, last, scale,
+    D: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Queries to keys start to stop; EDGE: not all of them see all, and the last block may not be whole."""
+    c = tl.arange(0, D)[None, :]
+    for first in range(start, stop, BN):
+        key = first + tl.arange(0, BN)
+        if EDGE:
+            token = tl.minimum(key, last).to(tl.int64)[:, None]
+            k_at, v_at = k + token * k_token + c, v + token * v_token + c
+        else:
+            token = tl.arange(0, BN)[:, None]
+            k_at = k + tl.cast(first, tl.int64) * k_token + token * k_token + c
+            v_at = v + tl.cast(first, tl.int64) * v_token + token * v_token + c
+        scores = tl.dot(query, tl.load(k_at).T)
+        if EDGE:
+            scores = tl.where(key[None, :] < limit[:, None], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1) * scale)
+        p = tl.exp2(scores * scale - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(p, 1)
+        value = tl.load(v_at)
+        found = tl.dot(p.to(value.dtype), value, found * shrink[:, None])
+        top = higher
+    return top, total, found
+
+
+@triton.jit
+def _forward(
+    q, k, v, out, sums, scale, heads, tokens, q_row, q_head, q_token, k_row, k_head, k_token,
+    v_row, v_head, v_token, o_row, o_head, o_token,
+    STRETCHES: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Output, and the scores' logarithms of sums (of 2). tokens: queries of a row."""
+    both = tl.program_id(0) // TILES
+    row, head = (both // heads).to(tl.int64), both % heads
+    q_start, k_start, frames, n, m, first = _place(tl.program_id(0) % TILES, BM, False, STRETCHES)
+    end, last = frames * n, frames * m - 1
+    queries = first + tl.arange(0, BM)
+    real = queries < end
+    seen = tl.minimum(queries, end - 1)
+    at = (q_start + seen).to(tl.int64)[:, None]
+    c = tl.arange(0, D)[None, :]
+    query = tl.load(q + row * q_row + head * q_head + at * q_token + c)
+    k += row * k_row + head * k_head + k_start.to(tl.int64) * k_token
+    v += row * v_row + head * v_head + k_start.to(tl.int64) * v_token
+    limit = (seen // n + 1) * m
+    whole = (first // n + 1) * m // BN * BN
+    stop = (tl.minimum(first + BM, end) - 1) // n * m + m
+    top = tl.full([BM], float("-inf"), tl.float32)  # of the scores so far, as exponents of 2
+    total = tl.zeros([BM], tl.float32)
+    found = tl.zeros([BM, D], tl.float32)
+    top, total, found = _attend(
+        query, top, total, found, k, v, k_token, v_token, limit, 0, whole, last, scale, D, BN, False
+    )
+    top, total, found = _attend(
+        query, top, total, found, k, v, k_token, v_token, limit, whole, stop, last, scale, D, BN, True
+    )
+    to = row * o_row + head * o_head + at * o_token + c
+    tl.store(out + to, (found / total[:, None]).to(out.dtype.element_ty), mask=real[:, None])
+    tl.store(sums + tl.cast(both, tl.int64) * tokens + q_start + queries, top + tl.log2(total), mask=real)
+
+
+@triton.jit
+def _ask(
+    query, grad, sum_, share, found, k, v, k_token, v_token, limit, start, stop, last, scale,
+    D: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """The queries' gradient from keys start to stop."""
+    c = tl.arange(0, D)[None, :]
+    for first in range(start, stop, BN):
+        key = first + tl.arange(0, BN)
+        if EDGE:
+            token = tl.minimum(key, last).to(tl.int64)[:, None]
+            k_at, v_at = k + token * k_token + c, v + token * v_token + c
+        else:
+            token = tl.arange(0, BN)[:, None]
+            k_at = k + tl.cast(first, tl.int64) * k_token + token * k_token + c
+            v_at = v + tl.cast(first, tl.int64) * v_token + token * v_token + c
+        keys = tl.load(k_at)
+        scores = tl.dot(query, keys.T)
+        p = tl.exp2(scores * scale - sum_[:, None])
+        if EDGE:
+            p = tl.where(key[None, :] < limit[:, None], p, 0.0)
+        dp = tl.dot(grad, tl.load(v_at).T)
+        found = tl.dot((p * (dp - share[:, None])).to(keys.dtype), keys, found)
+    return found
+
+
+@triton.jit
+def _queries_backward(
+    q, k, v, out, dout, sums, shares, dq, scale, heads, tokens, q_row, q_head, q_token,
+    k_row, k_head, k_token, v_row, v_head, v_token, o_row, o_head, o_token,
+    g_row, g_head, g_token, d_row, d_head, d_token,
+    STRETCHES: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The queries' gradient, and of each query the product of output and its gradient: `shares`."""
+    both = tl.program_id(0) // TILES
+    row, head = (both // heads).to(tl.int64), both % heads
+    q_start, k_start, frames, n, m, first = _place(tl.program_id(0) % TILES, BM, False, STRETCHES)
+    end, last = frames * n, frames * m - 1
+    queries = first + tl.arange(0, BM)
+    real = queries < end
+    seen = tl.minimum(queries, end - 1)
+    at = (q_start + seen).to(tl.int64)[:, None]
+    c = tl.arange(0, D)[None, :]
+    query = tl.load(q + row * q_row + head * q_head + at * q_token + c)
+    grad = tl.load(dout + row * g_row + head * g_head + at * g_token + c)
+    answer = tl.load(out + row * o_row + head * o_head + at * o_token + c)
+    share = tl.sum(answer.to(tl.float32) * grad.to(tl.float32), 1)
+    to = tl.cast(both, tl.int64) * tokens + q_start + seen
+    sum_ = tl.load(sums + to)
+    tl.store(shares + to, share, mask=real)
+    k += row * k_row + head * k_head + k_start.to(tl.int64) * k_token
+    v += row * v_row + head * v_head + k_start.to(tl.int64) * v_token
+    limit = (seen // n + 1) * m
+    whole = (first // n + 1) * m // BN * BN
+    stop = (tl.minimum(first + BM, end) - 1) // n * m + m
+    found = tl.zeros([BM, D], tl.float32)
+    power = scale * LOG2E
+    found = _ask(
+        query, grad, sum_, share, found, k, v, k_token, v_token, limit, 0, whole, last, power, D, BN, False
+    )
+    found = _ask(
+        query, grad, sum_, share, found, k, v, k_token, v_token, limit, whole, stop, last, power, D, BN, True
+    )
+    to = dq + row * d_row + head * d_head + at * d_token + c
+    tl.store(to, (found * scale).to(dq.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit
+def _answer(
+    key, value, dkey, dvalue, q, dout, sums, shares, q_token, g_token, begin, start, stop, scale,
+    D: tl.constexpr, BM: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys and values from queries start to stop; EDGE: a key is seen from query `begin` on."""
+    c = tl.arange(0, D)[None, :]
+    for first in range(start, stop, BM):
+        index = first + tl.arange(0, BM)
+        if EDGE:
+            token = tl.maximum(index, 0)
+            q_at = q + token.to(tl.int64)[:, None] * q_token + c
+            g_at = dout + token.to(tl.int64)[:, None] * g_token + c
+        else:
+            token = index
+            row = tl.arange(0, BM)[:, None]
+            q_at = q + tl.cast(first, tl.int64) * q_token + row * q_token + c
+            g_at = dout + tl.cast(first, tl.int64) * g_token + row * g_token + c
+        query = tl.load(q_at)
+        sum_ = tl.load(sums + token)
+        scores = tl.dot(key, query.T)
+        p = tl.exp2(scores * scale - sum_[None, :])
+        if EDGE:
+            p = tl.where(index[None, :] >= begin[:, None], p, 0.0)
+        grad = tl.load(g_at)
+        dvalue = tl.dot(p.to(grad.dtype), grad, dvalue)
+        share = tl.load(shares + token)
+        dp = tl.dot(value, grad.T)
+        dkey = tl.dot((p * (dp - share[None, :])).to(query.dtype), query, dkey)
+    return dkey, dvalue
+
+
+@triton.jit
+def _keys_backward(
+    q, k, v, dout, sums, shares, dk, dv, scale, heads, tokens, q_row, q_head, q_token, k_row, k_head, k_token,
+    v_row, v_head, v_token, g_row, g_head, g_token, d_row, d_head, d_token,
+    STRETCHES: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The keys' and the values' gradients, of equal strides."""
+    both = tl.program_id(0) // TILES
+    row, head = (both // heads).to(tl.int64), both % heads
+    q_start, k_start, frames, n, m, first = _place(tl.program_id(0) % TILES, BN, True, STRETCHES)
+    end, last = frames * n, frames * m - 1
+    keys = first + tl.arange(0, BN)
+    seen = tl.minimum(keys, last)
+    at = (k_start + seen).to(tl.int64)[:, None]
+    c = tl.arange(0, D)[None, :]
+    key = tl.load(k + row * k_row + head * k_head + at * k_token + c)
+    value = tl.load(v + row * v_row + head * v_head + at * v_token + c)
+    q += row * q_row + head * q_head + q_start.to(tl.int64) * q_token
+    dout += row * g_row + head * g_head + q_start.to(tl.int64) * g_token
+    sums += tl.cast(both, tl.int64) * tokens + q_start
+    shares += tl.cast(both, tl.int64) * tokens + q_start
+    begin = seen // m * n  # the first query that sees each key
+    # blocks end where the queries do, and reach back to the first that sees a key, or beyond
+    start = end - (end - first // m * n + BM - 1) // BM * BM
+    whole = end - (end - tl.minimum(first + BN - 1, last) // m * n) // BM * BM
+    dkey, dvalue = tl.zeros([BN, D], tl.float32), tl.zeros([BN, D], tl.float32)
+    power = scale * LOG2E
+    dkey, dvalue = _answer(
+        key,
+        value,
+        dkey,
+        dvalue,
+        q,
+        dout,
+        sums,
+        shares,
+        q_token,
+        g_token,
+        begin,
+        start,
+        whole,
+        power,
+        D,
+        BM,
+        True,
+    )
+    dkey, dvalue = _answer(
+        key,
+        value,
+        dkey,
+        dvalue,
+        q,
+        dout,
+        sums,
+        shares,
+        q_token,
+        g_token,
+        begin,
+        whole,
+        end,
+        power,
+        D,
+        BM,
+        False,
+    )
+    to = row * d_row + head * d_head + at * d_token + c
+    tl.store(dk + to, (dkey * scale).to(dk.dtype.element_ty), mask=(keys <= last)[:, None])
+    tl.store(dv + to, dvalue.to(dv.dtype.element_ty), mask=(keys <= last)[:, None])
+
+
+def _tiles(stairs: Stairs, tile: Tile, keys: bool) -> int:
+    if keys:
+        return sum(triton.cdiv(frames * m, tile.keys) for _, _, frames, _, m in stairs)
+    return sum(triton.cdiv(frames * n, tile.queries) for _, _, frames, n, _ in stairs)
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(x.stride(i) for x in tensors for i in range(3))
+
+
+def _like(x: Tensor) -> Tensor:
+    """An empty [rows, A, s, d] on memory [s, rows, A, d]."""
+    rows, heads, s, d = x.shape
+    return x.new_empty(s, rows, heads, d).permute(1, 2, 0, 3)
+
+
+class Attend(torch.autograd.Function):
+    """[rows, A, queries, d] on memory [queries, rows, A, d], from q and k, v [rows, A, keys, d]."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, stairs: Stairs) -> Tensor:
+        rows, heads, tokens, d = q.shape
+        out, scale = _like(q), 1 / math.sqrt(d)
+        sums = torch.empty(rows * heads, tokens, dtype=torch.float32, device=q.device)
+        tiles = _tiles(stairs, FORWARD, keys=False)
+        _forward[(rows * heads * tiles,)](
+            q, k, v, out, sums, scale * LOG2E.value, heads, tokens, *_strides(q, k, v, out),
+            STRETCHES=stairs, TILES=tiles, D=d, BM=FORWARD.queries, BN=FORWARD.keys,
+            num_warps=FORWARD.warps, num_stages=FORWARD.stages,
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.stairs = stairs
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, sums = ctx.saved_tensors
+        rows, heads, tokens, d = q.shape
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        dq, dk, dv, shares, scale = _like(q), _like(k), _like(k), torch.empty_like(sums), 1 / math.sqrt(d)
+        tiles = _tiles(ctx.stairs, QUERIES, keys=False)
+        _queries_backward[(rows * heads * tiles,)](
+            q, k, v, out, dout, sums, shares, dq, scale, heads, tokens, *_strides(q, k, v, out, dout, dq),
+            STRETCHES=ctx.stairs, TILES=tiles, D=d, BM=QUERIES.queries, BN=QUERIES.keys,
+            num_warps=QUERIES.warps, num_stages=QUERIES.stages,
+        )  # fmt: skip
+        tiles = _tiles(ctx.stairs, KEYS, keys=True)
+        _keys_backward[(rows * heads * tiles,)](
+            q, k, v, dout, sums, shares, dk, dv, scale, heads, tokens, *_strides(q, k, v, dout, dk),
+            STRETCHES=ctx.stairs, TILES=tiles, D=d, BM=KEYS.queries, BN=KEYS.keys,
+            num_warps=KEYS.warps, num_stages=KEYS.stages,
+        )  # fmt: skip
+        return dq, dk, dv, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, stairs: Stairs) -> Tensor:
+    """`Attend`; the vectors of a head lie in one piece, whose width d is a power of two from 16 on."""
+    return Attend.apply(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)), stairs)
