@@ -1,0 +1,96 @@
+"""benchmarks/fp8_convergence.py: how processes share its runs, and what is said of their losses."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import fp8_verdict
+from shared_runs import Board
+
+
+@pytest.fixture
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "locks"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "locks").mkdir()
+    return Board(tmp_path, "found")
+
+
+def test_a_run_is_taken_once(board: Board) -> None:
+    runs = ["a:0", "b:0", "c:0"]
+    with board.taken(runs) as first, board.taken(runs) as second:
+        assert (first, second) == ("a:0", "b:0")
+        board.add({"run": "a:0", "losses": []})
+    with board.taken(runs) as third:
+        assert third == "b:0"  # it was let go without a result
+    board.add({"run": "b:0", "error": "x"})
+    with board.taken(runs) as again:
+        assert again == "b:0"
+    board.add({"run": "b:0", "error": "x"})
+    with board.taken(runs) as last:
+        assert last == "c:0"
+    with board.taken(runs[:2]) as none:
+        assert none is None
+
+
+def test_a_dead_holder_lets_go(board: Board) -> None:
+    code = (
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('', flush=1); "
+    )
+    code += "input()"
+    command = [sys.executable, "-c", code, str(board.locks / "a_0")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with board.taken(["a:0"]) as run:
+            assert run is None
+        holder.kill()
+    with board.taken(["a:0"]) as run:
+        assert run == "a:0"
+
+
+def line(run: str, end: float, steps: int = 100) -> dict:
+    return {"run": run, "steps": steps, "seconds": 1.0, "losses": [1.0] * 50 + [end] * (steps - 50)}
+
+
+def test_what_is_said_of_a_recipe() -> None:
+    ends = {"bf16": (0.30, 0.32, 0.34, 0.36), "delayed": (0.31, 0.31, 0.36, 0.36), "current": (0.2, 0.2)}
+    found = {f"{r}:{s}": line(f"{r}:{s}", x) for r, each in ends.items() for s, x in enumerate(each)}
+    found["bf16:0:again"] = line("bf16:0:again", 0.31)
+    found["mxfp8:0"] = {"run": "mxfp8:0", "steps": 100, "error": "no such GPU"}
+    lines, (delayed, current) = fp8_verdict.summarise(found)
+    assert delayed.within and not current.within
+    assert (delayed.pairs, delayed.triples, delayed.triples_within) == (4, 4, 4)
+    # differences 0.01, -0.01, 0.02, 0: mean 0.005, deviation 0.01291, t of three degrees of freedom 3.182
+    assert delayed.difference == pytest.approx(0.005)
+    assert delayed.error == pytest.approx(0.01291 / 2, rel=1e-3)
+    assert delayed.half == pytest.approx(3.182 * 0.01291 / 2, rel=1e-3)
+    text = "\n".join(lines)
+    assert "| bf16 | 0.3000 | 0.3200 | 0.3400 | 0.3600 | 0.3300 |" in text
+    assert "bf16:0 twice: apart from step 50 on; last 50 by +0.01000" in text
+    assert "not finished: mxfp8:0 (no such GPU)" in text
+    assert "VERDICT current: 0.20000 over 2 seeds lies OUTSIDE bf16's 0.30000 to 0.36000 (4 seeds)" in text
+
+
+def test_spikes_are_told_and_short_runs_left_out() -> None:
+    found = {f"bf16:{s}": line(f"bf16:{s}", 0.4) for s in range(3)}
+    found["bf16:1"]["losses"][97] = 1.3
+    found["bf16:2"]["losses"].pop()
+    lines, _ = fp8_verdict.summarise(found)
+    assert "bf16:1: loss 1.3000 at step 97, round it 0.4000" in lines
+    assert fp8_verdict.by_recipe(fp8_verdict.complete(found)).keys() == {"bf16"}
+    assert "not finished: bf16:2 (cut off)" in lines
+
+
+def test_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = {f"{r}:{s}": line(f"{r}:{s}", 0.4 + s / 100) for r in ("bf16", "plain") for s in range(2)}
+    _, compared = fp8_verdict.summarise(found)
+    assert not math.isnan(compared[0].half)
+    fp8_verdict.plot(json.loads(json.dumps(found)), compared, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
