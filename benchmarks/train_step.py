@@ -35,6 +35,7 @@ from world import first_says, join, leave
 
 from nextvid_mcore import cli, flops, recipes
 from nextvid_mcore.config import ConfigError, Fp8Config, RoleParallel, RunConfig, require
+from nextvid_mcore.training import beside
 
 KEYS = {
     "recipe": str,
@@ -53,6 +54,10 @@ KEYS = {
     "tensor": int,
     "sequence": int,
     "generator": int,  # data replicas of predictor and decoder on the tensor ranks
+    "beside": int,  # 1: the reference on a stream of its own
+    "student": int,  # then: priority of the student's stream; the lower goes first
+    "reference": int,  # of the reference's
+    "margin": int,  # processors that products leave to the other stream's collectives
     "vae": int,  # 1: VA-VAE of random weights encodes the clips in every step
 }
 
@@ -92,6 +97,7 @@ def configure(case: dict[str, Any], world: int) -> RunConfig:
             micro_batch=case["micro_batch"],
             precision=case["precision"],
             cuda_graphs=case["graphs"],
+            reference_stream="own" if case["beside"] else "shared",
         ),
     )
 
@@ -135,6 +141,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--sequence", type=int, default=0)
     parser.add_argument("--generator", type=int, default=0)
+    parser.add_argument("--beside", type=int, default=0)
+    parser.add_argument("--student", type=int, default=0)
+    parser.add_argument("--reference", type=int, default=0)
+    parser.add_argument("--margin", type=int, default=0)
     parser.add_argument("--vae", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
@@ -161,6 +171,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
 
 def measure(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[str, Any]:
     config = configure(case, world)
+    beside.tuning = beside.Tuning(case["student"], case["reference"], case["margin"])
     if case["vae"]:
         from common import online_vae_target
 

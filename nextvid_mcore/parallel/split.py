@@ -46,10 +46,12 @@ def make_places(config: RunConfig, seats: Seats) -> dict[str, Place]:
             return Place(make_split(config, groups.layout, role, separate), groups.collection)
 
         for role in seat.roles:
-            if role in ("student", "reference"):
+            if role == "student":
                 places[role] = place(role)
+            elif role == "reference":
+                places[role] = place(role, seats.reference or groups)
             elif groups.last_stage:
                 places[role] = place(role).unpiped()
-        if "student" in seat.roles:
+        if "student" in seat.roles and "reference" not in places:
             places["reference"] = place("reference")
     return places

@@ -41,6 +41,7 @@ class Case:
     edge: str = "direct"
     compile: bool = False  # the pieces between matrix products, on a GPU
     graphs: str = "off"
+    reference_stream: str = "shared"
     generator: tuple[int | None, int | None] = (None, None)  # tensor, data
     predictor: tuple[int | None, int | None] = (None, None)
     decoder: tuple[int | None, int | None] = (None, None)
@@ -129,7 +130,12 @@ def configure(case: Case) -> RunConfig:
         },
     ).altered(
         model={"backend": case.backend, "compile": case.compile},
-        train={"micro_batch": case.micro, "precision": case.precision, "cuda_graphs": case.graphs},
+        train={
+            "micro_batch": case.micro,
+            "precision": case.precision,
+            "cuda_graphs": case.graphs,
+            "reference_stream": case.reference_stream,
+        },
     )
     for row in case.rows:
         config = ablate(config, row)
