@@ -24,12 +24,15 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import common
 import torch
 import torch.distributed as dist
 from common import PEAK_BF16, Bench, quick_start
+from megatron.core.hyper_comm_grid import HyperCommGrid
 from parts import PARTS, kernels, shares
 from world import first_says, join, leave
 
@@ -58,6 +61,7 @@ KEYS = {
     "student": int,  # then: priority of the student's stream; the lower goes first
     "reference": int,  # of the reference's
     "margin": int,  # processors that products leave to the other stream's collectives
+    "ctas": int,  # the most blocks of a tensor rank's collective; 0: NCCL's choice
     "vae": int,  # 1: VA-VAE of random weights encodes the clips in every step
 }
 
@@ -145,6 +149,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     parser.add_argument("--student", type=int, default=0)
     parser.add_argument("--reference", type=int, default=0)
     parser.add_argument("--margin", type=int, default=0)
+    parser.add_argument("--ctas", type=int, default=0)
     parser.add_argument("--vae", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
@@ -169,6 +174,22 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     return args, cases
 
 
+@contextlib.contextmanager
+def narrow_collectives(ctas: int) -> Iterator[None]:
+    """Tensor groups made inside take so many blocks at most for a collective."""
+    create = HyperCommGrid.create_pg
+
+    def created(grid: HyperCommGrid, dims: list[str], **settings: Any) -> dist.ProcessGroup:
+        if ctas and dims == ["tp"] and dist.get_backend() == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options.config.max_ctas, options.config.min_ctas = ctas, min(ctas, 4)
+            settings["pg_options"] = options
+        return create(grid, dims, **settings)
+
+    with mock.patch.object(HyperCommGrid, "create_pg", created):
+        yield
+
+
 def measure(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[str, Any]:
     config = configure(case, world)
     beside.tuning = beside.Tuning(case["student"], case["reference"], case["margin"])
@@ -178,7 +199,7 @@ def measure(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[
         start = quick_start(online_vae_target)
     else:
         start = quick_start()
-    with start:
+    with start, narrow_collectives(case["ctas"]):
         bench = Bench(config)
     found: dict[str, Any] = {"measured": bench.measure(args.steps, args.warmup)}
     found["flops"] = flops.clip_flops(config, config.stages[0], executed=True).total
