@@ -70,7 +70,7 @@ def configure(args: argparse.Namespace, folder: Path, world: int) -> RunConfig:
             for path in videos:
                 writer.add([Item(str(path.resolve()), "video", 0, *decode.probe(str(path), "video"))])
     replicas = resolve_placement(config, world).encoder.layout.data
-    batch = config.train.micro_batch * replicas * args.accumulate
+    batch = config.micro_batch(config.stages[0]) * replicas * args.accumulate
     stage = dataclasses.replace(config.stages[0], batch=batch, steps=10**6)  # more than are taken
     data = dataclasses.replace(config.data, manifest=str(folder), sets=())
     train = dataclasses.replace(config.train, global_batch=None)
@@ -93,8 +93,8 @@ class Files:
 
         seats = build_seats(placement)
         home = seats.home
-        clips = placement.clips(seats.mine[0])
-        requests = rank_batches(Schedule(config), 0, home.data_rank, home.layout.data, clips)
+        clips = placement.clips(seats.mine[0], config.micro_batch(config.stages[0]))
+        requests = rank_batches(Schedule(config), 0, home.data_rank, home.layout.data, lambda _: clips)
         self.data, self._gib = config.data, gib_in_use()
         self.loader = build_loader(config, requests) if home.collection.mp.rank() == 0 else None
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
@@ -138,7 +138,7 @@ def from_files(bench: Bench, config: RunConfig, files: Files, seconds: float, re
         BadShareGuard(data.max_bad_share, data.bad_window),
         config.model.image_size,
     )
-    count = seats.home.layout.micro_batches(point.batch, config.train.micro_batch)
+    count = bench.placement.encoder.layout.micro_batches(point.batch, point.micro_batch)
     refused, times, waits = 0, [], []
     ahead = math.ceil((data.workers * data.prefetch + 2) / count)
     said = time.perf_counter()
@@ -146,7 +146,7 @@ def from_files(bench: Bench, config: RunConfig, files: Files, seconds: float, re
         if number == ahead:
             start, cpu = time.perf_counter(), cpu_seconds()
         begin = time.perf_counter()
-        batch = feed.next(count, point.stage.frames, 0)
+        batch = feed.next(point, 0)
         bench.step.run(point, batch.batches)
         bench.synchronize()
         times.append(time.perf_counter() - begin)
@@ -246,7 +246,8 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     if dist.get_rank() == 0:
         print(
             f"\n{config.recipe}, {config.stages[0].frames} frames, tau {config.stages[0].tau_samples}, "
-            f"{args.accumulate} x {config.train.micro_batch} clips a step, {config.train.precision}\n"
+            f"{args.accumulate} x {config.micro_batch(config.stages[0])} clips a step, "
+            f"{config.train.precision}\n"
             f"{' '.join(args.settings)}\n"
             f"{world} x {name}, {cores} cores, torch {torch.__version__}, files {args.videos}, "
             f"reserved {resident.gib:.1f} GiB\n"

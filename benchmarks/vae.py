@@ -69,7 +69,7 @@ def kernels(work: Callable[[], object]) -> None:
 def alone(config: RunConfig, chunks: list[int], times: int) -> None:
     """The encoder by itself, at the batch of a micro-batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stage, batch, size = config.stages[0], config.train.micro_batch, config.model.image_size
+    stage, batch, size = config.stages[0], config.micro_batch(config.stages[0]), config.model.image_size
     loaded = online_vae_target(config, device, torch.bfloat16)
     video = torch.rand(batch, 3, stage.frames, size, size, device=device) * 2 - 1
     work = batch * flops.target_flops(config, stage)
@@ -107,7 +107,7 @@ def in_the_step(config: RunConfig, steps: int, warmup: int) -> None:
     """Whole steps, one set of networks for all rows."""
     with quick_start(online_vae_target):
         bench = Bench(config)
-    engine, clips = bench.step.engine, config.train.micro_batch
+    engine, clips = bench.step.engine, config.micro_batch(config.stages[0])
     target, stream = engine.target, engine.ahead.stream
     model, frames = config.model, config.stages[0].frames
     resident = ResidentTarget(model, target.channels)
@@ -140,7 +140,7 @@ def main(argv: list[str]) -> int:
     args, settings = parser.parse_known_args(argv)
     try:
         config, _ = cli.parse([args.recipe, *settings, "--dry-run", "--world-size", "1"])
-        batch = config.train.micro_batch
+        batch = config.micro_batch(config.stages[0])
         stage = dataclasses.replace(config.stages[0], frames=args.frames, tau_samples=args.tau, batch=batch)
         config = dataclasses.replace(config, stages=(stage,), target=TargetConfig("va_vae"))
         target_channels(config)  # a latent a patch

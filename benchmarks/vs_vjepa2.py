@@ -41,7 +41,7 @@ def ours(argv: list[str], tau: int, frames: int, size: int) -> RunConfig:
         f"V-JEPA 2's configuration has {size} pixels and ours {config.model.image_size}; compare like with "
         f"like: --model.image-size {size} or another --config",
     )
-    batch = config.train.micro_batch
+    batch = config.micro_batch(config.stages[0])
     stage = dataclasses.replace(config.stages[0], frames=frames, tau_samples=tau, batch=batch)
     target = TargetConfig("va_vae" if config.model.patch_size == 16 else "pixels")
     return dataclasses.replace(config, stages=(stage,), target=target)
@@ -83,7 +83,7 @@ def measure_ours(args: argparse.Namespace, config: RunConfig, precision: str) ->
         bench = Bench(config)
     found = bench.measure(args.steps, args.warmup)
     bench.step.close()
-    return Row(f"ours, {config.model.backend}, {precision}", config.train.micro_batch, found)
+    return Row(f"ours, {config.model.backend}, {precision}", config.micro_batch(config.stages[0]), found)
 
 
 def report(rows: list[Row], title: str) -> None:

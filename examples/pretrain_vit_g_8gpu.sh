@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretrains ViT-G (1,012.2M) with Table 8's four stages on the GPUs of one node. Run it again and it goes on
 # where it stopped. More settings go at the end: examples/pretrain_vit_g_8gpu.sh --train.global-batch 256
-# Transformer Engine is taken where it is installed (extra gpu); its FP8 is a choice: docs/fp8.md
+# Transformer Engine is taken where it is installed (extra gpu); FP8=delayed takes its FP8: docs/fp8.md
 set -euo pipefail
 
 DATA=${DATA:-data/manifest}                       # written by tools/build_manifest.py
@@ -10,10 +10,15 @@ VA_VAE=${VA_VAE-weights/va_vae.pt}                # LightningDiT's VA-VAE, f16d3
 STATISTICS=${STATISTICS:-weights/latents_stats.pt}
 OUT=${OUT:-runs/vit_g}
 GPUS=${GPUS:-8}
-MICRO_BATCH=${MICRO_BATCH:-4}                     # clips of a GPU in one pass; lower it if memory runs out
+MICRO_BATCH=${MICRO_BATCH-}                       # clips of a GPU in one pass; empty: the recipe's, for 80 GB
+FP8=${FP8-}                                       # delayed: student and reference in FP8; empty: bf16
 
 target=(--target.checkpoint "$VA_VAE" --target.statistics "$STATISTICS")
 if [ -z "$VA_VAE" ]; then target=(--target.kind pixels); fi
+speed=()
+if [ -n "$MICRO_BATCH" ]; then speed+=(--train.micro-batch "$MICRO_BATCH"); fi
+if [ -n "$FP8" ]; then speed+=(--fp8.student "$FP8" --fp8.reference "$FP8"); fi
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
 
 # Layout: 22 heads and an MLP of 6144 admit --parallel.encoder.tensor 1 or 2 and no more. By default every
 # GPU holds the whole encoder and the optimizer is sharded over all of them; if memory runs out, add
@@ -25,6 +30,6 @@ torchrun --standalone --nproc-per-node "$GPUS" \
     --data.manifest "$DATA" \
     --data.eval-manifest "$VALIDATION" \
     "${target[@]}" \
-    --train.micro-batch "$MICRO_BATCH" \
+    "${speed[@]}" \
     --eval.every 1000 \
     "$@"

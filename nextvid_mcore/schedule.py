@@ -26,6 +26,7 @@ class StagePoint:
     step: int
     samples_before: int  # clips of all earlier steps; also the global index of this step's first sample
     batch: int  # clips of this step, over all ranks
+    micro_batch: int  # clips of one encoder replica in one forward pass
     lr: float
     lr_flow: float  # of the decoder
 
@@ -40,6 +41,7 @@ class Schedule:
     def __init__(self, config: RunConfig) -> None:
         self.stages = config.stages
         self._batches = [config.batch(stage) for stage in self.stages]
+        self._micro_batches = [config.micro_batch(stage) for stage in self.stages]
         self._starts = [0, *accumulate(stage.steps for stage in self.stages)]
         samples = (stage.steps * batch for stage, batch in zip(self.stages, self._batches, strict=True))
         self._samples = [0, *accumulate(samples)]
@@ -73,6 +75,7 @@ class Schedule:
             step=step,
             samples_before=self.samples_before(step),
             batch=self._batches[index],
+            micro_batch=self._micro_batches[index],
             lr=lr,
             lr_flow=lr if stage.flow_lr is None else stage.flow_lr,
         )

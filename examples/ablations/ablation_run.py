@@ -134,7 +134,7 @@ def pretrain(
         point = schedule.at(number if until is None else int(share * steps))
         point = dataclasses.replace(point, samples_before=number * point.batch)
         indices = range(point.samples_before, point.samples_before + point.batch)
-        micro = config.train.micro_batch
+        micro = point.micro_batch
         result = train.run(
             point, [clip_batch(clips, part, point.stage.frames) for part in chunks(indices, micro)]
         )

@@ -85,6 +85,10 @@ class RunConfig:
         """Clips per step of a stage."""
         return self.train.global_batch or stage.batch
 
+    def micro_batch(self, stage: StageConfig) -> int:
+        """Clips of one encoder replica in one forward pass of a stage."""
+        return self.train.micro_batch or stage.micro_batch
+
     def altered(self, **parts: Any) -> RunConfig:
         """With other settings: `altered(model={"backend": "te"}, stages=(one,))`; a dict changes a part."""
         changed = {

@@ -20,9 +20,10 @@ class StageConfig:
     lr_end: float
     tau_samples: int = 1  # K
     flow_lr: float | None = None  # of the decoder; None: follows the main learning rate
+    micro_batch: int = 1  # clips of one encoder replica in one forward pass
 
     def __post_init__(self) -> None:
-        for name in ("steps", "frames", "batch", "tau_samples"):
+        for name in ("steps", "frames", "batch", "tau_samples", "micro_batch"):
             value = getattr(self, name)
             require(value > 0, f"stage {self.name}: {name} must be positive, got {value}")
         require(self.lr_start >= 0 and self.lr_end >= 0, f"stage {self.name}: negative learning rate")
@@ -64,7 +65,7 @@ class TrainConfig:
     steps: int | None = None  # stop after this many steps; None: the whole schedule
     start_stage: str | None = None  # begin at this stage's first step (with --init-from)
     global_batch: int | None = None  # overrides every stage's batch
-    micro_batch: int = 1  # clips of one encoder replica in one forward pass
+    micro_batch: int | None = None  # overrides every stage's micro-batch
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     # forward and backward pass as one CUDA graph (training/graphs.py); auto: but for FP8 over tensor ranks,
@@ -78,10 +79,9 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch"):
+        for name in ("steps", "global_batch", "micro_batch"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train {name} must be positive, got {value}")
-        require(self.micro_batch > 0, f"micro batch must be positive, got {self.micro_batch}")
         require(self.log_every > 0, f"log every must be positive, got {self.log_every}")
         require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
         require(self.init_noise >= 0, f"init noise must be 0 or more, got {self.init_noise}")

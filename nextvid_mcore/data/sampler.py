@@ -8,7 +8,7 @@ steps. Any number of ranks and loader processes sees the same samples in the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -115,17 +115,18 @@ def rank_batches(
     start_step: int,
     data_rank: int,
     data_size: int,
-    micro_batch: int,
+    clips: Callable[[PointLike], int],
     stop_step: int | None = None,
 ) -> Iterator[Request]:
-    """The micro-batches of one data-parallel rank from `start_step` on, in order.
+    """The micro-batches of one data-parallel rank from `start_step` on, in order, of `clips(point)` clips.
 
     Clip i of micro-batch m on rank r is sample samples_before + (m * data_size + r) * micro + i,
     so that a step is the same set of samples in every layout.
     """
-    wave = micro_batch * data_size
     for step in range(start_step, schedule.total_steps if stop_step is None else stop_step):
         point = schedule.at(step)
+        micro_batch = clips(point)
+        wave = micro_batch * data_size
         if point.batch % wave:
             raise ConfigError(
                 f"step {step}: a batch of {point.batch} clips does not divide into micro-batches of "

@@ -111,7 +111,7 @@ def balance(
         narrow: 0: every FLOP takes the same time.
     """
     links = chain(config, placement, point, target, narrow)
-    count = placement.encoder.layout.micro_batches(config.batch(point), config.train.micro_batch)
+    count = placement.encoder.layout.micro_batches(config.batch(point), config.micro_batch(point))
     return Balance(links, count, span(links, count))
 
 
@@ -125,7 +125,7 @@ def chain(
     """The stages of the chain, in the order of the data."""
     work = flops.clip_flops(config, point, executed=True)
     latents = flops.target_flops(config, point) if target else 0.0
-    clips = placement.micro_batch * placement.encoder.layout.data
+    clips = config.micro_batch(point) * placement.encoder.layout.data
     again = 1 / 3 if config.parallel.recompute == "full" else 0.0  # of forward and backward
     encoder = placement.encoder
     own_pass = "reference" in encoder.roles and not (placement.separate and encoder.layout.pipeline == 1)

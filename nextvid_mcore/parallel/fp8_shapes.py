@@ -51,12 +51,19 @@ def _tokens(
     config: RunConfig, placement: Placement, seat: Seat, role: str
 ) -> Iterator[tuple[str, str, int, int]]:
     """(where, what, tokens of a clip, clips) of every sequence that `role`'s linears read."""
-    mine = placement.clips(seat)
-    passes = [(f"stage {stage.name}", stage.frames, stage.tau_samples, mine) for stage in config.stages]
+    passes = [
+        (
+            f"stage {stage.name}",
+            stage.frames,
+            stage.tau_samples,
+            placement.clips(seat, config.micro_batch(stage)),
+        )
+        for stage in config.stages
+    ]
     if config.eval.every:
         whole, rest = config.eval.batch, config.eval.samples % config.eval.batch
         for size in {min(whole, config.eval.samples), rest or whole}:
-            clips = max(1, size * mine // config.train.micro_batch)
+            clips = max(1, placement.clips(seat, size))
             passes.append(("the held-out loss", config.stages[0].frames, config.eval.tau_bins, clips))
     for where, frames, samples, clips in passes:
         length = sequences(config, frames)

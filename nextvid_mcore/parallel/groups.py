@@ -151,7 +151,7 @@ def resolve_layout(config: RunConfig, world_size: int, roles: Sequence[str] = EV
     layout = Layout(tensor, pipeline, data, sequence=config.parallel.sequence and tensor > 1)
     check_layout(config, layout, roles)
     for stage in config.stages:
-        layout.micro_batches(config.batch(stage), config.train.micro_batch)
+        layout.micro_batches(config.batch(stage), config.micro_batch(stage))
     return layout
 
 

@@ -40,7 +40,7 @@ class RankMemory:
 
 def micro_batches(config: RunConfig, placement: Placement, point: StageConfig) -> int:
     """Forward passes of a replica in a step of `point`, the same in every seat."""
-    return placement.encoder.layout.micro_batches(config.batch(point), config.train.micro_batch)
+    return placement.encoder.layout.micro_batches(config.batch(point), config.micro_batch(point))
 
 
 def trained(config: RunConfig, seat: Seat, stage: int) -> dict[str, float]:
@@ -104,7 +104,7 @@ def _features(config: RunConfig, placement: Placement, seat: Seat, stage: int, p
     elif "predictor" in seat.roles and placement.separate:
         waiting = _in_flight(config, placement, seat, stage, point)
     tokens = sequences(config, point.frames)["reference"]
-    return waiting * placement.clips(seat) * tokens * config.model.encoder.width
+    return waiting * placement.clips(seat, config.micro_batch(point)) * tokens * config.model.encoder.width
 
 
 def _activations(
@@ -134,7 +134,7 @@ def _activations(
     kept *= _in_flight(config, placement, seat, stage, point)
     if placement.reference_apart and "reference" in seat.roles:
         kept += length["reference"] * beside_bytes(config, layout)
-    return kept * placement.clips(seat)
+    return kept * placement.clips(seat, config.micro_batch(point))
 
 
 def _size(config: RunConfig) -> int:

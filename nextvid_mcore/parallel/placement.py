@@ -7,7 +7,7 @@ A seat is a set of neighbouring ranks with a layout of its own, and the roles th
     two-groups    the encoder's ranks, then one seat for predictor and decoder
     three-groups  the encoder's, the predictor's, the decoder's
 
-A micro-batch is `train.micro_batch` clips of one encoder replica; another seat's replica gets
+A micro-batch is a stage's `micro_batch` clips of one encoder replica; another seat's replica gets
 micro x encoder data / its own data of them. The global sample indices are the same everywhere.
 """
 
@@ -54,7 +54,6 @@ class Placement:
 
     kind: str
     seats: tuple[Seat, ...]
-    micro_batch: int  # clips of one encoder replica
     reference_apart: bool = False  # it runs beside the other roles, with a tensor group of its own
 
     @property
@@ -73,9 +72,9 @@ class Placement:
         """Where a role sits."""
         return next(seat for seat in self.seats if role in seat.roles)
 
-    def clips(self, seat: Seat) -> int:
-        """Clips of a micro-batch in one replica of `seat`."""
-        return self.micro_batch * self.encoder.layout.data // seat.layout.data
+    def clips(self, seat: Seat, micro_batch: int) -> int:
+        """Clips in one replica of `seat` where an encoder replica has `micro_batch`."""
+        return micro_batch * self.encoder.layout.data // seat.layout.data
 
     def warm_up(self, seat: Seat, stage: int, edge: str) -> int:
         """Forward passes that pipeline stage `stage` of `seat` takes ahead of its first backward pass.
@@ -98,13 +97,14 @@ def resolve_placement(config: RunConfig, world_size: int) -> Placement:
     else:
         placement = _separate(config, world_size)
     encoder = placement.encoder.layout
-    for seat in placement.seats[1:]:
-        total = config.train.micro_batch * encoder.data
+    for seat, stage in itertools.product(placement.seats[1:], config.stages):
+        micro = config.micro_batch(stage)
+        total = micro * encoder.data
         require(
             total % seat.layout.data == 0,
-            f"{seat.name}: a micro-batch of {config.train.micro_batch} x encoder data {encoder.data} = "
-            f"{total} clips can't be shared by data {seat.layout.data} replicas; choose one that divides "
-            f"{total}, or a larger --train.micro-batch",
+            f"{seat.name}: a micro-batch of {micro} x encoder data {encoder.data} = "
+            f"{total} clips (stage {stage.name}) can't be shared by data {seat.layout.data} replicas; choose "
+            f"one that divides {total}, or a larger --train.micro-batch",
         )
     if placement.separate:
         for before, seat in itertools.pairwise(placement.seats):
@@ -175,9 +175,7 @@ def _colocated(config: RunConfig, world_size: int) -> Placement:
         f"times a divisor of {layout.tensor}",
     )
     if (tensor, data) == (layout.tensor, layout.data) and layout.pipeline == 1:
-        return Placement(
-            "colocated", (Seat("all", roles + _generator_roles(config), layout, 0),), config.train.micro_batch
-        )
+        return Placement("colocated", (Seat("all", roles + _generator_roles(config), layout, 0),))
     require(
         tensor == layout.tensor or config.mask.static,
         f"mask mode {config.mask.mode} packs a micro-batch into one row, which the generator can't share "
@@ -192,7 +190,6 @@ def _colocated(config: RunConfig, world_size: int) -> Placement:
             Seat("encoder", roles, layout, 0),
             Seat("generator", _generator_roles(config), generator, layout.size - stage),
         ),
-        config.train.micro_batch,
     )
 
 
@@ -225,7 +222,7 @@ def _separate(config: RunConfig, world_size: int) -> Placement:
         check_layout(config, layout, roles[name])
         extra = reference if with_generator and "predictor" in roles[name] else ()
         seats.append(Seat(name, extra + roles[name], layout, seats[-1].ranks.stop))
-    return Placement(parallel.placement, tuple(seats), config.train.micro_batch)
+    return Placement(parallel.placement, tuple(seats))
 
 
 def unrecordable(config: RunConfig, placement: Placement) -> str | None:

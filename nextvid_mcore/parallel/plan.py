@@ -162,10 +162,11 @@ def _schedule(config: RunConfig, placement: Placement) -> Iterator[str]:
         tokens += clips * config.model.token_frames(stage.frames) * config.model.tokens_per_frame
         work += clips * clip.total
         rate = f"{stage.lr_start:g} -> {stage.lr_end:g}"
+        passes = f"{memory.micro_batches(config, placement, stage)} x {config.micro_batch(stage)}"
         flow = "main" if stage.flow_lr is None else f"{stage.flow_lr:g}"
         yield (
             f"  {stage.name:<10}{stage.steps:>9,}{stage.frames:>8}{batch:>7}"
-            f"{memory.micro_batches(config, placement, stage):>15}{stage.tau_samples:>5}{rate:>20}{flow:>9}"
+            f"{passes:>15}{stage.tau_samples:>5}{rate:>20}{flow:>9}"
             f"{_tera(clip.total):>12}"
         )
     yield (

@@ -74,12 +74,13 @@ def seats(config: RunConfig, placement: Placement) -> Iterator[str]:
     yield f"  {modes}"
     stage = config.stages[0]
     count, replicas = micro_batches(config, placement, stage), placement.encoder.layout.data
+    micro = config.micro_batch(stage)
     yield (
         f"  a step of {stage.name}: {config.batch(stage)} clips = {count} "
-        f"micro-batch{'es' if count > 1 else ''} x {placement.micro_batch * replicas}"
+        f"micro-batch{'es' if count > 1 else ''} x {micro * replicas}"
     )
     if len(placement.seats) > 1:
-        shares = ", ".join(f"{seat.name} {placement.clips(seat)}" for seat in placement.seats)
+        shares = ", ".join(f"{seat.name} {placement.clips(seat, micro)}" for seat in placement.seats)
         yield f"  clips of a micro-batch in one replica: {shares}"
     for each in crossings(config, placement, stage):
         amount = f"{readable(each.forward)} {'a step' if each.per_step else 'a clip'}"

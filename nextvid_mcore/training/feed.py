@@ -21,6 +21,7 @@ from nextvid_mcore.data.guard import BadShareGuard
 from nextvid_mcore.data.loader import ClipBatch
 from nextvid_mcore.parallel.groups import RoleGroups
 from nextvid_mcore.parallel.seats import Seats
+from nextvid_mcore.schedule import StagePoint
 
 
 class LoaderError(RuntimeError):
@@ -92,19 +93,20 @@ class Feed:
         self, loader: Iterator[ClipBatch] | None, seats: Seats, guard: BadShareGuard, size: int
     ) -> None:
         self._loader, self._groups, self._guard, self._size = loader, seats.home, guard, size
-        seat = seats.mine[0]
-        self._clips = seats.placement.clips(seat)
-        self._shared, self._counts = seat.sees_video, "student" in seat.roles
+        self._placement, self._seat = seats.placement, seats.mine[0]
+        self._shared, self._counts = self._seat.sees_video, "student" in self._seat.roles
         first = self._groups.collection.mp.rank() == 0
         assert (loader is not None) == (first or not self._shared)
 
-    def next(self, count: int, frames: int, signal: int) -> StepData:
-        """The next `count` micro-batches of this seat, clips of `frames` frames.
+    def next(self, point: StagePoint, signal: int) -> StepData:
+        """This seat's micro-batches of the step at `point`, the next one.
 
         `signal`: what this rank received. Raises LoaderError on all ranks, DataError when too many files
         are bad.
         """
         begin = time.perf_counter()
+        count = self._placement.encoder.layout.micro_batches(point.batch, point.micro_batch)
+        clips, frames = self._placement.clips(self._seat, point.micro_batch), point.stage.frames
         mine: list[ClipBatch] = []
         error: Exception | None = None
         try:
@@ -121,12 +123,12 @@ class Feed:
             raise error
         if failed:
             raise LoaderError("the loader of another rank failed; its message names the cause")
-        total = count * self._clips * self._groups.layout.data
+        total = count * clips * self._groups.layout.data
         self._guard.update(total, bad, files)
         batches = mine
         if self._shared:
             batches = [
-                share(mine[i] if mine else None, self._clips, frames, self._size, self._groups)
+                share(mine[i] if mine else None, clips, frames, self._size, self._groups)
                 for i in range(count)
             ]
         return StepData(batches, bad, refused, signal, time.perf_counter() - begin)

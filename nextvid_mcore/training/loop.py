@@ -190,7 +190,7 @@ class Trainer:
             self.step,
             self.groups.data_rank,
             self.groups.layout.data,
-            self.placement.clips(seat),
+            lambda point: self.placement.clips(seat, point.micro_batch),
         )
         if not seat.sees_video:
             return (blank(request) for request in requests)
@@ -232,7 +232,7 @@ class Trainer:
             self.progress.say(narrow)
 
     def _run(self, loader: Iterator[ClipBatch] | None) -> int:
-        layout, config = self.placement.encoder.layout, self.config
+        config = self.config
         if self.step < self.schedule.total_steps:
             feed = Feed(loader, self.seats, self.guard, config.model.image_size)
         while self.step < self.schedule.total_steps:
@@ -240,8 +240,7 @@ class Trainer:
             watchdog.enter("data loading", self.step + 1)
             self.profiler.begin(self.step + 1)
             point = self.schedule.at(self.step)
-            count = layout.micro_batches(point.batch, config.train.micro_batch)
-            data = feed.next(count, point.stage.frames, self.signal)
+            data = feed.next(point, self.signal)
             if data.signal:
                 return self._interrupted(data.signal)
             result = self.train_step.run(point, data.batches)

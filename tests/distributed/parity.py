@@ -59,7 +59,7 @@ def clips(
 ) -> list[ClipBatch]:
     """The step's micro-batches of one replica: random pixels, a function of the sample index."""
     size, frames, out = config.model.image_size, point.stage.frames, []
-    micro = micro or config.train.micro_batch
+    micro = micro or point.micro_batch
     for m in range(point.batch // (micro * data_size)):
         first = point.samples_before + m * micro * data_size + data_rank * micro
         index = list(range(first, first + micro))

@@ -53,7 +53,7 @@ def of_a_step(config: RunConfig) -> tuple[set[str], set[str], set[str]]:
 
 def _of_a_step(config: RunConfig, step: TrainStep) -> tuple[set[str], set[str], set[str]]:
     before, point = operations(), parity.schedule(config).at(0)
-    home, micro = step.seats.home, step.seats.placement.clips(step.seats.mine[0])
+    home, micro = step.seats.home, step.seats.placement.clips(step.seats.mine[0], point.micro_batch)
     step.run(point, parity.clips(config, point, home.data_rank, home.layout.data, micro))
     after = operations()
     used = {name for name in after if after[name] > before.get(name, 0)}

@@ -67,7 +67,7 @@ def gradients(case: Case) -> dict[int, dict]:
     found = {}
     for count in COUNTS:
         point = dataclasses.replace(first, batch=count * case.micro)
-        mine = parity.clips(config, point, 0, 1, placement.clips(seats.mine[0]))
+        mine = parity.clips(config, point, 0, 1, placement.clips(seats.mine[0], point.micro_batch))
         assert len(mine) == count
         step.engine.traffic.reset()
         losses, _ = step.gradients(point, mine)

@@ -31,7 +31,7 @@ def of_a_step(kind: type, parallel: dict, break_off: bool) -> tuple[dict[str, to
     with mock.patch.object(optimizer, "RoleDDP", kind):
         step = parity.built(parity.small(**parallel).altered(train={"precision": "bf16"}))
     point, seats = parity.schedule(step.config).at(0), step.seats
-    micro = seats.placement.clips(seats.mine[0])
+    micro = seats.placement.clips(seats.mine[0], point.micro_batch)
     clips = parity.clips(step.config, point, seats.home.data_rank, seats.home.layout.data, micro)
     vectors = [p for p in step.model.parameters() if p.requires_grad and p.dim() == 1]
     if break_off:

@@ -147,7 +147,7 @@ def rank(case: Case) -> dict:
     config = configure(case)
     step = parity.built(config)
     seats, placement = step.seats, step.seats.placement
-    home, micro = seats.home, placement.clips(seats.mine[0])
+    home, micro = seats.home, placement.clips(seats.mine[0], case.micro)
 
     def state(pick) -> list[tuple]:
         out = []

@@ -140,6 +140,7 @@ def test_a_run_leaves_what_it_says(whole: Path):
 
 def test_layouts_agree_and_a_resumed_run_is_the_unbroken_one(data: Path, whole: Path, tmp_path: Path):
     split = "--parallel.encoder.tensor 2 --parallel.sequence"
+    by_stage = "--train.micro-batch None --stages.0.micro-batch 2 --stages.3.micro-batch 2"
     starts = [
         words(data, tmp_path / "tensor", split),
         words(data, tmp_path / "again", split + " --train.steps 3"),  # ends inside a stage
@@ -148,10 +149,12 @@ def test_layouts_agree_and_a_resumed_run_is_the_unbroken_one(data: Path, whole: 
         words(data, tmp_path / "again", split),  # nothing left to do
         words(data, tmp_path / "data"),
         words(data, tmp_path / "pipeline", "--parallel.encoder.pipeline 2"),
+        words(data, tmp_path / "stages", by_stage + " --train.steps 2"),
+        words(data, tmp_path / "stages", by_stage),  # from a stage of 2 clips a pass into one of 1
     ]
-    assert shared(2).run(pretrain, starts, timeout=400) == [[0] * 7] * 2
+    assert shared(2).run(pretrain, starts, timeout=400) == [[0] * 9] * 2
     same_run(tmp_path / "tensor", tmp_path / "again")
-    for name in ("tensor", "data", "pipeline"):
+    for name in ("tensor", "data", "pipeline", "stages"):
         for file in ("metrics.jsonl", "eval.jsonl"):
             found, expected = rows(tmp_path / name / file), rows(whole / file)
             assert len(found) == len(expected)

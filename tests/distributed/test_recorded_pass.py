@@ -29,7 +29,7 @@ LAYOUTS = {
 def gradients(step: training_step.TrainStep) -> tuple:
     """Losses, monitors and gradients of the first step."""
     point = parity.schedule(step.config).at(0)
-    home, micro = step.seats.home, step.seats.placement.clips(step.seats.mine[0])
+    home, micro = step.seats.home, step.seats.placement.clips(step.seats.mine[0], point.micro_batch)
     clips = parity.clips(step.config, point, home.data_rank, home.layout.data, micro)
     return (*step.gradients(point, clips), parity.gradients(step))
 

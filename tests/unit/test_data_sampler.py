@@ -83,7 +83,7 @@ def test_every_layout_sees_the_same_samples_in_a_step(size: int, micro: int) -> 
     """tiny: stage 3 begins at step 100 with 16 frames and half the batch."""
     schedule = Schedule(recipes.get("tiny"))
     start, stop = 98, 103
-    streams = [list(rank_batches(schedule, start, r, size, micro, stop)) for r in range(size)]
+    streams = [list(rank_batches(schedule, start, r, size, lambda _: micro, stop)) for r in range(size)]
     place = 0
     for step in range(start, stop):
         point = schedule.at(step)
@@ -98,11 +98,11 @@ def test_every_layout_sees_the_same_samples_in_a_step(size: int, micro: int) -> 
 
 def test_resuming_continues_the_stream() -> None:
     schedule = Schedule(recipes.get("tiny"))
-    whole = list(rank_batches(schedule, 0, 1, 2, 2))
-    assert whole[-20:] == list(rank_batches(schedule, 100, 1, 2, 2))
+    whole = list(rank_batches(schedule, 0, 1, 2, lambda _: 2))
+    assert whole[-20:] == list(rank_batches(schedule, 100, 1, 2, lambda _: 2))
     assert whole[0] == (8, (2, 3)) and whole[1] == (8, (6, 7))
 
 
 def test_an_indivisible_batch_is_said() -> None:
     with pytest.raises(ConfigError, match="batch of 8 clips .* micro-batches of 3 on 2 .* divisible by 6"):
-        next(rank_batches(Schedule(recipes.get("tiny")), 0, 0, 2, 3))
+        next(rank_batches(Schedule(recipes.get("tiny")), 0, 0, 2, lambda _: 3))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nextvid_mcore import cli, pretrain
+from nextvid_mcore import cli, pretrain, recipes
+from nextvid_mcore.parallel.plan import check
 
 ROOT = Path(__file__).resolve().parents[2]
 NODE = sorted((ROOT / "examples").glob("pretrain_*.sh"))
@@ -119,6 +120,21 @@ def test_without_va_vae_they_train_on_pixels(script: Path, tmp_path: Path) -> No
     started = launch(script, tmp_path, VA_VAE="")
     config, _ = cli.parse([*started.arguments, "--dry-run", "--world-size", str(started.world_size)])
     assert (config.target.kind, config.target.checkpoint) == ("pixels", None)
+
+
+@pytest.mark.parametrize("script", [*NODE, *SLURM], ids=lambda s: s.name)
+def test_micro_batches_are_the_recipes_and_fp8_is_a_word(script: Path, tmp_path: Path) -> None:
+    """Without a setting a GPU gets micro-batches that fill it, each stage its own."""
+    plain = launch(script, tmp_path)
+    config, _ = cli.parse([*plain.arguments, "--dry-run"])
+    assert [config.micro_batch(stage) for stage in config.stages] == [
+        stage.micro_batch for stage in recipes.get(recipe_of(script)).stages
+    ]
+    assert config.stages[2].micro_batch >= 16 and config.fp8.used == {}
+    low = launch(script, tmp_path, FP8="delayed")
+    config, _ = cli.parse([*low.arguments, "--dry-run"])
+    assert config.fp8.used == {"student": "delayed", "reference": "delayed"}
+    assert check(config, low.world_size, dry_run=True).world == low.world_size
 
 
 @pytest.mark.parametrize("script", SLURM, ids=lambda s: s.name)

@@ -43,7 +43,21 @@ def test_colocated_generator_can_share_the_tensor_ranks_batch():
     config = run_config(encoder=R(tensor=2), generator=R(data=8))
     assert layouts(config, 8) == {"encoder": (0, 2, 1, 4), "generator": (0, 1, 1, 8)}
     placement = resolve_placement(config, 8)
-    assert [placement.clips(seat) for seat in placement.seats] == [4, 2]
+    assert [placement.clips(seat, 4) for seat in placement.seats] == [4, 2]
+
+
+def test_every_stage_shares_its_own_micro_batch():
+    config = run_config(placement="two-groups", encoder=R(tensor=2), generator=R(data=2))
+    stages = tuple(
+        dataclasses.replace(stage, micro_batch=micro)
+        for stage, micro in zip(config.stages, (8, 4, 4, 1), strict=True)
+    )
+    config = config.altered(stages=stages, train={"micro_batch": None})
+    placement = resolve_placement(config, 6)
+    generator = placement.seat_of("decoder")
+    assert [placement.clips(generator, config.micro_batch(stage)) for stage in stages] == [8, 4, 4, 1]
+    with pytest.raises(ConfigError, match=r"micro-batch of 1 x encoder data 1 = 1 clips \(stage cooldown\)"):
+        resolve_placement(config, 4)
 
 
 def test_two_groups():
@@ -51,7 +65,7 @@ def test_two_groups():
     assert layouts(config, 10) == {"encoder": (0, 2, 1, 4), "generator": (8, 1, 1, 2)}
     placement = resolve_placement(config, 10)
     assert placement.seat_of("reference").name == "encoder"
-    assert [placement.clips(seat) for seat in placement.seats] == [4, 8]
+    assert [placement.clips(seat, 4) for seat in placement.seats] == [4, 8]
     beside = resolve_placement(dataclasses.replace(config, parallel=dataclasses.replace(
         config.parallel, reference="generator")), 10)  # fmt: skip
     assert beside.seat_of("reference").name == "generator"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -33,7 +34,7 @@ def plan(line: str, world: int, dry_run: bool = True):
         (
             "vit_l --train.global-batch 100",
             8,
-            "batch 100 is not divisible by micro batch 4 x data parallel 8",
+            "batch 100 is not divisible by micro batch 16 x data parallel 8",
         ),
         ("tiny --parallel.encoder.pipeline 5", 5, "4 encoder layers can't be split over 5 pipeline stages"),
         ("tiny --train.start-stage nowhere", 1, "no stage 'nowhere'"),
@@ -77,9 +78,13 @@ def test_a_real_start_asks_for_what_a_dry_run_does_not():
 )
 def test_the_text_has_the_papers_numbers(name: str, said: tuple[str, ...]):
     text = describe(recipes.get(name), 96)
-    for words in (*said, "132,000 steps", "377.9M clips", "830.5B tokens", "data 96", "8 micro-batches"):
+    for words in (*said, "132,000 steps", "377.9M clips", "830.5B tokens", "data 96"):
         assert words in text
     assert max(map(len, text.splitlines())) <= WIDTH
+    passes = {"vit_l": ("2 x 16", "1 x 32"), "vit_h": ("4 x 8", "2 x 16"), "vit_g": ("4 x 8", "2 x 16")}[name]
+    for stage, each in zip(("warmup", "stable2", "cooldown"), (*passes, "2 x 4"), strict=True):
+        assert re.search(rf"{stage} .* {each} ", text), text
+    assert "96 ranks" in text and f"{passes[0][0]} micro-batches x " in text
 
 
 def test_memory_adds_up_over_the_ranks():
@@ -87,7 +92,7 @@ def test_memory_adds_up_over_the_ranks():
     config = recipes.get("vit_g")
     config = dataclasses.replace(
         config,
-        train=dataclasses.replace(config.train, global_batch=96),
+        train=dataclasses.replace(config.train, global_batch=192),
         parallel=dataclasses.replace(config.parallel, encoder=RoleParallel(tensor=2, pipeline=4)),
     )
     count = flops.parameters(config.model, flops.target_channels(config))

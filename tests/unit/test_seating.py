@@ -93,7 +93,7 @@ def test_the_chain_does_all_the_work(name: str):
     config, placement, _ = read(name)
     for stage in config.stages:
         step, even = balance(config, placement, stage), balance(config, placement, stage, narrow=0.0)
-        clips = placement.micro_batch * placement.encoder.layout.data
+        clips = config.micro_batch(stage) * placement.encoder.layout.data
         each = flops.clip_flops(config, stage, executed=True).total + flops.target_flops(config, stage)
         assert step.flops == pytest.approx(clips * each) and even.total == pytest.approx(clips * each)
         assert step.total > even.total  # predictor and decoder are narrower than the encoder
