@@ -8,12 +8,15 @@ that both write, would show here; that the streams do run at once is seen on the
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import parity
 import pytest
 import test_fp8
 import torch
 from launch import shared
+
+from nextvid_mcore.training import step as training_step
 
 
 def overlap(work: Any) -> float:
@@ -77,3 +80,32 @@ def test_beside_equals_in_line(recipe: str) -> None:
         assert len(line["scales"]) == len(beside["scales"]) > 0
         for one, other in zip(line["scales"], beside["scales"], strict=True):
             torch.testing.assert_close(other, one, rtol=0.1, atol=0)  # over an update
+
+
+def broken_off(stream: str | None) -> tuple[list, list[str], bool]:
+    """Losses and gradients of three passes; with a `stream`, recording breaks off in the student's forward
+    pass, when nobody has waited for the reference."""
+    warnings: list[str] = []
+    settings = {"cuda_graphs": "auto", "reference_stream": stream} if stream else {"cuda_graphs": "off"}
+    step, point = test_fp8.built(test_fp8.small().altered(train=settings))
+
+    def break_off(*_: Any) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("broken off")
+
+    step.model.student.encoder.block.layers[2].register_forward_hook(break_off)
+    data = test_fp8.clips(step.config, point, step)
+    with mock.patch.object(training_step.log, "warning", lambda text, *args: warnings.append(text % args)):
+        found = [(step.gradients(point, data)[0], parity.gradients(step)) for _ in range(3)]
+    torch.cuda.synchronize()
+    return found, warnings, step.engine.graphs is None
+
+
+def test_a_recording_that_breaks_off_with_both_under_way() -> None:
+    eager, _, _ = shared(1).run(broken_off, None, timeout=60)[0]
+    again, warnings, left = shared(1).run(broken_off, "own", timeout=60)[0]
+    assert left and len(warnings) == 1 and "broken off" in warnings[0]
+    for (losses, grads), (wanted, exact) in zip(again, eager, strict=True):
+        assert losses == pytest.approx(wanted, rel=1e-3)
+        for name, grad in exact.items():
+            assert test_fp8.error(grads[name], grad) < 2e-2, name
