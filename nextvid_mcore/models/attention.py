@@ -17,7 +17,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -29,6 +29,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from nextvid_mcore.models import kernels
 from nextvid_mcore.models.padded import Padded, Side
+
+if TYPE_CHECKING:
+    from nextvid_mcore.models.triton_fp8 import Scaled
 
 Rule = Literal["causal", "autoregressive", "isolated"]
 _RULES = {"causal": torch.le, "autoregressive": torch.lt, "isolated": torch.eq}  # key frame to query frame
@@ -207,17 +210,22 @@ class PatternAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: AttentionPattern | None = None,
         packed_seq_params: object | None = None,
-    ) -> Tensor:
+        low: tuple[Tensor, Tensor, torch.dtype] | None = None,
+    ) -> Tensor | Scaled:
         """Attend.
 
         Args:
             query, key, value: [s, rows, A local, d].
             attention_bias: the pattern; None lets every query of a row see every key of that row.
+            low: scale, largest value and type, where what comes out is wanted in FP8.
 
         Returns:
-            [s, rows, A local * d].
+            [s, rows, A local * d]; in FP8 if it is wanted and the kernel can write it.
         """
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [rows, A, s, d]
-        out = kernels.choose(q, attention_bias)(q, k, v, attention_bias)
+        kernel = kernels.choose(q, attention_bias)
+        if low is not None and kernel is kernels.prefix:
+            return kernels.prefix_low(q, k, v, attention_bias, low)
+        out = kernel(q, k, v, attention_bias)
         s, rows = query.shape[:2]
         return out.permute(2, 0, 1, 3).reshape(s, rows, -1)

@@ -22,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from nextvid_mcore.models.triton_fp8 import ROUND_E4M3, Scaled
+
 QUERIES = 64  # of a program: what a warpgroup multiplies at once
 
 
@@ -33,8 +35,8 @@ def _load(of, first, column, ready, to, wanted):
 
 @gluon.jit
 def _prefix(
-    q, k, v, out, scale, heads, tiles, i_row, i_head, o_row, o_head, o_token,
-    FRAME: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    q, k, v, out, scale, heads, tiles, i_row, i_head, o_row, o_head, o_token, to_scale, amax, inverse,
+    FRAME: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, LOW: gl.constexpr,
 ):  # fmt: skip
     scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -96,7 +98,18 @@ def _prefix(
     found = warpgroup_mma(weights, v_at.index((blocks - 1) % 2), found, is_async=True)
     found = warpgroup_mma_wait(0, deps=[found])
     found = found / gl.convert_layout(total, gl.SliceLayout(1, summed))[:, None]
-    found = gl.convert_layout(found.to(out.dtype.element_ty), stored)
+    if LOW:
+        by, most = gl.load(to_scale), gl.max(gl.max(gl.maximum(found, -found), 1), 0)
+        if gl.program_id(0) == 0:
+            gl.store(inverse, 1.0 / by)
+        if most > gl.load(amax):  # few programs still have more
+            gl.atomic_max(amax, most)
+        found = gl.inline_asm_elementwise(
+            ROUND_E4M3, "=r,r,r,r,r", [found * by], dtype=gl.uint8, is_pure=True, pack=4
+        )
+        found = gl.convert_layout(found, stored)
+    else:
+        found = gl.convert_layout(found.to(out.dtype.element_ty), stored)
     tokens = (start + gl.arange(0, BM, gl.SliceLayout(1, stored))).to(gl.int64)[:, None]
     c = gl.arange(0, D, gl.SliceLayout(0, stored))[None, :]
     gl.store(out + row.to(gl.int64) * o_row + head * o_head + tokens * o_token + c, found)
@@ -107,10 +120,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, frame: int) -> Tensor:
 
     frame: tokens of one, a multiple of 64; d is a power of two from 16 on.
     """
+    rows, heads, s, d = q.shape
+    out = torch.empty(s, rows, heads, d, dtype=q.dtype, device=q.device)
+    return _run(q, k, v, out, frame).permute(1, 2, 0, 3)
+
+
+def attend_low(
+    q: Tensor, k: Tensor, v: Tensor, frame: int, scale: Tensor, amax: Tensor, dtype: torch.dtype
+) -> Scaled:
+    """The same times `scale` in e4m3, as rows [s * rows, A * d]; `amax` [1] grows to its largest value."""
+    rows, heads, s, d = q.shape
+    out = torch.empty(s, rows, heads, d, dtype=dtype, device=q.device)
+    inverse = torch.empty(1, dtype=torch.float32, device=q.device)
+    _run(q, k, v, out.view(torch.uint8), frame, scale, amax, inverse)
+    return Scaled(out.view(s * rows, heads * d), None, inverse)
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, frame: int, *low: Tensor) -> Tensor:
+    """low: with an `out` of bytes, the scale to multiply by, the largest value, where the inverse goes."""
     if not q.stride() == k.stride() == v.stride() or q.stride(0) != q.shape[1] * q.stride(1):
         q, k, v = (x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for x in (q, k, v))
     rows, heads, s, d = q.shape
-    out = torch.empty(s, rows, heads, d, dtype=q.dtype, device=q.device).permute(1, 2, 0, 3)
+    o_token, o_row, o_head = out.stride()[:3]
     keys, tiles = 128 if frame % 128 == 0 else 64, s // QUERIES
     kind = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
 
@@ -121,6 +152,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, frame: int) -> Tensor:
 
     _prefix[(rows * heads * tiles,)](
         described(q, QUERIES), described(k, keys), described(v, keys), out, math.log2(math.e) / math.sqrt(d),
-        heads, tiles, *q.stride()[:2], *out.stride()[:3], FRAME=frame, D=d, BM=QUERIES, BN=keys, num_warps=4,
+        heads, tiles, *q.stride()[:2], o_row, o_head, o_token, *(low or (None, None, None)),
+        FRAME=frame, D=d, BM=QUERIES, BN=keys, LOW=bool(low), num_warps=4,
     )  # fmt: skip
     return out

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +34,7 @@ from nextvid_mcore.models import fused, padded
 
 if TYPE_CHECKING:
     from nextvid_mcore.models.attention import AttentionPattern, Stretch
+    from nextvid_mcore.models.triton_fp8 import Scaled
 
 MIN_HEAD = 16  # FlexAttention takes no narrower heads
 BLOCK = 128  # tokens; what nobody in a block of so many sees is skipped
@@ -120,18 +122,25 @@ def flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
 
 def prefix(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     """The same by Triton, for patterns that have a `prefix`; no gradient goes through it."""
-    return _prefix_kernel()(q, k, v, pattern.prefix)
+    return _prefix_kernel().attend(q, k, v, pattern.prefix)
+
+
+def prefix_low(
+    q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, low: tuple[Tensor, Tensor, torch.dtype]
+) -> Scaled:
+    """What `prefix` gives, times a scale in FP8, rows [s * rows, A * d]; low: scale, largest value, type."""
+    return _prefix_kernel().attend_low(q, k, v, pattern.prefix, *low)
 
 
 @functools.cache
-def _prefix_kernel() -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+def _prefix_kernel() -> ModuleType:
     import triton  # which is not there without a GPU
 
     if triton.__version__.startswith(GLUON) and not triton.knobs.runtime.interpret:
         from nextvid_mcore.models import gluon_prefix as made
     else:
         from nextvid_mcore.models import triton_prefix as made
-    return made.attend
+    return made
 
 
 def stairs(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
@@ -166,9 +175,12 @@ def flex_blocks(stretches: Sequence[Stretch], block: int | None = None) -> Block
 
 def _prefix_fits(q: Tensor, pattern: AttentionPattern) -> bool:
     frame = pattern.prefix
-    if frame is None or torch.is_grad_enabled() or not _hopper(q.device):
-        return False
-    return frame % PREFIX_TOKENS == 0 and q.shape[-1] in PREFIX_HEADS
+    return frame is not None and not torch.is_grad_enabled() and prefix_takes(frame, q.shape[-1], q.device)
+
+
+def prefix_takes(frame: int, width: int, device: torch.device) -> bool:
+    """Whether `prefix` is for frames of so many tokens and heads of that width."""
+    return _hopper(device) and frame % PREFIX_TOKENS == 0 and width in PREFIX_HEADS
 
 
 def _stairs_fit(q: Tensor, pattern: AttentionPattern) -> bool:

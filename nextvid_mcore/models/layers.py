@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import Module
 
-from nextvid_mcore.models import again, fp8_frozen, fp8_mlp, fused
+from nextvid_mcore.models import again, fp8_layer, fp8_mlp, fused
 from nextvid_mcore.models.attention import AttentionPattern
 
 
@@ -108,7 +108,12 @@ def norm(
 
 
 class EncoderLayer(TransformerLayer):
-    """Pre-norm ViT layer."""
+    """Pre-norm ViT layer.
+
+    last: of its block; others may leave the addition of their MLP to the next one (models/fp8_layer.py).
+    """
+
+    last = True
 
     def forward(
         self,
@@ -119,8 +124,8 @@ class EncoderLayer(TransformerLayer):
         **unused: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states [s (/ tp), rows, D] -> the same, and None."""
-        if fp8_frozen.fits(self.config, hidden_states):
-            return fp8_frozen.encoder_layer(self, hidden_states, rotary_pos_emb, attention_bias), None
+        if fp8_layer.fits(self.config, hidden_states):
+            return fp8_layer.encoder_layer(self, hidden_states, rotary_pos_emb, attention_bias), None
         hidden_states, normed = norm(self, hidden_states, None, self.input_layernorm)
         attended = self.self_attention(normed, rotary_pos_emb=rotary_pos_emb, attention_bias=attention_bias)
         hidden_states, normed = norm(self, hidden_states, attended, self.pre_mlp_layernorm)

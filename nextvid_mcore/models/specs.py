@@ -246,7 +246,7 @@ def build_block(
 ) -> TransformerBlock:
     """A TransformerBlock of `layers` local layers, with `norm` at its end on the last stage."""
     fp8.reduce_over(config, groups.tp)
-    return TransformerBlock(
+    block = TransformerBlock(
         config=config,
         spec=TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm),
         post_layer_norm=norm is not None,
@@ -254,3 +254,6 @@ def build_block(
         post_process=last,
         pg_collection=groups,
     )
+    for each in block.layers[:-1]:
+        each.last = False
+    return block

@@ -1,15 +1,17 @@
-"""GELU, its derivative and LayerNorm that write FP8, a kernel in Triton each, and their references in torch.
+"""GELU and LayerNorm, and GELU's and rotary positions' derivatives, that write FP8: a kernel in Triton each,
+and its reference in torch.
 
 A linear in FP8 reads its input in one direction for the product and, where it is trained, in the other for
 the weight's gradient; Hopper's products take no other layout. Transformer Engine makes both from a tensor in
 bf16: with GELU before it that tensor is written and read once more than need be. Here GELU's kernel
 multiplies by the scale that the quantiser has (`delayed` knows it beforehand), rounds, writes both directions
-and leaves the largest value where the quantiser wants it. The derivative adds up the bias's gradient
-meanwhile, share by share, in a fixed order.
+and leaves the largest value where the quantiser wants it. Derivatives add up the bias's gradient meanwhile,
+share by share, in a fixed order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,23 +45,31 @@ class Scaled:
 
 
 @triton.jit
-def _store(y, scale, amax, rows_out, columns_out, r, c, rows, W: tl.constexpr, LIMIT: tl.constexpr,
-           COLUMNS: tl.constexpr, ROWS: tl.constexpr = True):  # fmt: skip
-    """Largest value, and the tile `y` in FP8 at rows `r` and columns `c`; outside of the matrix y is 0."""
-    inside = (r < rows)[:, None] & (c < W)[None, :]
-    most = tl.max(tl.abs(y))
+def tell(most, amax):
+    """Let `amax` grow to `most`."""
     if most > tl.load(amax):  # few programs still have more
         tl.atomic_max(amax, most)
-    low = y * tl.load(scale)
-    low_dtype: tl.constexpr = rows_out.dtype.element_ty if ROWS else columns_out.dtype.element_ty
+
+
+@triton.jit
+def rounded(y, scale, low_dtype: tl.constexpr, LIMIT: tl.constexpr):
+    """`y` times `scale`, in FP8."""
+    low = y * scale
     if GPU:
         if LIMIT == 448.0:
             low = tl.inline_asm_elementwise(ROUND_E4M3, "=r,r,r,r,r", [low], tl.uint8, is_pure=True, pack=4)
         else:
             low = tl.inline_asm_elementwise(ROUND_E5M2, "=r,r,r,r,r", [low], tl.uint8, is_pure=True, pack=4)
-        low = low.to(low_dtype, bitcast=True)
+        return low.to(low_dtype, bitcast=True)
     else:
-        low = tl.clamp(low, -LIMIT, LIMIT).to(low_dtype)
+        return tl.clamp(low, -LIMIT, LIMIT).to(low_dtype)
+
+
+@triton.jit
+def _put(y, scale, rows_out, columns_out, r, c, inside, rows, W: tl.constexpr, LIMIT: tl.constexpr,
+         COLUMNS: tl.constexpr, ROWS: tl.constexpr = True):  # fmt: skip
+    """The tile `y` in FP8 at rows `r` and columns `c` of [rows, W], where it is `inside`."""
+    low = rounded(y, scale, rows_out.dtype.element_ty if ROWS else columns_out.dtype.element_ty, LIMIT)
     if ROWS:
         tl.store(rows_out + r.to(tl.int64)[:, None] * W + c[None, :], low, mask=inside)
     if COLUMNS:
@@ -74,8 +84,9 @@ def _gelu_forward(x, bias, scale, amax, inverse, rows_out, columns_out, rows,
     tiles: tl.constexpr = (W + BC - 1) // BC  # one axis for all programs: a second one ends at 65,535
     c = tl.program_id(0) % tiles * BC + tl.arange(0, BC)
     r = tl.program_id(0) // tiles * BR + tl.arange(0, BR)
+    by = tl.load(scale)
     if tl.program_id(0) == 0:
-        tl.store(inverse, 1.0 / tl.load(scale))
+        tl.store(inverse, 1.0 / by)
     inside = (r < rows)[:, None] & (c < W)[None, :]
     a = tl.load(x + r.to(tl.int64)[:, None] * W + c[None, :], mask=inside, other=0.0)
     if GPU and a.dtype == tl.bfloat16:
@@ -83,7 +94,8 @@ def _gelu_forward(x, bias, scale, amax, inverse, rows_out, columns_out, rows,
     a = a.to(tl.float32)
     a += tl.load(bias + c, mask=c < W, other=0.0).to(tl.float32)[None, :]
     y = tl.where(inside, triton_pieces.gelu(a, GPU), 0.0)
-    _store(y, scale, amax, rows_out, columns_out, r, c, rows, W, LIMIT, COLUMNS, ROWS)
+    tell(tl.max(tl.abs(y)), amax)
+    _put(y, by, rows_out, columns_out, r, c, inside, rows, W, LIMIT, COLUMNS, ROWS)
 
 
 @triton.jit
@@ -91,8 +103,9 @@ def _gelu_backward(dy, x, bias, scale, amax, inverse, rows_out, columns_out, sum
                    W: tl.constexpr, LIMIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
+    by = tl.load(scale)
     if tl.program_id(0) + tl.program_id(1) == 0:
-        tl.store(inverse, 1.0 / tl.load(scale))
+        tl.store(inverse, 1.0 / by)
     inside = (r < rows)[:, None] & (c < W)[None, :]
     at = r.to(tl.int64)[:, None] * W + c[None, :]
     a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -100,7 +113,8 @@ def _gelu_backward(dy, x, bias, scale, amax, inverse, rows_out, columns_out, sum
     grad = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
     grad = grad * triton_pieces.gelu_slope(a, GPU)
     tl.store(sums + tl.program_id(1).to(tl.int64) * W + c, tl.sum(grad, 0), mask=c < W)
-    _store(grad, scale, amax, rows_out, columns_out, r, c, rows, W, LIMIT, True)
+    tell(tl.max(tl.abs(grad)), amax)
+    _put(grad, by, rows_out, columns_out, r, c, inside, rows, W, LIMIT, True)
 
 
 @triton.jit
@@ -109,8 +123,9 @@ def _norm(x, y, bias, weight, shift, total, scale, amax, inverse, rows_out, rows
           BR: tl.constexpr):  # fmt: skip
     c = tl.arange(0, BLOCK)
     r = tl.program_id(0) * BR + tl.arange(0, BR)
+    by = tl.load(scale)
     if tl.program_id(0) == 0:
-        tl.store(inverse, 1.0 / tl.load(scale))
+        tl.store(inverse, 1.0 / by)
     inside = (r < rows)[:, None] & (c < D)[None, :]
     at = r.to(tl.int64)[:, None] * D + c[None, :]
     a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -123,12 +138,99 @@ def _norm(x, y, bias, weight, shift, total, scale, amax, inverse, rows_out, rows
     a = a * tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
     a = a + tl.load(shift + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
     a = tl.where(inside, a, 0.0)
-    _store(a, scale, amax, rows_out, None, r, c, rows, D, LIMIT, False)
+    tell(tl.max(tl.abs(a)), amax)
+    _put(a, by, rows_out, None, r, c, inside, rows, D, LIMIT, False)
+
+
+@triton.jit
+def _norm_both(x, y, bias, weight, shift, total, mean, rstd, scale, amax, inverse, rows_out, columns_out,
+               rows, eps, D: tl.constexpr, LIMIT: tl.constexpr, ADD: tl.constexpr, BR: tl.constexpr,
+               BC: tl.constexpr):  # fmt: skip
+    """Whole rows, piece by piece and twice: for mean and variance; from the cache, for what is written."""
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    lane = tl.arange(0, BC)
+    start = r.to(tl.int64)[:, None] * D
+    by = tl.load(scale)
+    if tl.program_id(0) == 0:
+        tl.store(inverse, 1.0 / by)
+    level = tl.zeros([BR, BC], tl.float32)  # mean of a lane so far, and sum of its squared differences
+    spread = tl.zeros([BR, BC], tl.float32)
+    for first in range(0, D, BC):
+        c = first + lane
+        inside = (r < rows)[:, None] & (c < D)[None, :]
+        a = tl.load(x + start + c[None, :], mask=inside, other=0.0)
+        if ADD:
+            a = a.to(tl.float32) + tl.load(y + start + c[None, :], mask=inside, other=0.0).to(tl.float32)
+            a += tl.load(bias + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+            a = a.to(total.dtype.element_ty)
+            tl.store(total + start + c[None, :], a, mask=inside)
+        apart = tl.where(inside, a.to(tl.float32) - level, 0.0)
+        level += apart / (first // BC + 1)
+        spread += tl.where(inside, apart * (a.to(tl.float32) - level), 0.0)
+    count = ((D - lane + BC - 1) // BC).to(tl.float32)[None, :]  # of a lane
+    m = tl.sum(level * count, 1) / D
+    apart = level - m[:, None]
+    s = 1.0 / tl.sqrt(tl.sum(spread + count * apart * apart, 1) / D + eps)
+    tl.store(mean + r, m, mask=r < rows)
+    tl.store(rstd + r, s, mask=r < rows)
+    tl.debug_barrier()  # what was added is read again
+    most = tl.zeros([BR, BC], tl.float32)
+    for first in range(0, D, BC):
+        c = first + lane
+        inside = (r < rows)[:, None] & (c < D)[None, :]
+        a = tl.load((total if ADD else x) + start + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        a = (a - m[:, None]) * s[:, None] * tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+        a = tl.where(inside, a + tl.load(shift + c, mask=c < D, other=0.0).to(tl.float32)[None, :], 0.0)
+        most = tl.maximum(most, tl.abs(a))
+        _put(a, by, rows_out, columns_out, r, c, inside, rows, D, LIMIT, True)
+    tell(tl.max(most), amax)
+
+
+@triton.jit
+def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns_out, sums, tokens,
+                   A: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, LIMIT: tl.constexpr,
+                   HEADS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):  # fmt: skip
+    """HEADS heads of BT tokens of queries, keys or values: as triton_pieces._turn goes back, not rounded."""
+    W: tl.constexpr = A * 3 * D
+    shares: tl.constexpr = (A + HEADS - 1) // HEADS
+    kind, part = tl.program_id(0) % 3, tl.program_id(0) // 3 // shares
+    by = tl.load(scale)
+    if tl.program_id(0) == 0:
+        tl.store(inverse, 1.0 / by)
+    x = tl.where(kind == 0, dq, tl.where(kind == 1, dk, dv))
+    t, d = part * BT + tl.arange(0, BT), tl.arange(0, BD)
+    low = d < HALF
+    partner = tl.where(low, d + HALF, d - HALF)
+    # Triton's interpreter multiplies the bits of bf16 as if they were integers
+    swap = (d[:, None] == partner[None, :]).to(dq.dtype.element_ty if GPU else tl.float32)
+    inside = (t < tokens)[:, None] & (d < D)[None, :]
+    turns = (d < 2 * HALF) & (kind < 2)
+    angle = t.to(tl.int64)[:, None] * HALF + tl.where(low, d, d - HALF)[None, :]
+    c = tl.load(cos + angle, mask=inside & turns[None, :], other=1.0)
+    s = tl.load(sin + angle, mask=inside & turns[None, :], other=0.0)
+    s = tl.where(low[None, :], s, -s)
+    most = tl.zeros([BT, BD], tl.float32)
+    head = tl.program_id(0) // 3 % shares * HEADS
+    at = t.to(tl.int64)[:, None] * (A * D) + d[None, :]
+    ahead = tl.load(x + at + head * D, mask=inside, other=0.0)
+    stop = tl.minimum(head + HEADS, A)
+    while head < stop:
+        y = ahead
+        ahead = tl.load(x + at + (head + 1) * D, mask=inside & (head + 1 < stop), other=0.0)
+        y = y.to(tl.float32) * c + tl.dot(y.to(swap.dtype), swap, input_precision="ieee") * s
+        to = (head * 3 + kind) * D + d
+        tl.store(sums + part.to(tl.int64) * W + to, tl.sum(y, 0), mask=d < D)
+        _put(y, by, rows_out, columns_out, t, to, inside, tokens, W, LIMIT, True)
+        most = tl.maximum(most, tl.abs(y))
+        head += 1
+    tell(tl.max(most), amax)
 
 
 TILE = {"BR": 128, "BC": 64, "num_warps": 8}  # with both directions: 128 bytes in a row of columns
 FLAT = {"BR": 8, "BC": 512, "num_warps": 8}  # without columns
 ROW = {"BR": 1, "num_warps": 1}  # a warp a row: its sums need no barrier
+BOTH = {"BR": 32, "BC": 64, "num_warps": 4}  # a norm in both directions: 32 bytes in a row of columns
+TURN = {"BT": 64, "HEADS": 8, "num_warps": 8, "maxnreg": 128}  # two programs a multiprocessor
 
 
 def gelu(
@@ -198,11 +300,71 @@ def norm(
     return total, out
 
 
+def norm_both(
+    x: Tensor,
+    y: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    eps: float,
+    scale: Tensor,
+    amax: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Scaled, Tensor, Tensor]:
+    """The same in both directions, with what the backward pass needs: mean and 1 / deviation [N]."""
+    if not x.is_cuda:
+        total, _ = norm(x, y, bias, weight, shift, eps, scale, amax, dtype)
+        given = total.float(), total.shape[-1:], weight.float(), shift.float(), eps
+        normed, mean, rstd = torch.native_layer_norm(*given)
+        return total, _scaled(normed, scale, amax, dtype, True), mean[:, 0], rstd[:, 0]
+    out, (rows, width) = _empty(x, dtype, True), x.shape
+    total = x if y is None else torch.empty_like(x)
+    mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+    _norm_both[(triton.cdiv(rows, BOTH["BR"]),)](
+        x, y, bias, weight, shift, total, mean, rstd, scale, amax, out.inverse, out.rows, out.columns, rows,
+        eps, D=width, LIMIT=torch.finfo(dtype).max, ADD=y is not None, **BOTH,
+    )  # fmt: skip
+    return total, out, mean, rstd
+
+
+def turn_backward(
+    grads: Sequence[Tensor], cos: Tensor, sin: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype
+) -> tuple[Scaled, Tensor]:
+    """Gradient of packed heads [N, A * 3 * d], both directions, and of a bias added to them.
+
+    grads: of queries, keys and values [N, A, d]; the first two were turned by cos and sin, fp32 [N, R / 2].
+    """
+    (tokens, heads, width), half = grads[0].shape, cos.shape[1]
+    if not grads[0].is_cuda:
+        q, k, v = (x.float() for x in grads)
+        c, s = cos[:, None], sin[:, None]
+        parts = []
+        for x in (q, k):
+            first, second = x[..., :half], x[..., half : 2 * half]
+            parts.append(torch.cat((first * c + second * s, second * c - first * s, x[..., 2 * half :]), -1))
+        packed = torch.stack((*parts, v), 2).flatten(1)
+        return _scaled(packed, scale, amax, dtype, True), packed.sum(0).to(grads[0].dtype)
+    shares, parts = triton.cdiv(heads, TURN["HEADS"]), triton.cdiv(tokens, TURN["BT"])
+    device, size = grads[0].device, (tokens, heads * 3 * width)
+    out = _room(size, device, dtype, True, True)
+    sums = torch.empty(parts, size[1], dtype=torch.float32, device=device)
+    _turn_backward[(parts * shares * 3,)](
+        *(x.contiguous() for x in grads), cos, sin, scale, amax, out.inverse, out.rows, out.columns, sums,
+        tokens, A=heads, D=width, HALF=cos.shape[1], LIMIT=torch.finfo(dtype).max,
+        BD=max(16, triton.next_power_of_2(width)), **TURN,
+    )  # fmt: skip
+    return out, triton_pieces.sum_of(sums, grads[0].dtype)
+
+
 def _empty(x: Tensor, dtype: torch.dtype, columns: bool, rows: bool = True) -> Scaled:
+    return _room(x.shape, x.device, dtype, columns, rows)
+
+
+def _room(size: Sequence[int], device: torch.device, dtype: torch.dtype, columns: bool, rows: bool) -> Scaled:
     return Scaled(
-        torch.empty_like(x, dtype=dtype) if rows else None,
-        torch.empty(x.shape[::-1], dtype=dtype, device=x.device) if columns else None,
-        torch.empty(1, dtype=torch.float32, device=x.device),
+        torch.empty(size, dtype=dtype, device=device) if rows else None,
+        torch.empty(size[::-1], dtype=dtype, device=device) if columns else None,
+        torch.empty(1, dtype=torch.float32, device=device),
     )
 
 

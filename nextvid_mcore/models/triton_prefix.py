@@ -2,8 +2,9 @@
 
 Queries of frame f see the keys of frames 0 to f, all of them: a prefix of the clip's keys, which ends where a
 block of keys does. A program's queries lie in one frame, so no pair is asked whether it is visible. The
-softmax's maximum and sum are kept as FlashAttention does (Dao et al. 2022). benchmarks/prefix.py compares the
-kernel with FlexAttention, cuDNN and others.
+softmax's maximum and sum are kept as FlashAttention does (Dao et al. 2022). What comes out can be written in
+FP8 at once, as the linear after it would quantise it. benchmarks/prefix.py compares the kernel with
+FlexAttention, cuDNN and others.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nextvid_mcore.models import triton_fp8
+from nextvid_mcore.models.triton_fp8 import Scaled
+
 KEYS = 64  # of a block: frames are whole numbers of them
 
 
 @triton.jit
 def _prefix(
     q, k, v, out, scale, heads, tiles, i_row, i_head, i_token, o_row, o_head, o_token,
-    FRAME: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    to_scale, amax, inverse,
+    FRAME: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) // tiles
     row = (head // heads).to(tl.int64)
@@ -47,7 +52,15 @@ def _prefix(
         found = tl.dot(p.to(value.dtype), value, found * shrink[:, None])
         top = higher
     to = row * o_row + head * o_head + queries * o_token + c
-    tl.store(out + to, (found / total[:, None]).to(out.dtype.element_ty))
+    found = found / total[:, None]
+    if LIMIT > 0:
+        by = tl.load(to_scale)
+        if tl.program_id(0) == 0:
+            tl.store(inverse, 1.0 / by)
+        triton_fp8.tell(tl.max(tl.abs(found)), amax)
+        tl.store(out + to, triton_fp8.rounded(found, by, out.dtype.element_ty, LIMIT))
+    else:
+        tl.store(out + to, found.to(out.dtype.element_ty))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, frame: int) -> Tensor:
@@ -55,14 +68,42 @@ def attend(q: Tensor, k: Tensor, v: Tensor, frame: int) -> Tensor:
 
     frame: tokens of one, a multiple of KEYS; d is a power of two from 16 on.
     """
+    rows, heads, s, d = q.shape
+    out = torch.empty(s, rows, heads, d, dtype=q.dtype, device=q.device)
+    return _run(q, k, v, out, frame, None, None, None, 0.0).permute(1, 2, 0, 3)
+
+
+def attend_low(
+    q: Tensor, k: Tensor, v: Tensor, frame: int, scale: Tensor, amax: Tensor, dtype: torch.dtype
+) -> Scaled:
+    """The same times `scale` in FP8, as rows [s * rows, A * d]; `amax` [1] grows to its largest value."""
+    rows, heads, s, d = q.shape
+    out = torch.empty(s, rows, heads, d, dtype=dtype, device=q.device)
+    inverse = torch.empty(1, dtype=torch.float32, device=q.device)
+    _run(q, k, v, out, frame, scale, amax, inverse, torch.finfo(dtype).max)
+    return Scaled(out.view(s * rows, heads * d), None, inverse)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    frame: int,
+    scale: Tensor | None,
+    amax: Tensor | None,
+    inverse: Tensor | None,
+    limit: float,
+) -> Tensor:
     if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1:
         q, k, v = (x.contiguous() for x in (q, k, v))
     rows, heads, s, d = q.shape
-    out = torch.empty(s, rows, heads, d, dtype=q.dtype, device=q.device).permute(1, 2, 0, 3)
+    o_token, o_row, o_head = out.stride()[:3]
     queries = 128 if frame % 128 == 0 else 64
     tiles = s // queries
     _prefix[(rows * heads * tiles,)](
-        q, k, v, out, math.log2(math.e) / math.sqrt(d), heads, tiles, *q.stride()[:3], *out.stride()[:3],
-        FRAME=frame, D=d, BM=queries, BN=KEYS, num_warps=4, num_stages=3,
+        q, k, v, out, math.log2(math.e) / math.sqrt(d), heads, tiles, *q.stride()[:3], o_row, o_head, o_token,
+        scale, amax, inverse,
+        FRAME=frame, D=d, BM=queries, BN=KEYS, LIMIT=limit, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out

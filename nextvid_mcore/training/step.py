@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from nextvid_mcore.config import RunConfig
 from nextvid_mcore.data import ClipBatch
-from nextvid_mcore.models import fp8, fp8_mlp, fused
+from nextvid_mcore.models import fp8, fp8_check, fp8_mlp, fused
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch, NextVid
 from nextvid_mcore.parallel import communicators, watchdog
 from nextvid_mcore.parallel.reference_edge import ReferenceEdge
@@ -70,7 +70,7 @@ class TrainStep:
         fused.use(config.model.compile)
         fp8_mlp.use(config.model.compile and config.fp8.fused)
         if cuda:
-            fp8_mlp.check(config, device)
+            fp8_check.check(config, device)
         recorded = graphs.wanted(config, seats.placement)
         if recorded:
             apart = seats.placement.reference_apart

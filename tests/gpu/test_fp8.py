@@ -11,6 +11,7 @@ SOME would say that nothing ran in FP8: bf16 repeats its forward pass to the bit
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 from unittest import mock
@@ -173,11 +174,15 @@ def test_weights_are_quantised_again_after_every_update(recipe: str) -> None:
         assert len(scales) == len(errors) and min(scales.values()) > 1.5
 
 
-def over_an_update(recipe: str, graphs: str) -> list[tuple[dict[str, float], dict[str, torch.Tensor]]]:
+def over_an_update(
+    recipe: str, graphs: str, layers: bool = False
+) -> list[tuple[dict[str, float], dict[str, torch.Tensor]]]:
     """Losses and gradients before and after an update, late enough to be replayed."""
     # one micro-batch: else the engine runs the reference for all of them first, and scales follow the order
     config = small(all=recipe).altered(train={"micro_batch": BATCH, "cuda_graphs": graphs})
     step, point = built(config)
+    if layers:
+        write_fp8(True, **WHOLE)
     assert (step.engine.graphs is not None) == (graphs == "on")
     data, found = clips(config, point, step), []
     for passes in (4, 1):
@@ -188,11 +193,12 @@ def over_an_update(recipe: str, graphs: str) -> list[tuple[dict[str, float], dic
     return found
 
 
-@pytest.mark.parametrize("recipe", ["current", "delayed", "blockwise"])
+@pytest.mark.parametrize("recipe", ["current", "delayed", "blockwise", "whole layers"])
 def test_recorded_equals_eager(recipe: str) -> None:
     """Also in what changes between replays: weights, and the scales of `delayed`."""
-    eager = shared(1).run(over_an_update, recipe, "off", timeout=60)[0]
-    recorded = shared(1).run(over_an_update, recipe, "on", timeout=60)[0]
+    given = ("delayed", "off", True) if recipe == "whole layers" else (recipe, "off")
+    eager = shared(1).run(over_an_update, *given, timeout=60)[0]
+    recorded = shared(1).run(over_an_update, given[0], "on", *given[2:], timeout=60)[0]
     assert abs(eager[0][0]["flow"] - eager[1][0]["flow"]) > 0.03 * eager[0][0]["flow"]  # the update shows
     for (losses, grads), (losses2, grads2), rel in zip(eager, recorded, (2e-3, 2e-2), strict=True):
         assert losses2 == pytest.approx(losses, rel=rel)
@@ -202,101 +208,81 @@ def test_recorded_equals_eager(recipe: str) -> None:
             assert off < 10 * rel, role
 
 
+WHOLE = {"trained": True, "carry": True, "attention": True}
+
+
+def write_fp8(pieces: bool, **layers: bool) -> None:
+    """Whether GELU and the reference's norms write FP8, and what of an encoder layer does besides."""
+    from nextvid_mcore.models import fp8_layer, fp8_mlp
+
+    fp8_mlp.use(pieces)
+    fp8_layer.use(**dict.fromkeys(WHOLE, False) | layers)
+
+
 def with_pieces(
-    quantises: bool, recompute: str = "none"
-) -> tuple[dict[str, float], dict[str, torch.Tensor], tuple]:
-    """Losses and gradients in `delayed`, and how often the kernels of GELU and norm were called."""
-    from nextvid_mcore.models import fp8_mlp, triton_fp8
+    quantises: bool, recompute: str = "none", layers: dict[str, bool] | None = None
+) -> tuple[dict[str, float], dict[str, torch.Tensor], dict[str, int]]:
+    """Losses and gradients in `delayed`, and how often pieces were called; attention: `prefix` or masked."""
+    from nextvid_mcore.models import fused, kernels, triton_fp8
 
     config = small(recompute, all="delayed")
     step, point = built(config)
-    fp8_mlp.use(quantises)
-    with (
-        mock.patch.object(triton_fp8, "gelu", side_effect=triton_fp8.gelu) as gelu,
-        mock.patch.object(triton_fp8, "norm", side_effect=triton_fp8.norm) as norm,
-    ):
+    write_fp8(quantises, **layers or {})
+
+    def choose(q: torch.Tensor, pattern: Any) -> Any:
+        if pattern is None:
+            return kernels.plain
+        return kernels.prefix if kernels._prefix_fits(q, pattern) else kernels.masked
+
+    pieces = [(triton_fp8, x) for x in ("gelu", "norm", "norm_both", "turn_backward")]
+    pieces += [(fused, "add"), (kernels, "prefix_low")]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(kernels, "choose", choose))
+        calls = {
+            name: stack.enter_context(mock.patch.object(module, name, side_effect=getattr(module, name)))
+            for module, name in pieces
+        }
         for _ in range(2):
             losses, _ = step.gradients(point, clips(config, point, step))
-    return losses, parity.gradients(step), (gelu.call_count, norm.call_count)
+    return losses, parity.gradients(step), {name: call.call_count for name, call in calls.items()}
 
 
-def test_pieces_that_quantise() -> None:
-    """The same numbers as GELU and norm in bf16 that are then quantised, but for a rounding in between."""
-    wanted, found = (shared(1).run(with_pieces, each, timeout=60)[0] for each in (False, True))
-    again = shared(1).run(with_pieces, True, "pieces", timeout=60)[0]
-    passes = (3 + 2) * (BATCH // MICRO)  # three rehearsals
-    assert wanted[2] == (0, 0) and found[2] == (passes * (4 + 4 + 2 + 2), passes * 2 * 4)
+def close(found: tuple, wanted: tuple, label: str) -> None:
     assert found[0] == pytest.approx(wanted[0], rel=3e-3)
     for role in ("student", "predictor", "decoder"):
         off = error(whole(found[1], role), whole(wanted[1], role))
-        print(f"\npieces to FP8 {role:<11} off by {off:.5f}", end="")
+        print(f"\n{label:<14}{role:<11} off by {off:.5f}", end="")
         assert off < GRADIENT / 2, role
-        # with the scales of their pass, GELU's results are to the bit what was kept
+
+
+@pytest.mark.parametrize("layers", [{}, {"attention": True}, {"carry": True}, WHOLE], ids=str)
+def test_pieces_that_quantise(layers: dict[str, bool]) -> None:
+    """The same numbers as GELU and norm in bf16 that are then quantised, but for a rounding in between."""
+    wanted = shared(1).run(with_pieces, False, timeout=60)[0]
+    found = shared(1).run(with_pieces, True, "none", layers, timeout=60)[0]
+    passes, trained = (3 + 2) * (BATCH // MICRO), layers.get("trained", False)  # three rehearsals
+    none = dict.fromkeys(wanted[2], 0)
+    assert wanted[2] == none | {"add": passes * (4 + 4 + 2)}
+    assert {name: count / passes for name, count in found[2].items()} == {
+        "gelu": 4 + 4 + 2 + 2,
+        "norm": 2 * 4,
+        "norm_both": 2 * 4 * trained,
+        "turn_backward": 4 * trained,
+        "add": 2 + (1 if layers.get("carry") else 4) + (1 if layers.get("carry") and trained else 4),
+        "prefix_low": 4 * layers.get("attention", False) * (torch.cuda.get_device_capability() == (9, 0)),
+    }
+    close(found, wanted, "to FP8")
+
+
+@pytest.mark.parametrize("layers", [{}, WHOLE], ids=str)
+def test_pieces_that_are_made_again(layers: dict[str, bool]) -> None:
+    """With the scales of their pass, GELU's results are to the bit what was kept."""
+    found = shared(1).run(with_pieces, True, "none", layers, timeout=60)[0]
+    again = shared(1).run(with_pieces, True, "pieces", layers, timeout=60)[0]
+    for role in ("student", "predictor", "decoder"):
         assert error(whole(again[1], role), whole(found[1], role)) < 1e-3, role
-    assert again[2][0] == found[2][0] + passes * (4 + 2 + 2)
-
-
-@pytest.mark.parametrize("width", [128, 1408])
-def test_norm_kernel(width: int) -> None:
-    from nextvid_mcore.models import triton_fp8
-
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 1000, width, generator=generator).bfloat16()
-    vectors, scale = torch.randn(3, width, generator=generator).bfloat16(), torch.tensor(50.0)
-    found = {}
-    for device in ("cuda", "cpu"):
-        amax, (bias, weight, shift) = torch.zeros(1, device=device), vectors.to(device)
-        given = (x.to(device), y.to(device), bias, weight, shift, 1e-6, scale.to(device), amax)
-        total, low = triton_fp8.norm(*given, torch.float8_e4m3fn)
-        found[device] = [z.cpu().float() for z in (total, low.rows, low.inverse, amax)]
-    (total, low, inverse, amax), wanted = found.values()
-    # the reference rounds y + bias to bf16 before it adds x: half a step at 8, of which 50 / sqrt(3) weights
-    torch.testing.assert_close(total, wanted[0], rtol=2e-2, atol=4e-2)
-    torch.testing.assert_close(low, wanted[1], rtol=0.13, atol=2.0)
-    assert ((low - wanted[1]).norm() / wanted[1].norm()).item() < 0.03
-    torch.testing.assert_close(inverse, wanted[2])
-    torch.testing.assert_close(amax, wanted[3], rtol=2e-2, atol=0)
-
-
-@pytest.mark.parametrize("shape", [(1000, 384), (4096, 1536)])
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_gelu_kernels(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    from nextvid_mcore.models import triton_fp8
-
-    generator = torch.Generator().manual_seed(0)
-    x, dy, bias = (torch.randn(*s, generator=generator).bfloat16() for s in (shape, shape, shape[1:]))
-    x[0, 0] = dy[0, 0] = 30.0  # beyond what the scale leaves room for
-    scale = torch.tensor(torch.finfo(dtype).max / 8)
-
-    def both(device: str) -> list:
-        given, amax = (each.to(device) for each in (x, bias, scale)), torch.zeros(3, 1, device=device)
-        x_, bias_, scale_ = given
-        found = [triton_fp8.gelu(x_, bias_, scale_, amax[i], dtype, bool(i)) for i in range(2)]
-        back, sums = triton_fp8.gelu_backward(dy.to(device), x_, bias_, scale_, amax[2], dtype)
-        return [*found, back, sums.cpu().float(), amax.cpu()]
-
-    found, wanted = both("cuda"), both("cpu")
-    torch.testing.assert_close(found[4], wanted[4], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found[3], wanted[3], rtol=1e-2, atol=1e-2)
-    for a, b in zip(found[:3], wanted[:3], strict=True):
-        a_rows, b_rows = a.rows.cpu().float(), b.rows.float()
-        assert a_rows.isfinite().all() and a_rows.abs().max() == torch.finfo(dtype).max
-        assert (a_rows != b_rows).float().mean() < 1e-3  # ties
-        torch.testing.assert_close(a_rows, b_rows, rtol=0.3, atol=1e-2)
-        torch.testing.assert_close(a.inverse.cpu(), b.inverse)
-        if b.columns is not None:
-            assert torch.equal(a.columns.cpu().float(), a_rows.t())
-
-
-def test_kernels_pass_their_check() -> None:
-    """At ViT-G's widths, as a run calls it before it starts."""
-    from nextvid_mcore import recipes
-    from nextvid_mcore.models import fp8_mlp
-
-    fp8_mlp.use(True)
-    for form in ("hybrid", "e4m3"):
-        config = recipes.get("vit_g").altered(fp8={"all": "delayed", "format": form})
-        fp8_mlp.check(config, torch.device("cuda", 0))
+    passes = (3 + 2) * (BATCH // MICRO)
+    assert again[2]["gelu"] == found[2]["gelu"] + passes * (4 + 2 + 2)
 
 
 def losses_of(settings: dict[str, Any], folder: str, at: int, start: str | None, steps: int) -> list[float]:
