@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from nextvid_mcore import flops
 from nextvid_mcore.config import RunConfig, StageConfig
 from nextvid_mcore.parallel.groups import Layout, sequences
-from nextvid_mcore.parallel.placement import Placement, Seat
+from nextvid_mcore.parallel.placement import Placement, Seat, recorded
 from nextvid_mcore.parallel.stages import stage_layers
 
 GIB = 2**30
@@ -99,7 +99,8 @@ def _features(config: RunConfig, placement: Placement, seat: Seat, stage: int, p
         return 0.0
     waiting = 0
     if "reference" in seat.roles and stage == seat.layout.pipeline - 1:
-        ahead = not placement.separate or seat.layout.pipeline > 1  # a pass over the whole step
+        # a pass over the whole step, but where every micro-batch's is in its recording
+        ahead = (not placement.separate or seat.layout.pipeline > 1) and not recorded(config, placement)
         waiting = micro_batches(config, placement, point) if ahead else 1
     elif "predictor" in seat.roles and placement.separate:
         waiting = _in_flight(config, placement, seat, stage, point)

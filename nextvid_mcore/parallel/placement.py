@@ -245,6 +245,13 @@ def shown_on_gpus(config: RunConfig, placement: Placement) -> bool:
     return placement.encoder.layout.tensor == 1 or not config.fp8.used
 
 
+def recorded(config: RunConfig, placement: Placement) -> bool:
+    """Whether micro-batches are CUDA graphs on a GPU that has the memory for it."""
+    if config.train.cuda_graphs == "off" or unrecordable(config, placement) is not None:
+        return False
+    return config.train.cuda_graphs == "on" or shown_on_gpus(config, placement)
+
+
 def check_reference_stream(config: RunConfig, placement: Placement, reason: str | None) -> None:
     """Raise ConfigError where the reference shall have a stream of its own and there are no recorded passes.
 

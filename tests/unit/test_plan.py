@@ -122,3 +122,12 @@ def test_the_program_prints_its_plan_without_torchrun_data_or_gpu(tmp_path):
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "4 heads can't be split over tensor parallel 3; it can be 1, 2, 4" in done.stderr
+
+
+def test_recorded_passes_keep_the_features_of_one_micro_batch():
+    config = recipes.get("vit_g")
+    placement = resolve_placement(config, 8)
+    one = 16 * 8 * 256 * 1408 * 2  # clips, token frames, tokens, width in bf16
+    for graphs, waiting in (("auto", 1), ("on", 1), ("off", 3072 // 16 // 8)):
+        each = config.altered(train={"cuda_graphs": graphs})
+        assert rank_memory(each, placement, 0, config.stages[2]).features == waiting * one
