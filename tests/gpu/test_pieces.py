@@ -143,6 +143,55 @@ def test_reference_attention_over_prefixes(heads: int, d: int, frames: int, n: i
     assert max(errors) < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("heads", "d", "queries", "keys"),
+    [
+        (22, 64, None, (Frames(0, 31, 96), Frames(0, 31, 48))),  # ViT-G's student at 64 frames
+        (12, 32, (Frames(1, 31, 256),) * 2, (Frames(0, 31, 96), Frames(0, 31, 48))),  # and its predictor
+        (3, 32, None, (Frames(0, 5, 7), Frames(0, 3, 200), Frames(0, 1, 3))),
+        (3, 64, (Frames(1, 7, 256),), (Frames(0, 7, 40),)),
+    ],
+)
+def test_attention_up_stairs(heads: int, d: int, queries: tuple | None, keys: tuple) -> None:
+    """Output and gradients, called and recorded, against fp32 with a mask, and each time the same numbers."""
+    if torch.cuda.get_device_capability() != kernels.HOPPER:
+        pytest.skip("other GPUs keep FlexAttention")
+    rule = "autoregressive" if queries else "causal"
+    pattern = regular_pattern(queries or keys, keys, rule, torch.device("cuda"))
+    visible, asked = (sum(x.number * x.tokens for x in side) for side in (keys, queries or keys))
+    torch.manual_seed(0)
+    shapes = [(asked, 2, heads * (1 if queries else 3) * d)] + [(visible, 2, heads * 2 * d)] * bool(queries)
+
+    def both(attend: Callable, packed: list[Tensor], dout: Tensor) -> list[Tensor]:
+        leaves = [x.detach().to(dout.dtype).requires_grad_() for x in packed]
+        parts = [y for x in leaves for y in x.unflatten(2, (heads, -1, d)).unbind(3)]
+        out = attend(*(x.permute(1, 2, 0, 3) for x in parts), pattern).permute(2, 0, 1, 3)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+    def passes(packed: list[Tensor], dout: Tensor) -> list[Tensor]:
+        return both(kernels.stairs, packed, dout)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(
+        stream
+    ):  # autograd waits for the stream of the leaves, which must not be the default
+        packed, dout = [draw(*x) for x in shapes], draw(asked, 2, heads, d)
+        called = passes(packed, dout)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            recorded = passes(packed, dout)
+        for x in recorded:
+            x.zero_()
+        graph.replay()
+        wanted = both(kernels.masked, packed, dout.float())
+    torch.cuda.synchronize()
+    errors = far(called, wanted)
+    print(f"{heads} heads of {d}, {asked} queries, {visible} keys: {errors}")
+    assert max(errors) < 1e-2
+    assert all(torch.equal(a, b) for a, b in zip(called, recorded, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["student", "predictor", "decoder"])
 def test_attention_of_turned_heads(kind: str) -> None:
     """From a linear's output to attention's, by the kernels that a network gets, against fp32."""
