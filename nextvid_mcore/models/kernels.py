@@ -57,8 +57,7 @@ HOPPER, HOPPER_TILES = (
 )
 PREFIX_TOKENS, PREFIX_HEADS = 64, (32, 64)  # tokens of a frame: a multiple; the widths that were tried
 GLUON = "3.6."  # the Triton whose Gluon models/gluon_prefix.py was tried with: it changes with every version
-# Queries from which on a pattern with stairs gets `stairs`; None: none does
-STAIRS_SHORTEST: int | None = None
+STAIRS_SHORTEST = 4096  # queries from which on a pattern with stairs gets `stairs`
 STAIRS_HEADS = (32, 64)
 SPAN = 1 << 16  # frame numbers lie below it
 # cuDNN computes tiles of 64 tokens, heads of 32 at least. Rows that are no whole tiles (16 tokens, heads of
@@ -184,7 +183,7 @@ def prefix_takes(frame: int, width: int, device: torch.device) -> bool:
 
 
 def _stairs_fit(q: Tensor, pattern: AttentionPattern) -> bool:
-    if pattern.stairs is None or STAIRS_SHORTEST is None or not _hopper(q.device):
+    if pattern.stairs is None or not _hopper(q.device):
         return False
     return q.shape[2] >= STAIRS_SHORTEST and q.shape[-1] in STAIRS_HEADS
 

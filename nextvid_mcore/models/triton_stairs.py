@@ -32,30 +32,62 @@ class Tile:
     stages: int
 
 
-FORWARD, QUERIES, KEYS = Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)
+FORWARD, QUERIES, KEYS = Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)
+
+
+# What loops depend on is divided by constants alone: else the compiler doesn't see that it is the same in all
+# threads of a program, and a fifth of a loop's instructions go to that.
 
 
 @triton.jit
-def _place(tile, SIZE: tl.constexpr, KEYS: tl.constexpr, STRETCHES: tl.constexpr):
-    """Of a tile of queries or of KEYS: where its stretch's queries and keys begin, its frames, the numbers
-    of queries and keys of one, and the tile's first token in the stretch.
+def _seen(first, BM: tl.constexpr, BN: tl.constexpr, FRAMES: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+    """Of BM queries: how many keys all of them see, in whole blocks, and how many some of them see."""
+    last = tl.minimum(first + BM, FRAMES * N) - 1
+    return (first // N + 1) * M // BN * BN, last // N * M + M
 
-    Tiles of one stretch come before the next one's, and those that see or are seen by the most come first.
+
+@triton.jit
+def _seeing(
+    first, BM: tl.constexpr, BN: tl.constexpr, FRAMES: tl.constexpr, N: tl.constexpr, M: tl.constexpr
+):
+    """Of BN keys: from which query on some of them are seen, and from which all, in blocks that end where the
+    queries do; the first of these may begin before them.
     """
-    q_start, k_start, frames, n, m, tiles = tile * 0, tile * 0, tile * 0, tile * 0, tile * 0, tile * 0
+    last = tl.minimum(first + BN, FRAMES * M) - 1
+    end = FRAMES * N
+    return end - (end - first // M * N + BM - 1) // BM * BM, end - (end - last // M * N) // BM * BM
+
+
+@triton.jit
+def _place(tile, BM: tl.constexpr, BN: tl.constexpr, KEYS: tl.constexpr, STRETCHES: tl.constexpr):
+    """Of a tile of queries or of KEYS: where its stretch's queries and keys begin, how many there are, and how
+    many in a frame; the tile's first token, and `_seen` or `_seeing` of it.
+
+    One stretch's tiles come before the next one's, and those that see most, or are seen by most, first.
+    """
+    q_start, k_start, end, visible, n, m = tile * 0, tile * 0, tile * 0, tile * 0, tile * 0, tile * 0
+    first, start, stop = tile * 0, tile * 0, tile * 0
     before = 0
     for i in tl.static_range(len(STRETCHES)):
-        own = (STRETCHES[i][2] * (STRETCHES[i][4] if KEYS else STRETCHES[i][3]) + SIZE - 1) // SIZE
         here = tile >= before
+        if KEYS:
+            own = (tile - before) * BN
+            before += (STRETCHES[i][2] * STRETCHES[i][4] + BN - 1) // BN
+            low, high = _seeing(own, BM, BN, STRETCHES[i][2], STRETCHES[i][3], STRETCHES[i][4])
+        else:
+            before += (STRETCHES[i][2] * STRETCHES[i][3] + BM - 1) // BM
+            own = (before - 1 - tile) * BM
+            low, high = _seen(own, BM, BN, STRETCHES[i][2], STRETCHES[i][3], STRETCHES[i][4])
         q_start = tl.where(here, STRETCHES[i][0], q_start)
         k_start = tl.where(here, STRETCHES[i][1], k_start)
-        frames = tl.where(here, STRETCHES[i][2], frames)
+        end = tl.where(here, STRETCHES[i][2] * STRETCHES[i][3], end)
+        visible = tl.where(here, STRETCHES[i][2] * STRETCHES[i][4], visible)
         n = tl.where(here, STRETCHES[i][3], n)
         m = tl.where(here, STRETCHES[i][4], m)
-        tiles = tl.where(here, before + (0 if KEYS else own - 1), tiles)
-        before += own
-    number = tile - tiles if KEYS else tiles - tile
-    return q_start, k_start, frames, n, m, number * SIZE
+        first = tl.where(here, own, first)
+        start = tl.where(here, low, start)
+        stop = tl.where(here, high, stop)
+    return q_start, k_start, end, visible, n, m, first, start, stop
 
 
 @triton.jit
@@ -96,8 +128,10 @@ def _forward(
     """Output, and the scores' logarithms of sums (of 2). tokens: queries of a row."""
     both = tl.program_id(0) // TILES
     row, head = (both // heads).to(tl.int64), both % heads
-    q_start, k_start, frames, n, m, first = _place(tl.program_id(0) % TILES, BM, False, STRETCHES)
-    end, last = frames * n, frames * m - 1
+    q_start, k_start, end, visible, n, m, first, whole, stop = _place(
+        tl.program_id(0) % TILES, BM, BN, False, STRETCHES
+    )
+    last = visible - 1
     queries = first + tl.arange(0, BM)
     real = queries < end
     seen = tl.minimum(queries, end - 1)
@@ -107,8 +141,6 @@ def _forward(
     k += row * k_row + head * k_head + k_start.to(tl.int64) * k_token
     v += row * v_row + head * v_head + k_start.to(tl.int64) * v_token
     limit = (seen // n + 1) * m
-    whole = (first // n + 1) * m // BN * BN
-    stop = (tl.minimum(first + BM, end) - 1) // n * m + m
     top = tl.full([BM], float("-inf"), tl.float32)  # of the scores so far, as exponents of 2
     total = tl.zeros([BM], tl.float32)
     found = tl.zeros([BM, D], tl.float32)
@@ -159,8 +191,10 @@ def _queries_backward(
     """The queries' gradient, and of each query the product of output and its gradient: `shares`."""
     both = tl.program_id(0) // TILES
     row, head = (both // heads).to(tl.int64), both % heads
-    q_start, k_start, frames, n, m, first = _place(tl.program_id(0) % TILES, BM, False, STRETCHES)
-    end, last = frames * n, frames * m - 1
+    q_start, k_start, end, visible, n, m, first, whole, stop = _place(
+        tl.program_id(0) % TILES, BM, BN, False, STRETCHES
+    )
+    last = visible - 1
     queries = first + tl.arange(0, BM)
     real = queries < end
     seen = tl.minimum(queries, end - 1)
@@ -176,8 +210,6 @@ def _queries_backward(
     k += row * k_row + head * k_head + k_start.to(tl.int64) * k_token
     v += row * v_row + head * v_head + k_start.to(tl.int64) * v_token
     limit = (seen // n + 1) * m
-    whole = (first // n + 1) * m // BN * BN
-    stop = (tl.minimum(first + BM, end) - 1) // n * m + m
     found = tl.zeros([BM, D], tl.float32)
     power = scale * LOG2E
     found = _ask(
@@ -231,8 +263,10 @@ def _keys_backward(
     """The keys' and the values' gradients, of equal strides."""
     both = tl.program_id(0) // TILES
     row, head = (both // heads).to(tl.int64), both % heads
-    q_start, k_start, frames, n, m, first = _place(tl.program_id(0) % TILES, BN, True, STRETCHES)
-    end, last = frames * n, frames * m - 1
+    q_start, k_start, end, visible, n, m, first, start, whole = _place(
+        tl.program_id(0) % TILES, BM, BN, True, STRETCHES
+    )
+    last = visible - 1
     keys = first + tl.arange(0, BN)
     seen = tl.minimum(keys, last)
     at = (k_start + seen).to(tl.int64)[:, None]
@@ -244,9 +278,6 @@ def _keys_backward(
     sums += tl.cast(both, tl.int64) * tokens + q_start
     shares += tl.cast(both, tl.int64) * tokens + q_start
     begin = seen // m * n  # the first query that sees each key
-    # blocks end where the queries do, and reach back to the first that sees a key, or beyond
-    start = end - (end - first // m * n + BM - 1) // BM * BM
-    whole = end - (end - tl.minimum(first + BN - 1, last) // m * n) // BM * BM
     dkey, dvalue = tl.zeros([BN, D], tl.float32), tl.zeros([BN, D], tl.float32)
     power = scale * LOG2E
     dkey, dvalue = _answer(

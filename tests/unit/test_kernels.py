@@ -140,7 +140,7 @@ def test_patterns_with_stairs(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "_hopper", lambda device: True)
     monkeypatch.setattr(fused, "compiles", lambda x: True)
     half = torch.zeros(1, 2, 128, 32, dtype=torch.bfloat16)
-    for shortest, kernel in ((None, kernels.masked), (129, kernels.masked), (128, kernels.stairs)):
+    for shortest, kernel in ((129, kernels.masked), (128, kernels.stairs)):
         monkeypatch.setattr(kernels, "STAIRS_SHORTEST", shortest)
         assert kernels.choose(half, student) is kernel
     assert kernels.choose(half.float(), student) is kernels.masked
