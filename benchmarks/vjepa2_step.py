@@ -6,6 +6,12 @@ feeds it is ours: `app.vjepa.transforms` and `src.datasets.data_manager`, which 
 need OpenCV and decord for it), are replaced by modules of this file whose loader hands out the same clips
 again and again, with masks drawn by its collator. A step is what lies between two requests for a batch;
 it ends with the loss's copy to the host, as theirs does.
+
+Its option `compile_model` compiles encoder, target and predictor, each as a whole. torch 2.11 can't trace the
+context `torch.backends.cuda.sdp_kernel()` round their attention, and what it can't trace inside activation
+checkpointing it runs eagerly: all blocks. So there is a third way, `blocks`: that context, which without
+arguments allows every kernel as is usual, is replaced by one that does nothing, and each block is compiled,
+which takes seconds where the whole of both masks' passes in one graph takes minutes.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from common import Measured
@@ -40,6 +47,7 @@ NEEDED = [
 ]
 FED_BY_US = ("app.vjepa.transforms", "src.datasets.data_manager")
 FETCH = "git clone https://github.com/facebookresearch/vjepa2"
+WAYS = ("eager", "compiled", "blocks")
 
 
 class Finished(BaseException):
@@ -130,18 +138,50 @@ def imported(checkout: Path, loader: dict[str, Any]) -> Iterator[ModuleType]:
             del sys.modules[name]
 
 
+def compile_blocks(wrapper: torch.nn.Module) -> None:
+    """In place of `wrapper.compile()`."""
+    blocks = [module for module in wrapper.modules() if type(module).__name__ == "Block"]
+    require(blocks, f"{type(wrapper).__name__} has no modules called Block, which could be compiled")
+    for block in blocks:
+        block.compile()
+
+
+@contextlib.contextmanager
+def compiler(way: str) -> Iterator[None]:
+    """torch's compiler as it comes, whatever ours is set to (models/inductor.py); what `blocks` replaces.
+
+    Their modules must have been imported.
+    """
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.virtualized import V
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(inductor.patch(inductor_choices_class=None))
+        stack.enter_context(functorch.patch(guess_tangent_strides_as_outputs=False))
+        stack.enter_context(V.set_choices_handler(InductorChoices()))
+        if way == "blocks":
+            wrappers = sys.modules["src.utils.wrappers"]
+            for name in ("MultiSeqWrapper", "PredictorMultiSeqWrapper"):
+                stack.enter_context(mock.patch.object(getattr(wrappers, name), "compile", compile_blocks))
+            anything = mock.patch.object(torch.backends.cuda, "sdp_kernel", contextlib.nullcontext)
+            stack.enter_context(anything)
+        yield
+
+
 def measure(
     checkout: Path,
     settings: dict[str, Any],
     batch: int,
     steps: int,
     warmup: int,
-    compiled: bool = False,
+    way: str = "eager",
     masks: int = 4,
 ) -> Measured:
     """Time `steps` of its steps at `batch` clips, after `warmup` ones. Needs an initialised process group.
 
-    masks: so many batches of masks are drawn, and taken in turn.
+    way: of WAYS. masks: so many batches of masks are drawn, and taken in turn.
     """
     require(steps > 0 and masks > 0, f"steps and masks must be positive, got {steps} and {masks}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -162,11 +202,11 @@ def measure(
         mine = copy.deepcopy(settings)
         mine["folder"] = folder
         mine["meta"] |= {"load_checkpoint": False, "read_checkpoint": None}
-        mine["model"]["compile_model"] = compiled
+        mine["model"]["compile_model"] = way != "eager"
         mine["data"]["batch_size"] = batch
         mine["optimization"]["ipe"] = steps + warmup + 1
         feed: dict[str, Any] = {"make": make}
-        with imported(checkout, feed) as module:
+        with imported(checkout, feed) as module, compiler(way):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             try:

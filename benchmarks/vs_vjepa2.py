@@ -1,15 +1,15 @@
-"""Our training step beside V-JEPA 2's own, in one run on one GPU; prints the ratio of clips per second.
+"""Our training step beside V-JEPA 2's own, in one run on one GPU; prints the ratios of clips per second.
 
     git clone https://github.com/facebookresearch/vjepa2 ../vjepa2
-    python benchmarks/vs_vjepa2.py --checkout ../vjepa2 --fp8 delayed vit_g --model.backend te \
-        --train.micro-batch 16
+    python benchmarks/vs_vjepa2.py --checkout ../vjepa2 --rows blocks,delayed,bf16,eager vit_g \
+        --model.backend te --train.micro-batch 16
 
-Both take whole steps on clips that lie on the device (benchmarks/vjepa2_step.py says how theirs is run),
-in bf16, each at a batch of its own: theirs is the first of --batch that fits, with the activation
-checkpointing of --config. `--modes eager compiled` runs theirs with its option `compile_model` too, which
-takes minutes to compile; `--fp8 delayed` adds a row of ours in FP8. Everything after RECIPE is a setting of
-ours, as of nextvid_mcore.pretrain; our latents are random and resident, since V-JEPA 2 has no generation
-target.
+Both take whole steps on clips that lie on the device (benchmarks/vjepa2_step.py says how theirs is run), each
+at a batch of its own: theirs is the first of --batch that fits, with the activation checkpointing of
+--config. --rows are measured in their order: of theirs `eager`, `compiled` (its option `compile_model`) and
+`blocks` (every block compiled, which torch can do where it can't the whole); of ours `bf16` and the recipes
+of FP8, in every network. Everything after RECIPE is a setting of ours, as of nextvid_mcore.pretrain; our
+latents are random and resident, since V-JEPA 2 has no generation target.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from nextvid_mcore import cli
 from nextvid_mcore.config import ConfigError, Fp8Config, RunConfig, TargetConfig, require
 from nextvid_mcore.parallel.groups import init_distributed
 
+OURS = ("bf16", "current", "delayed", "blockwise", "mxfp8")
 CONFIG = "configs/train/{}16/pretrain-256px-16f.yaml"
 
 
@@ -50,6 +51,7 @@ def ours(argv: list[str], tau: int, frames: int, size: int) -> RunConfig:
 @dataclasses.dataclass(frozen=True)
 class Row:
     name: str
+    way: str  # as in --rows
     batch: int
     found: Measured
 
@@ -58,15 +60,13 @@ class Row:
         return self.batch / self.found.seconds
 
 
-def measure_theirs(args: argparse.Namespace, checkout: Path, settings: dict, compiled: bool) -> Row:
+def measure_theirs(args: argparse.Namespace, checkout: Path, settings: dict, way: str) -> Row:
     """At the first batch that fits."""
-    name = f"V-JEPA 2, {'compiled' if compiled else 'eager'}"
+    name = f"V-JEPA 2, {way}"
     for batch in args.batch:
         start = time.perf_counter()
         try:
-            found = vjepa2_step.measure(
-                checkout, settings, batch, args.steps, args.warmup, compiled, args.masks
-            )
+            found = vjepa2_step.measure(checkout, settings, batch, args.steps, args.warmup, way, args.masks)
         except torch.OutOfMemoryError:
             print(f"{name}: {batch} clips do not fit", flush=True)
             continue
@@ -74,27 +74,39 @@ def measure_theirs(args: argparse.Namespace, checkout: Path, settings: dict, com
             vjepa2_step.free()
         held = torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         print(f"{name}: {time.perf_counter() - start:.0f} s in all; {held:.1f} GiB still held", flush=True)
-        return Row(name, batch, found)
+        return Row(name, way, batch, found)
     raise ConfigError(f"V-JEPA 2's step fits with none of --batch {' '.join(map(str, args.batch))}")
 
 
-def measure_ours(args: argparse.Namespace, config: RunConfig, precision: str) -> Row:
+def measure_ours(args: argparse.Namespace, config: RunConfig, way: str) -> Row:
     with quick_start():
         bench = Bench(config)
     found = bench.measure(args.steps, args.warmup)
     bench.step.close()
-    return Row(f"ours, {config.model.backend}, {precision}", config.micro_batch(config.stages[0]), found)
+    return Row(f"ours, {config.model.backend}, {way}", way, config.micro_batch(config.stages[0]), found)
 
 
-def report(rows: list[Row], title: str) -> None:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"\n{title}\n1 x {device}, torch {torch.__version__}")
-    print(f"{'':<22} {'batch':>5} {'clips/s':>8} {'ms':>8} {'GiB':>6} {'ratio':>6} {'loss':>9}")
+def ways(text: str) -> list[str]:
+    """The rows that --rows names."""
+    found, there = text.split(","), (*vjepa2_step.WAYS, *OURS)
+    for way in found:
+        if way not in there:
+            raise argparse.ArgumentTypeError(f"{way!r} is none of {', '.join(there)}")
+    return found
+
+
+def table(rows: list[Row]) -> list[str]:
+    """A line a row; under `/ eager` is the ratio of its clips a second to those of that row."""
+    theirs = [row for row in rows if row.way in vjepa2_step.WAYS]
+    heads = "".join(f"{'/ ' + row.way:>11}" for row in theirs)
+    lines = [f"{'':<22} {'batch':>5} {'clips/s':>8} {'ms':>8} {'GiB':>6}{heads} {'loss':>9}"]
     for row in rows:
-        print(
+        ratios = "".join(f"{row.rate / other.rate:>11.2f}" for other in theirs)
+        lines.append(
             f"{row.name:<22} {row.batch:>5} {row.rate:>8.2f} {1e3 * row.found.seconds:>8.1f} "
-            f"{row.found.gib:>6.1f} {row.rate / rows[0].rate:>6.2f} {row.found.loss:>9.4f}"
+            f"{row.found.gib:>6.1f}{ratios} {row.found.loss:>9.4f}"
         )
+    return lines
 
 
 def main(argv: list[str]) -> int:
@@ -103,22 +115,27 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--checkout", type=Path, required=True, help="a clone of facebookresearch/vjepa2")
     parser.add_argument("--config", help="a file in it; default: pretraining at 256 pixels of RECIPE's size")
-    parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compiled"])
+    parser.add_argument("--rows", type=ways, default=["eager", "bf16"], help="what to measure, with commas")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no row begins")
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 24, 16], help="V-JEPA 2's, to try")
     parser.add_argument("--masks", type=int, default=4, help="batches of V-JEPA 2's masks, taken in turn")
     parser.add_argument("--tau", type=int, default=1, help="samples of tau, of our flow loss")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--fp8", action="append", default=[], help="a recipe to measure ours in beside bf16")
     parser.add_argument("recipe", help="ours, followed by its settings")
     args, settings_of_ours = parser.parse_known_args(argv)
+    start = time.perf_counter()
     try:
         checkout = vjepa2_step.check_checkout(args.checkout)
         name = args.config or CONFIG.format(args.recipe.replace("_", ""))
         settings = vjepa2_step.read_settings(checkout, name)
         config = ours([args.recipe, *settings_of_ours], args.tau, *vjepa2_step.frames_and_size(settings))
-        configs = [config, *(config.altered(fp8=Fp8Config(all=recipe)) for recipe in args.fp8)]
-        for each in configs:
+        configs = {
+            way: config if way == "bf16" else config.altered(fp8=Fp8Config(all=way))
+            for way in args.rows
+            if way in OURS
+        }
+        for each in configs.values():
             check(each, 1)
         init_distributed()
         require(
@@ -127,22 +144,26 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         cli.fail(error)
     rows = []
-    for mode in args.modes:
+    for way in args.rows:
+        if time.perf_counter() - start > args.limit:
+            print(f"{way}: not begun within {args.limit:.0f} s", flush=True)
+            continue
         try:
-            rows.append(measure_theirs(args, checkout, settings, mode == "compiled"))
+            if way in configs:
+                rows.append(measure_ours(args, configs[way], way))
+            else:
+                rows.append(measure_theirs(args, checkout, settings, way))
+            print("\n".join(table(rows)), flush=True)
         except Exception:  # the other measurements are still worth having
-            traceback.print_exc()
-    for number, config in enumerate(configs):
-        try:
-            rows.append(measure_ours(args, config, ["bf16", *args.fp8][number]))
-        except Exception:
             traceback.print_exc()
         vjepa2_step.free()
     frames, size = vjepa2_step.frames_and_size(settings)
-    if rows:
-        report(rows, f"{args.recipe}, tau {args.tau}, and {name}: {frames} frames of {size} pixels")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"\n{args.recipe}, tau {args.tau}, and {name}: {frames} frames of {size} pixels")
+    print(f"1 x {device}, torch {torch.__version__}, {time.perf_counter() - start:.0f} s in all")
+    print("\n".join(table(rows)), flush=True)
     dist.destroy_process_group()
-    return 0 if len(rows) == len(args.modes) + len(configs) else 1
+    return 0 if len(rows) == len(args.rows) else 1
 
 
 if __name__ == "__main__":

@@ -97,6 +97,15 @@ def test_runs_of_fp8_convergence(runs: str, words: str, monkeypatch: pytest.Monk
         fp8_convergence.check_runs(fp8_convergence.parse())
 
 
+def test_rows_of_vs_vjepa2(capsys: pytest.CaptureFixture) -> None:
+    import vs_vjepa2
+
+    assert vs_vjepa2.ways("blocks,delayed") == ["blocks", "delayed"]
+    with pytest.raises(SystemExit, match="2"):
+        vs_vjepa2.main(["--checkout", ".", "--rows", "eager,fast", "tiny"])
+    assert "'fast' is none of eager, compiled, blocks, bf16" in capsys.readouterr().err
+
+
 def test_videos_that_cannot_be_read_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     import decode
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -68,6 +69,34 @@ def test_the_stopwatch_counts_whole_steps(step):
             assert len(loader.times) == max(0, len(seen) - 2)
     assert seen == ["a", "b", "a", "b", "a"] and len(loader.times) == 3 + 1
     assert not isinstance(step.Finished(), Exception)  # their loop swallows those
+
+
+def test_blocks_are_compiled_by_torch_as_it_comes(step, monkeypatch):
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.virtualized import V
+
+    from nextvid_mcore.models import inductor
+
+    class Block(torch.nn.Linear):
+        def compile(self) -> None:
+            compiled.append(self)
+
+    wrappers = ModuleType("src.utils.wrappers")
+    for name in ("MultiSeqWrapper", "PredictorMultiSeqWrapper"):
+        setattr(wrappers, name, type(name, (torch.nn.Sequential,), {}))
+    monkeypatch.setitem(sys.modules, "src.utils.wrappers", wrappers)
+    network, compiled = wrappers.MultiSeqWrapper(Block(2, 2), torch.nn.Linear(2, 2), Block(2, 2)), []
+    kernel, inner = torch.backends.cuda.sdp_kernel, torch.nn.Module.compile
+    inductor.install()
+    with step.compiler("blocks"):
+        assert type(V.choices) is InductorChoices
+        with torch.backends.cuda.sdp_kernel():
+            network.compile()
+    assert compiled == [network[0], network[2]]
+    assert torch.backends.cuda.sdp_kernel is kernel and type(network).compile is inner
+    assert isinstance(V.choices, inductor.Choices)
+    with pytest.raises(ConfigError, match="Linear has no modules called Block"):
+        step.compile_blocks(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.skipif(not CHECKOUT, reason="needs a clone of V-JEPA 2: NEXTVID_VJEPA2=PATH")
