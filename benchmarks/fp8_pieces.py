@@ -1,9 +1,10 @@
-"""Milliseconds and GB/s of GELU and norms that write FP8 (models/triton_fp8.py) against quantising later.
+"""Milliseconds and GB/s of what writes FP8 (models/triton_fp8.py) against quantising later.
 
-    python benchmarks/fp8_pieces.py            # one GPU; about a minute
+    python benchmarks/fp8_pieces.py                        # one GPU; about a minute and a half
+    python benchmarks/fp8_pieces.py --parts both turn product
 
-ViT-G's MLP at micro-batch 16: 16,128 student and 32,768 reference tokens of 6,144 values. The tiles that are
-tried print their times; bytes are those that must be moved.
+ViT-G at micro-batch 16: 16,128 student and 32,768 reference tokens of 1,408 values, in MLPs 6,144, in heads
+22 x 64. The tiles that are tried print their times; bytes are those that must be moved.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from nextvid_mcore.models import fused, triton_fp8  # noqa: E402 (the clone is p
 
 TILES = [(128, 64, 8), (64, 128, 8), (64, 64, 4), (128, 64, 4), (128, 32, 4), (256, 32, 8)]
 ROWS = [(1, 1), (1, 2), (2, 2), (2, 4), (4, 4)]
+PARTS = ("norms", "mlps", "both", "turn", "product")
+BOTHS = [(32, 64, 4), (32, 128, 8), (64, 64, 8), (32, 128, 4), (64, 128, 8), (16, 128, 4), (128, 64, 8)]
+TURNS = [(64, 8, 8), (64, 22, 8), (64, 4, 8), (32, 8, 4), (128, 8, 8)]
 FLATS = [(8, 512, 8), (4, 512, 4), (4, 1024, 8), (16, 256, 8), (2, 1024, 4)]
 
 
@@ -80,18 +84,91 @@ def norms(rows: int, width: int = 1408) -> None:
             )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def both_directions(rows: int, width: int = 1408) -> None:
+    """The student's norms, without and with the addition before: [rows, 1408]."""
+    x, y = (torch.randn(rows, 1, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    bias, low = torch.zeros(width, device="cuda", dtype=torch.bfloat16), quantiser("float8_e4m3fn", True)
+    module = torch.nn.LayerNorm(width, device="cuda", dtype=torch.bfloat16)
+    parameters = module.weight.detach(), module.bias.detach(), 1e-6
+    with torch.no_grad():
+        show("norm in bf16", lambda: fused.norm(x, module, 1e-6), 4 * x.numel())
+        show("add, norm in bf16", lambda: fused.add_norm(x, y, bias, module, 1e-6), 8 * x.numel())
+        show("quantise it, both directions", lambda: low(x[:, 0]), 4 * x.numel())
+        for br, bc, warps in BOTHS:
+            triton_fp8.BOTH = {"BR": br, "BC": bc, "num_warps": warps}
+            for name, added, count in (("norm", (None, None), 4), ("add, norm", (y[:, 0], bias), 8)):
+                show(
+                    f"{name} in both directions, {br} x {bc}, {warps} warps",
+                    lambda added=added: triton_fp8.norm_both(
+                        x[:, 0], *added, *parameters, low.scale, low.amax, torch.float8_e4m3fn
+                    ),
+                    count * x.numel(),
+                )
+
+
+def rotation(tokens: int, heads: int = 22, width: int = 64) -> None:
+    """Back through the student's rotary positions."""
+    from nextvid_mcore.models import triton_pieces
+
+    grads = torch.randn(3, tokens, heads, width, device="cuda", dtype=torch.bfloat16)
+    cos, sin = torch.rand(2, tokens, 30, device="cuda")
+    packed, low = torch.empty_like(grads).view(tokens, heads, 3, width), quantiser("float8_e5m2", True)
+    show(
+        "rotation back in bf16",
+        lambda: triton_pieces.turn(list(grads), packed, cos, sin, True),
+        4 * grads.numel(),
     )
-    parser.add_argument("--width", type=int, default=6144)
-    parser.add_argument("--student", type=int, default=16128)
-    parser.add_argument("--reference", type=int, default=32768)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("there is no CUDA device, and nothing here runs without")
-    print(torch.cuda.get_device_name(), torch.__version__)
-    norms(args.reference)
+    show("quantise it, both directions", lambda: low(packed.view(tokens, -1)), 4 * grads.numel())
+    for bt, at_once, warps in TURNS:
+        triton_fp8.TURN = {"BT": bt, "HEADS": at_once, "num_warps": warps}
+        triton_fp8.TURN |= {"maxnreg": 65536 // (32 * warps * 2)} if warps == 8 else {}
+        show(
+            f"rotation back to FP8, {bt} tokens, {at_once} heads, {warps} warps",
+            lambda: triton_fp8.turn_backward(list(grads), cos, sin, low.scale, low.amax, torch.float8_e5m2),
+            4 * grads.numel(),
+        )
+
+
+def product(rows: int, width: int = 1408, inner: int = 6144) -> None:
+    """The reference's first MLP linear and its GELU: two kernels, or cuBLAS's epilogue (GELU by tanh)."""
+    from nextvid_mcore.models import fp8_products
+
+    torch.manual_seed(0)
+    x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(inner, width, device="cuda", dtype=torch.bfloat16) / width**0.5
+    bias = torch.randn(inner, device="cuda", dtype=torch.bfloat16)
+    made = quantiser("float8_e4m3fn", False)
+    low_x, low_weight = made(x), made(weight)
+
+    def apart():
+        h = fp8_products.product(low_weight, low_x, x.dtype)
+        return triton_fp8.gelu(h, bias, made.scale, made.amax, torch.float8_e4m3fn, False)
+
+    def at_once():
+        return fp8_products.product(
+            low_weight, low_x, x.dtype, bias=bias, gelu=True, quantization_params=made
+        )
+
+    flops = 2e-9 * rows * width * inner
+    for name, run in (
+        ("product alone", lambda: fp8_products.product(low_weight, low_x, x.dtype)),
+        ("product, GELU to FP8", apart),
+        ("product with GELU to FP8", at_once),
+    ):
+        try:
+            ms = milliseconds(run)
+            print(f"{ms:>8.3f} ms {flops / ms:>6.0f} TFLOP/s  {name}", flush=True)
+        except Exception:
+            print(f"failed: {name}")
+            traceback.print_exc(limit=-3)
+    exact = torch.nn.functional.gelu(x[:512].float() @ weight.float().t() + bias.float())
+    found = {"apart": apart().rows, "at once": at_once()._data.view(torch.float8_e4m3fn)}
+    for name, low in found.items():
+        off = (low[:512].float() / made.scale - exact).norm() / exact.norm()
+        print(f"{name}: off by {off:.5f} from GELU in fp32", flush=True)
+
+
+def mlps(args: argparse.Namespace) -> None:
     bias = torch.randn(args.width, device="cuda", dtype=torch.bfloat16)
     scale, amax = torch.tensor(20.0, device="cuda"), torch.zeros(1, device="cuda")
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -128,6 +205,32 @@ def main() -> None:
                 lambda: triton_fp8.gelu_backward(dy[:, 0], flat, bias, scale, amax, e5m2),  # noqa: B023
                 6 * size,
             )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
+    parser.add_argument("--width", type=int, default=6144)
+    parser.add_argument("--student", type=int, default=16128)
+    parser.add_argument("--reference", type=int, default=32768)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device, and nothing here runs without")
+    print(torch.cuda.get_device_name(), torch.__version__)
+    work = {
+        "norms": lambda: norms(args.reference),
+        "mlps": lambda: mlps(args),
+        "both": lambda: both_directions(args.student),
+        "turn": lambda: rotation(args.student),
+        "product": lambda: product(args.reference),
+    }
+    for part in args.parts:
+        try:
+            work[part]()
+        except Exception:
+            traceback.print_exc(limit=-3)
 
 
 if __name__ == "__main__":
