@@ -301,7 +301,6 @@ def main() -> None:
             fp8_verdict.plot(found, compared, picture)
         except Exception:  # the numbers are what took the time
             traceback.print_exc()
-    print(f"{len(fp8_verdict.complete(found))} runs", flush=True)
 
 
 if __name__ == "__main__":

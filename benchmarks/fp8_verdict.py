@@ -186,7 +186,11 @@ def summarise(found: Runs) -> tuple[list[str], list[Comparison]]:
         mean = statistics.fmean(each.values())
         lines.append(f"| {recipe} | {' | '.join(cells)} | {mean:.4f} | {spread} | {took:.1f} |")
     compared = [compare(recipe, each, bf16) for recipe, each in values.items() if recipe != "bf16"]
-    lines += ["", *repeats(runs), *(spikes(runs) or [f"no loss {SPIKE} times its neighbours"]), *missing]
+    places = ", ".join(sorted({line.get("gpu", "unknown") for line in runs.values()}))
+    recorded = sum(line.get("recorded", False) for line in runs.values())
+    skipped = sum(line.get("skipped", 0) for line in runs.values())
+    lines += ["", f"{places}: {len(runs)} runs, {recorded} of them recorded; {skipped} steps skipped"]
+    lines += [*repeats(runs), *(spikes(runs) or [f"no loss {SPIKE} times its neighbours"]), *missing]
     return lines + [str(each) for each in compared], compared
 
 
