@@ -16,7 +16,7 @@ from nextvid_mcore.targets.triton_vae import Tuning
 def autoencoder(multipliers: tuple[int, ...]) -> AutoencoderKL:
     torch.manual_seed(0)
     made = AutoencoderKL(AutoencoderShape(width=32, multipliers=multipliers, latent=4))
-    for name, weight in made.named_parameters():
+    for weight in made.parameters():
         if weight.ndim == 1:
             weight.add_(0.3 * torch.randn_like(weight))
     return made.eval().requires_grad_(False).to(memory_format=torch.channels_last)
