@@ -39,7 +39,7 @@ class FusedEncoder:
         """again: the first convolution is made anew wherever it is needed, instead of written once."""
         check(autoencoder.shape)
         self.encoder, self.quant_conv = autoencoder.encoder, autoencoder.quant_conv
-        self.tuning, self.again = tuning or Tuning(), again
+        self.tuning, self.again = tuning, again
         self.first = matrix_of(self.encoder.conv_in.weight)
         self.packed = {
             id(m): (
@@ -49,15 +49,17 @@ class FusedEncoder:
             for m in self.encoder.modules()
             if isinstance(m, SelfAttention)
         }
-        norms = sum(isinstance(m, nn.GroupNorm) for m in self.encoder.modules())
-        self.norms = norms
+        self.norms = sum(isinstance(m, nn.GroupNorm) for m in self.encoder.modules())
+        self.biases: dict[tuple[int, int], Tensor] = {}
+        widths = {norm.num_channels for norm in self.encoder.modules() if isinstance(norm, nn.GroupNorm)}
+        self.zeros = {width: torch.zeros(width, device=self.first.device) for width in widths}
 
     @torch.no_grad()
     def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """[N, 3, H, W] -> mean and log variance, [N, latent, h, w]."""
         arrived = torch.zeros(self.norms, len(frames), dtype=torch.int32, device=frames.device)
         self.arrived = iter(arrived.unbind())
-        x = Sum(_bias(self.encoder.conv_in), frames=frames.contiguous(), first=self.first)
+        x = Sum(self._bias(self.encoder.conv_in), frames=frames.contiguous(), first=self.first)
         if not self.again:
             x = self._settled(x)
         for level in self.encoder.down:
@@ -67,7 +69,7 @@ class FusedEncoder:
                     x = self._attend(level.attn[i], x)
             if level.resample:
                 conv = level.downsample.conv
-                x = Sum(_bias(conv), (_conv(conv, add(x, padded=1)),))
+                x = Sum(self._bias(conv), (_conv(conv, add(x, padded=1)),))
         mid = self.encoder.mid
         x = self._block(mid.block_2, self._attend(mid.attn_1, self._block(mid.block_1, x)))
         normed, _ = self._norm(self.encoder.norm_out, x)
@@ -75,8 +77,19 @@ class FusedEncoder:
         mean, logvar = out.chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
+    def _bias(self, conv: nn.Conv2d, before: Tensor | None = None) -> Tensor:
+        """fp32, made once: that of a convolution and of a sum that it is added to, or is the shortcut of."""
+        if before is None:
+            before = self.zeros[conv.out_channels]
+        key = id(before), id(conv)
+        if key not in self.biases:
+            if len(before) != conv.out_channels:  # a shortcut's input
+                before = conv.weight.flatten(1).float() @ before
+            self.biases[key] = before + conv.bias.float()
+        return self.biases[key]
+
     def _settled(self, x: Sum) -> Sum:
-        return Sum(torch.zeros_like(x.bias), (add(x),))
+        return Sum(self.zeros[len(x.bias)], (add(x),))
 
     def _norm(self, norm: nn.GroupNorm, x: Sum, **how: bool) -> tuple[Tensor, Sum]:
         """Normalised x with SiLU; and x, added up where it had two parts."""
@@ -84,21 +97,20 @@ class FusedEncoder:
         normed, kept = normalise(
             x, norm.weight, norm.bias, next(self.arrived), keep=keep, tuning=self.tuning, **how
         )
-        return normed, Sum(torch.zeros_like(x.bias), (kept,)) if keep else x
+        return normed, Sum(self.zeros[len(x.bias)], (kept,)) if keep else x
 
     def _block(self, block: ResidualBlock, x: Sum) -> Sum:
         normed, x = self._norm(block.norm1, x)
-        out = Sum(_bias(block.conv1), (_conv(block.conv1, normed),))
+        out = Sum(self._bias(block.conv1), (_conv(block.conv1, normed),))
         del normed
         normed, _ = self._norm(block.norm2, out, in_place=True)
         out = _conv(block.conv2, normed)
         if hasattr(block, "nin_shortcut"):
             if x.frames is not None:
                 x = self._settled(x)
-            short = block.nin_shortcut  # of a sum of one part: its bias goes through by itself
-            bias = short.weight.flatten(1).float() @ x.bias + _bias(short)
-            x = Sum(bias, (_conv(short, x.parts[0]),))
-        return dataclasses.replace(x, bias=x.bias + _bias(block.conv2), parts=(*x.parts, out))
+            short = block.nin_shortcut  # of a sum of one part, whose bias goes through by itself
+            x = Sum(self._bias(short, x.bias), (_conv(short, x.parts[0]),))
+        return dataclasses.replace(x, bias=self._bias(block.conv2, x.bias), parts=(*x.parts, out))
 
     def _attend(self, attention: SelfAttention, x: Sum) -> Sum:
         normed, x = self._norm(attention.norm, x, silu=False)
@@ -107,11 +119,7 @@ class FusedEncoder:
         q, k, v = F.linear(normed.view(N, 1, H * W, C), weight, bias).chunk(3, -1)
         mixed = F.scaled_dot_product_attention(q, k, v).reshape(N, H, W, C)
         mixed = F.linear(mixed, attention.proj_out.weight.flatten(1))
-        return dataclasses.replace(x, bias=x.bias + _bias(attention.proj_out), parts=(*x.parts, mixed))
-
-
-def _bias(conv: nn.Conv2d) -> Tensor:
-    return conv.bias.float()
+        return dataclasses.replace(x, bias=self._bias(attention.proj_out, x.bias), parts=(*x.parts, mixed))
 
 
 def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from nextvid_mcore.targets.autoencoder import EPS, GROUPS
 TAPS = 27  # of the first convolution: 3 x 3 of 3 colours
 DEPTH = 32  # the power of two above it
 PTX = not triton.knobs.runtime.interpret
-BOTH, STATISTICS, APPLY = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Tuning:
     slice: int = 65536
     warps: int = 8
     programs: int = 2
+    stages: int = 3
     at_once: bool = True
 
 
@@ -83,95 +83,141 @@ def _summed(
 
 
 @triton.jit
-def _normalise(
-    a, b, frames, first, bias, weight, shift, kept, out, sums, arrived, images, eps,
+def _slice(
+    a, b, frames, first, bias, kept, sums, n, k,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
-    TILES: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr, FRAMES: tl.constexpr,
-    KEEP: tl.constexpr, SILU: tl.constexpr, IN_PLACE: tl.constexpr, PHASE: tl.constexpr,
+    TILES: tl.constexpr, SPAN: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr,
+    FRAMES: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Add up slice k of image n and its squares into sums [N, SLICES, 2, G]; store it if it is to be kept."""
+    EVEN: tl.constexpr = H * W == SLICES * TILES * R
+    c, g = tl.arange(0, C), tl.arange(0, G)
+    total = tl.zeros([SPAN, C], tl.float32)
+    square = tl.zeros([SPAN, C], tl.float32)
+    for i in tl.range(0, TILES, num_stages=STAGES):
+        p = (k * TILES + i) * R + tl.arange(0, R)
+        inside = (p < H * W) | EVEN
+        v = _summed(
+            a, b, frames, first, bias, n, p // W, p % W, inside, H, W, C, PARTS, FRAMES, DEPTH, PTX
+        )  # fmt: skip
+        if KEEP:
+            rounded = v.to(kept.dtype.element_ty)
+            at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + c[None, :]
+            tl.store(kept + at, rounded, mask=inside[:, None])
+            v = rounded.to(tl.float32)
+        if not EVEN:
+            v = tl.where(inside[:, None], v, 0.0)
+        if SPAN == R:
+            total += v
+            square += v * v
+        else:  # over a thread's own rows: nothing is exchanged
+            v = tl.reshape(v, [R // SPAN, SPAN, C])
+            total += tl.sum(v, 0)
+            square += tl.sum(v * v, 0)
+    to = sums + (n * SLICES + k) * (2 * G) + g
+    tl.store(to, tl.sum(tl.reshape(tl.sum(total, 0), [G, C // G]), 1))
+    tl.store(to + G, tl.sum(tl.reshape(tl.sum(square, 0), [G, C // G]), 1))
+
+
+@triton.jit
+def _line(
+    sums, weight, shift, n, eps, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, SLICES: tl.constexpr
+):
+    """What normalises image n: a number [C] to multiply with, and one to add."""
+    MORE: tl.constexpr = triton.next_power_of_2(SLICES)
+    c, g, s = tl.arange(0, C), tl.arange(0, G), tl.arange(0, MORE)
+    parts = sums + n * (SLICES * 2 * G) + s[:, None] * (2 * G) + g[None, :]
+    there = (s < SLICES)[:, None] & (g >= 0)[None, :]
+    mean = tl.sum(tl.load(parts, mask=there, other=0.0, cache_modifier=".cg"), 0) / (P * (C // G))
+    spread = tl.sum(tl.load(parts + G, mask=there, other=0.0, cache_modifier=".cg"), 0) / (P * (C // G))
+    scale = tl.rsqrt(tl.maximum(spread - mean * mean, 0.0) + eps)
+    scale = tl.reshape(tl.broadcast_to(scale[:, None], [G, C // G]), [C])
+    scale *= tl.load(weight + c).to(tl.float32)
+    mean = tl.reshape(tl.broadcast_to(mean[:, None], [G, C // G]), [C])
+    return scale, tl.load(shift + c).to(tl.float32) - mean * scale
+
+
+@triton.jit
+def _statistics(
+    a, b, frames, first, bias, kept, sums, arrived, weight, shift, lines, eps,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    TILES: tl.constexpr, SPAN: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr,
+    FRAMES: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Only what normalises each image, lines [N, 2, C]: an image's last program to be done writes it."""
+    n = tl.program_id(0) // SLICES
+    _slice(
+        a, b, frames, first, bias, kept, sums, n, tl.program_id(0) % SLICES,
+        H, W, C, G, R, TILES, SPAN, SLICES, PARTS, FRAMES, KEEP, STAGES, DEPTH, PTX,
+    )  # fmt: skip
+    tl.debug_barrier()  # all threads have stored before one says so
+    if tl.atomic_add(arrived + n, 1, sem="acq_rel") == SLICES - 1:
+        scale, start = _line(sums, weight, shift, n, eps, H * W, C, G, SLICES)
+        c = tl.arange(0, C)
+        tl.store(lines + n * (2 * C) + c, scale)
+        tl.store(lines + n * (2 * C) + C + c, start)
+
+
+@triton.jit
+def _normalise(
+    a, b, frames, first, bias, kept, sums, arrived, weight, shift, out, images, eps,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    TILES: tl.constexpr, SPAN: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr,
+    FRAMES: tl.constexpr, KEEP: tl.constexpr, SILU: tl.constexpr, STAGES: tl.constexpr,
     DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    P: tl.constexpr = H * W
-    EVEN: tl.constexpr = P == SLICES * TILES * R
-    MORE: tl.constexpr = triton.next_power_of_2(SLICES)
-    c, g, r = tl.arange(0, C), tl.arange(0, G), tl.arange(0, R)
+    EVEN: tl.constexpr = H * W == SLICES * TILES * R
     k = tl.program_id(0) % SLICES
     n = tl.program_id(0) // SLICES
     while n < images:  # the interpreter has no range() over its numbers
-        base = n.to(tl.int64) * (P * C)
-        of = n * (SLICES * 2 * G)
-        if PHASE != 2:
-            total = tl.zeros([C], tl.float32)
-            square = tl.zeros([C], tl.float32)
-            for i in range(TILES):
-                p = (k * TILES + i) * R + r
-                inside = (p < P) | EVEN
+        _slice(
+            a, b, frames, first, bias, kept, sums, n, k,
+            H, W, C, G, R, TILES, SPAN, SLICES, PARTS, FRAMES, KEEP, STAGES, DEPTH, PTX,
+        )  # fmt: skip
+        tl.debug_barrier()
+        count = tl.atomic_add(arrived + n, 1, sem="acq_rel") + 1
+        while count < SLICES:
+            count = tl.atomic_add(arrived + n, 0, sem="acquire")
+        tl.debug_barrier()
+        scale, start = _line(sums, weight, shift, n, eps, H * W, C, G, SLICES)
+        for j in tl.range(0, TILES, num_stages=STAGES):  # what was read last comes first
+            p = (k * TILES + (TILES - 1 - j)) * R + tl.arange(0, R)
+            inside = (p < H * W) | EVEN
+            at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + tl.arange(0, C)[None, :]
+            if KEEP:
+                v = tl.load(kept + at, mask=inside[:, None], other=0.0).to(tl.float32)
+            else:
                 v = _summed(
-                    a, b, frames, first, bias, n, p // W, p % W, inside,
-                    H, W, C, PARTS, FRAMES, DEPTH, PTX,
+                    a, b, frames, first, bias, n, p // W, p % W, inside, H, W, C, PARTS, FRAMES, DEPTH, PTX
                 )  # fmt: skip
-                if KEEP:
-                    rounded = v.to(kept.dtype.element_ty)
-                    tl.store(kept + base + p[:, None] * C + c[None, :], rounded, mask=inside[:, None])
-                    v = rounded.to(tl.float32)
-                if not EVEN:
-                    v = tl.where(inside[:, None], v, 0.0)
-                total += tl.sum(v, 0)
-                square += tl.sum(v * v, 0)
-            to = sums + of + k * (2 * G) + g
-            tl.store(to, tl.sum(tl.reshape(total, [G, C // G]), 1))
-            tl.store(to + G, tl.sum(tl.reshape(square, [G, C // G]), 1))
-        if PHASE == 0:
-            tl.debug_barrier()  # all threads have stored before one says so
-            count = tl.atomic_add(arrived + n, 1, sem="acq_rel") + 1
-            while count < SLICES:
-                count = tl.atomic_add(arrived + n, 0, sem="acquire")
-            tl.debug_barrier()
-        if PHASE != 1:
-            s = tl.arange(0, MORE)
-            parts = sums + of + s[:, None] * (2 * G) + g[None, :]
-            there = (s < SLICES)[:, None] & (g >= 0)[None, :]
-            mean = tl.sum(tl.load(parts, mask=there, other=0.0, cache_modifier=".cg"), 0) / (P * (C // G))
-            spread = tl.sum(tl.load(parts + G, mask=there, other=0.0, cache_modifier=".cg"), 0)
-            spread = tl.maximum(spread / (P * (C // G)) - mean * mean, 0.0)
-            scale = tl.rsqrt(spread + eps)
-            scale = tl.reshape(tl.broadcast_to(scale[:, None], [G, C // G]), [C])
-            scale *= tl.load(weight + c).to(tl.float32)
-            start = tl.load(shift + c).to(tl.float32)
-            start -= tl.reshape(tl.broadcast_to(mean[:, None], [G, C // G]), [C]) * scale
-            for j in range(TILES):  # what was read last comes first
-                p = (k * TILES + (TILES - 1 - j)) * R + r
-                inside = (p < P) | EVEN
-                at = base + p[:, None] * C + c[None, :]
-                if KEEP:
-                    v = tl.load(kept + at, mask=inside[:, None], other=0.0).to(tl.float32)
-                else:
-                    v = _summed(
-                        a, b, frames, first, bias, n, p // W, p % W, inside,
-                        H, W, C, PARTS, FRAMES, DEPTH, PTX,
-                    )  # fmt: skip
-                if IN_PLACE:
-                    tl.debug_barrier()
-                v = v * scale[None, :] + start[None, :]
-                if SILU:
-                    v = _silu(v, PTX)
-                tl.store(out + at, v, mask=inside[:, None])
+            v = v * scale[None, :] + start[None, :]
+            if SILU:
+                v = _silu(v, PTX)
+            tl.store(out + at, v, mask=inside[:, None])
         n += tl.num_programs(0) // SLICES
 
 
 @triton.jit
-def _add(
-    a, b, frames, first, bias, out,
+def _write(
+    a, b, frames, first, bias, lines, out,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
-    R: tl.constexpr, PARTS: tl.constexpr, FRAMES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
+    R: tl.constexpr, PARTS: tl.constexpr, FRAMES: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
+    DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
+    """The sum, normalised by `lines` or as it is, with zeros from (H, W) to (HIGH, WIDE)."""
     tiles: tl.constexpr = (HIGH * WIDE + R - 1) // R
     n = tl.program_id(0) // tiles
     p = tl.program_id(0) % tiles * R + tl.arange(0, R)
     y, x = p // WIDE, p % WIDE
     inside = (y < H) & (x < W)
+    c = tl.arange(0, C)[None, :]
     v = _summed(a, b, frames, first, bias, n, y, x, inside, H, W, C, PARTS, FRAMES, DEPTH, PTX)
+    if NORM:
+        v = v * tl.load(lines + n * (2 * C) + c) + tl.load(lines + n * (2 * C) + C + c)
+        if SILU:
+            v = _silu(v, PTX)
     v = tl.where(inside[:, None], v, 0.0)
-    at = n.to(tl.int64) * (HIGH * WIDE * C) + p[:, None] * C + tl.arange(0, C)[None, :]
+    at = n.to(tl.int64) * (HIGH * WIDE * C) + p[:, None] * C + c
     tl.store(out + at, v, mask=(p < HIGH * WIDE)[:, None])
 
 
@@ -222,45 +268,64 @@ def normalise(
     silu: bool = True,
     keep: bool = False,
     in_place: bool = False,
-    tuning: Tuning,
+    tuning: Tuning | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """GroupNorm of x with weight and bias [C], and SiLU -> [N, H, W, C]; and x itself if it is to be kept.
 
     arrived: zeros [N], int32, for this call alone. in_place: into the memory of x's one part.
     """
     N, H, W, C = x.shape
+    tuning = tuning or tuning_of(x)
     tile = min(max(16, tuning.tile // C), max(16, triton.next_power_of_2(H * W)))
-    slices = triton.cdiv(H * W * C, max(tuning.slice, tile * C))
+    room = tuning.programs * _processors(x.like.device)
+    slices = triton.cdiv(H * W * C, max(min(tuning.slice, N * H * W * C // room), tile * C))
     tiles = triton.cdiv(H * W, slices * tile)
     slices = triton.cdiv(H * W, tiles * tile)
     kept = torch.empty(x.shape, dtype=x.like.dtype, device=x.like.device) if keep else None
     out = x.parts[0] if in_place else torch.empty(x.shape, dtype=x.like.dtype, device=x.like.device)
     sums = torch.empty(N, slices, 2, GROUPS, dtype=torch.float32, device=out.device)
-    at_once = tuning.at_once and (PTX or slices == 1)  # the interpreter's programs follow each other
-    room = max(1, tuning.programs * _processors(out.device) // slices)
-    for phase in (BOTH,) if at_once else (STATISTICS, APPLY):
-        _normalise[((min(N, room) if at_once else N) * slices,)](
-            *x.pointers(), weight, bias, out if kept is None else kept, out, sums, arrived, N, EPS,
-            H=H, W=W, C=C, G=GROUPS, R=tile, TILES=tiles, SLICES=slices, PARTS=len(x.parts),
-            FRAMES=x.frames is not None, KEEP=keep, SILU=silu, IN_PLACE=in_place, PHASE=phase,
-            DEPTH=DEPTH, PTX=PTX, num_warps=tuning.warps,
-            maxnreg=65536 // (32 * tuning.warps * tuning.programs) // 8 * 8,
-            launch_cooperative_grid=at_once,
+    of = (*x.pointers(), out if kept is None else kept, sums, arrived, weight, bias)
+    # a thread reads 8 numbers at once, so a block's threads have as many rows between them
+    span = tile if x.frames is not None else min(tile, tuning.warps * 256 // C)
+    shape = dict(
+        H=H, W=W, C=C, G=GROUPS, R=tile, TILES=tiles, SPAN=span, SLICES=slices, PARTS=len(x.parts),
+        FRAMES=x.frames is not None, KEEP=keep, STAGES=tuning.stages, DEPTH=DEPTH, PTX=PTX,
+        num_warps=tuning.warps, maxnreg=65536 // (32 * tuning.warps * tuning.programs) // 8 * 8,
+    )  # fmt: skip
+    if tuning.at_once and slices <= room and (PTX or slices == 1):  # the interpreter's programs don't wait
+        images = min(N, room // slices)
+        _normalise[(images * slices,)](
+            *of, out, N, EPS, SILU=silu, launch_cooperative_grid=slices > 1, **shape
         )  # fmt: skip
+    else:
+        lines = torch.empty(N, 2, C, dtype=torch.float32, device=out.device)
+        _statistics[(N * slices,)](*of, lines, EPS, **shape)
+        rest = x if kept is None else Sum(torch.zeros_like(x.bias), (kept,))
+        _write_to(out, rest, lines, silu)
     return out, kept
+
+
+def tuning_of(x: Sum) -> Tuning:
+    """What was fastest on an H100."""
+    return Tuning(tile=4096, at_once=False, stages=1) if x.frames is not None else Tuning()
 
 
 def add(x: Sum, padded: int = 0) -> Tensor:
     """x [N, H + padded, W + padded, C], zeros at the bottom and the right."""
     N, H, W, C = x.shape
-    high, wide = H + padded, W + padded
-    out = torch.empty(N, high, wide, C, dtype=x.like.dtype, device=x.like.device)
-    tile = max(16, 8192 // C)
-    _add[(N * triton.cdiv(high * wide, tile),)](
-        *x.pointers(), out, H=H, W=W, C=C, HIGH=high, WIDE=wide, R=tile, PARTS=len(x.parts),
-        FRAMES=x.frames is not None, DEPTH=DEPTH, PTX=PTX, num_warps=8,
-    )  # fmt: skip
+    out = torch.empty(N, H + padded, W + padded, C, dtype=x.like.dtype, device=x.like.device)
+    _write_to(out, x)
     return out
+
+
+def _write_to(out: Tensor, x: Sum, lines: Tensor | None = None, silu: bool = False) -> None:
+    (N, H, W, C), (_, high, wide, _) = x.shape, out.shape
+    tile = max(16, 8192 // C)
+    _write[(N * triton.cdiv(high * wide, tile),)](
+        *x.pointers(), x.bias if lines is None else lines, out, H=H, W=W, C=C, HIGH=high, WIDE=wide, R=tile,
+        PARTS=len(x.parts), FRAMES=x.frames is not None, NORM=lines is not None, SILU=silu, DEPTH=DEPTH,
+        PTX=PTX, num_warps=8,
+    )  # fmt: skip
 
 
 def nhwc(x: Tensor) -> Tensor:
