@@ -106,7 +106,9 @@ def test_products_and_gradients(te, monkeypatch, cached: bool, remade: bool) -> 
     assert one.made[2].amax > 0 and one.made[2].seen == 0  # written by the derivative, not by a pass
 
 
-def test_without_gradient_one_direction_is_made(te) -> None:
+@pytest.mark.parametrize("epilogue", [False, True])
+def test_without_gradient_one_direction_is_made(te, monkeypatch, epilogue: bool) -> None:
+    monkeypatch.setattr(fp8_mlp, "_state", {"on": True, "epilogue": epilogue})
     one, two = Linear(16, 48), Linear(48, 16)
     for linear in (one, two):
         linear.disable_parameter_transpose_cache = True  # a pass to be recorded
@@ -114,8 +116,11 @@ def test_without_gradient_one_direction_is_made(te) -> None:
     with torch.no_grad():
         for _ in range(2):
             y, _ = fp8_mlp.mlp(SimpleNamespace(linear_fc1=one, linear_fc2=two, config=None), x)
-    torch.testing.assert_close(y, F.linear(F.gelu(F.linear(x, one.weight, one.bias)), two.weight))
+    wanted = F.linear(F.gelu(F.linear(x, one.weight, one.bias)), two.weight)
+    torch.testing.assert_close(y, wanted, rtol=0, atol=5e-3 if epilogue else 1e-4)
+    assert torch.allclose(y, wanted, rtol=0, atol=1e-5) != epilogue  # its GELU is another
     assert not (one.made[0].both or two.made[1].both) and two.made[1].seen == 2 and not two._fp8_workspaces
+    assert two.made[0].seen == 2 * epilogue and two.made[0].amax > 0
 
 
 def test_what_goes_this_way(monkeypatch) -> None:
