@@ -20,10 +20,12 @@ from collections.abc import Callable
 import common  # noqa: F401  (puts the clone on the path)
 import replay
 import torch
+from arguments import least
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nextvid_mcore import recipes
+from nextvid_mcore import cli, recipes
+from nextvid_mcore.config import ConfigError
 from nextvid_mcore.models import kernels
 from nextvid_mcore.models.attention import AttentionPattern, Frames, regular_pattern
 from nextvid_mcore.training.graphs import own_stream
@@ -162,10 +164,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--recipe", default="vit_g", choices=recipes.names())
-    parser.add_argument("--frames", type=int, nargs="+", default=[16])
-    parser.add_argument("--micro-batch", type=int, nargs="+", default=[16], help="one a number of frames")
-    parser.add_argument("--tau", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--frames", type=least(1), nargs="+", default=[16])
+    parser.add_argument(
+        "--micro-batch", type=least(1), nargs="+", default=[16], help="one a number of frames"
+    )
+    parser.add_argument("--tau", type=least(1), default=1)
+    parser.add_argument("--repeats", type=least(1), default=10)
     parser.add_argument("--only", nargs="+", help="patterns to measure")
     parser.add_argument("--kernels", nargs="+", help="kernels to measure")
     parser.add_argument("--searched", action="store_true", help="FlexAttention's tiles searched: 30 s a line")
@@ -173,6 +177,13 @@ def main() -> None:
         "--limit", type=float, default=float("inf"), help="seconds after which no line begins"
     )
     args = parser.parse_args()
+    if len(args.frames) != len(args.micro_batch):
+        parser.error(f"--frames {args.frames} --micro-batch {args.micro_batch}: give as many of both")
+    try:
+        for frames in args.frames:
+            recipes.get(args.recipe).model.token_frames(frames)
+    except ConfigError as error:
+        cli.fail(error)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         own_stream()

