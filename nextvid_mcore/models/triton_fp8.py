@@ -187,6 +187,36 @@ def _norm_both(x, y, bias, weight, shift, total, mean, rstd, scale, amax, invers
 
 
 @triton.jit
+def _norm_whole(x, y, bias, weight, shift, total, mean, rstd, scale, amax, inverse, rows_out, columns_out,
+                rows, eps, D: tl.constexpr, LIMIT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+                BR: tl.constexpr):  # fmt: skip
+    """Whole rows in registers."""
+    c = tl.arange(0, BLOCK)
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    by = tl.load(scale)
+    if tl.program_id(0) == 0:
+        tl.store(inverse, 1.0 / by)
+    inside = (r < rows)[:, None] & (c < D)[None, :]
+    at = r.to(tl.int64)[:, None] * D + c[None, :]
+    a = tl.load(x + at, mask=inside, other=0.0)
+    if ADD:
+        a = a.to(tl.float32) + tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        a += tl.load(bias + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+        a = a.to(total.dtype.element_ty)
+        tl.store(total + at, a, mask=inside)
+    a = a.to(tl.float32)
+    m = tl.sum(a, 1) / D
+    a = tl.where(inside, a - m[:, None], 0.0)
+    s = 1.0 / tl.sqrt(tl.sum(a * a, 1) / D + eps)
+    tl.store(mean + r, m, mask=r < rows)
+    tl.store(rstd + r, s, mask=r < rows)
+    a = a * s[:, None] * tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+    a = tl.where(inside, a + tl.load(shift + c, mask=c < D, other=0.0).to(tl.float32)[None, :], 0.0)
+    tell(tl.max(tl.abs(a)), amax)
+    _put(a, by, rows_out, columns_out, r, c, inside, rows, D, LIMIT, True)
+
+
+@triton.jit
 def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns_out, sums, tokens,
                    A: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, LIMIT: tl.constexpr,
                    HEADS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):  # fmt: skip
@@ -229,7 +259,7 @@ def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns
 TILE = {"BR": 128, "BC": 64, "num_warps": 8}  # with both directions: 128 bytes in a row of columns
 FLAT = {"BR": 8, "BC": 512, "num_warps": 8}  # without columns
 ROW = {"BR": 1, "num_warps": 1}  # a warp a row: its sums need no barrier
-BOTH = {"BR": 32, "BC": 64, "num_warps": 4}  # a norm in both directions: 32 bytes in a row of columns
+BOTH = {"BR": 8, "num_warps": 8}  # a norm in both directions: a warp a row, 8 bytes in a row of columns
 TURN = {"BT": 64, "HEADS": 8, "num_warps": 8, "maxnreg": 128}  # two programs a multiprocessor
 
 
@@ -320,9 +350,12 @@ def norm_both(
     out, (rows, width) = _empty(x, dtype, True), x.shape
     total = x if y is None else torch.empty_like(x)
     mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device)
-    _norm_both[(triton.cdiv(rows, BOTH["BR"]),)](
+    kernel, block = _norm_both, {}
+    if "BC" not in BOTH:
+        kernel, block = _norm_whole, {"BLOCK": triton.next_power_of_2(width)}
+    kernel[(triton.cdiv(rows, BOTH["BR"]),)](
         x, y, bias, weight, shift, total, mean, rstd, scale, amax, out.inverse, out.rows, out.columns, rows,
-        eps, D=width, LIMIT=torch.finfo(dtype).max, ADD=y is not None, **BOTH,
+        eps, D=width, LIMIT=torch.finfo(dtype).max, ADD=y is not None, **block, **BOTH,
     )  # fmt: skip
     return total, out, mean, rstd
 

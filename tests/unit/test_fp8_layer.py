@@ -34,10 +34,11 @@ def same(found, wanted) -> None:
 @interpreted
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize(("rows", "width"), [(40, 48), (33, 24), (5, 100)])
-def test_norm_in_both_directions(monkeypatch, dtype: torch.dtype, rows: int, width: int) -> None:
+@pytest.mark.parametrize("tile", [{"BR": 16, "BC": 32}, {"BR": 8}], ids=str)
+def test_norm_in_both_directions(monkeypatch, dtype: torch.dtype, rows: int, width: int, tile: dict) -> None:
     from nextvid_mcore.models import triton_fp8 as t
 
-    monkeypatch.setattr(t, "BOTH", {"BR": 16, "BC": 32})
+    monkeypatch.setattr(t, "BOTH", tile)
     x, y = torch.randn(2, rows, width) + 30  # far from zero: differences of large sums would show
     bias, weight, shift = torch.randn(3, width)
     for added in ((None, None), (y, bias)):
