@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,8 @@ from nextvid_mcore.training.beside import Beside
 
 if TYPE_CHECKING:
     from nextvid_mcore.training.engine import Engine, Watch
+
+log = logging.getLogger(__name__)
 
 WARM = 2  # eager passes of a shape before it is recorded: they compile, and reserve workspaces
 
@@ -114,6 +117,8 @@ class Graphs:
         apart = engine.seats.placement.reference_apart
         self.beside = Beside(self.model.reference, self.device) if apart else None
         self._recorded: dict[tuple, Recorded] = {}
+        self._seen: set[tuple] = set()
+        self._said = False
         fp8.cache_weights(self.model.children(), False)
 
     def run(
@@ -132,6 +137,7 @@ class Graphs:
         inputs = self._inputs(clip, batch, share, latents)
         key = (*inputs.video.shape, tau_samples, count)
         if key not in self._recorded:
+            self._say_again(key)
             self.clear()  # another stage's graph keeps all its activations
         here = self._recorded.setdefault(key, Recorded())
         if here.graph is None and here.passes < WARM:
@@ -146,6 +152,18 @@ class Graphs:
             seen = tuple(x.clone() for x in here.terms.moments)  # the next replay writes others there
             terms = dataclasses.replace(here.terms, moments=seen)
         watch(terms, share)
+
+    def _say_again(self, key: tuple) -> None:
+        """Once, that shapes take turns: each is forgotten before it is recorded, or soon after."""
+        if key in self._seen and not self._said:
+            self._said = True
+            log.warning(
+                "rank %d: micro-batches of several shapes take turns (video %s now), so that few passes are "
+                "recorded and most are eager, and slower; give every step of a stage the same shape",
+                torch.distributed.get_rank(),
+                " x ".join(map(str, key[:5])),
+            )
+        self._seen.add(key)
 
     def give_up(self) -> None:
         """Clear, for passes that are eager from now on."""

@@ -66,6 +66,29 @@ def test_recorded_pass_of_several_ranks_equals_the_engine(layout: str) -> None:
         same(recorded, engine)
 
 
+def taking_turns(config: RunConfig) -> list[list[str]]:
+    """Warnings up to each of some steps, whose micro-batches have one clip, two, one, ..."""
+    step, point = parity.built(config), parity.schedule(config).at(0)
+    step.engine.graphs = graphs.Graphs(step.engine)
+    warnings, found = [], []
+    with (
+        mock.patch.object(graphs, "WARM", parity.BATCH * 8),
+        mock.patch.object(graphs.log, "warning", lambda text, *args: warnings.append(text % args)),
+        graphs.recordable(),
+    ):
+        for micro in (1, 1, 2, 2, 1, 2):
+            step.gradients(point, parity.clips(config, point, 0, 1, micro))
+            found.append(list(warnings))
+    return found
+
+
+def test_shapes_that_take_turns_are_said_once() -> None:
+    """A stage's change is none: its shapes don't come again."""
+    *one_change, again, last = shared(1).run(taking_turns, parity.small())[0]
+    assert one_change == [[]] * 4
+    assert again == last and len(again) == 1 and "(video 1 x 3 x " in again[0]
+
+
 def beside_pass(config: RunConfig) -> tuple[list, bool, set[str]]:
     """Gradients of the engine and of the recorded pass, whether that ran the reference beside the student,
     and the names of groups that were in use while it ran."""
