@@ -2,9 +2,9 @@
 
 Rows are the tokens of a micro-batch on a rank, columns the widths of a rank's share. cuBLAS wants
 multiples of 16 (MXFP8: of 32) on both, because the weight gradient sums over the rows. `blockwise` wants no
-more: Transformer Engine pads the last block of 128 (2.20, `Float8BlockQuantizer.get_scale_shape`), and networks
-64 wide ran (tests/gpu/test_fp8.py). Where a rank's share of tokens or width is no multiple of 128, sequence
-parallelism gathers its activations in bf16 and quantises them then, with a warning of Transformer Engine's.
+more: Transformer Engine 2.20 pads the last block of 128 (`Float8BlockQuantizer.get_scale_shape`), and
+networks 64 wide ran (tests/gpu/test_fp8.py). Where a rank's share of tokens or width is no multiple of 128,
+sequence parallelism gathers its activations in bf16 and quantises them then; Transformer Engine warns of it.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from nextvid_mcore.config import RunConfig
+from nextvid_mcore.config import ConfigError, RunConfig
 from nextvid_mcore.data.guard import BadShareGuard, DataError
 from nextvid_mcore.data.loader import ClipBatch, build_dataset, build_loader
 from nextvid_mcore.data.sampler import rank_batches
@@ -243,7 +243,7 @@ class Trainer:
             data = feed.next(point, self.signal)
             if data.signal:
                 return self._interrupted(data.signal)
-            result = self.train_step.run(point, data.batches)
+            result = self._step(point, data)
             self.step += 1
             self.profiler.end(self.step)
             if self.inventory is not None:
@@ -263,6 +263,16 @@ class Trainer:
         self._wait_for_save()
         self._finish()
         return 0
+
+    def _step(self, point: StagePoint, data: StepData) -> StepResult:
+        try:
+            return self.train_step.run(point, data.batches)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"step {self.step + 1}, stage {point.stage.name}: the GPU's memory is full with "
+                f"micro-batches of {point.micro_batch}; lower --stages.{point.stage_index}.micro-batch (for all stages "
+                f"--train.micro-batch), or try --parallel.recompute pieces ({str(error).partition('. ')[0]})"
+            ) from error
 
     def _row(self, point: StagePoint, data: StepData, result: StepResult, seconds: float) -> dict[str, Any]:
         """One line of metrics.jsonl. `skipped` counts the steps skipped in a row up to this one."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -85,6 +86,29 @@ def pretrain_with_signals(data: Path, out: Path) -> list[int]:
         return pretrain([words(data, out)] * 3)
     finally:
         TrainStep.run = take
+
+
+def full_memory(data: Path, out: Path) -> tuple[int, str]:
+    """The exit code and the sentence of a run whose second stage does not fit."""
+    import torch
+
+    from nextvid_mcore import cli
+    from nextvid_mcore.training.step import TrainStep
+
+    take, said = TrainStep.run, []
+
+    def step(self, point, clips):
+        if point.stage_index == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        return take(self, point, clips)
+
+    def fail(error, code=cli.EXIT_CONFIG, everywhere=False):
+        said.append(str(error))
+        raise SystemExit(code)
+
+    with mock.patch.object(TrainStep, "run", step), mock.patch.object(cli, "fail", fail):
+        (code,) = pretrain([words(data, out)])
+    return code, said[0]
 
 
 def rows(path: Path) -> list[dict]:
@@ -169,6 +193,15 @@ def test_a_signal_to_one_rank_saves_and_ends_all(data: Path, tmp_path: Path):
     assert saved == ["step_00000003", "step_00000004", "step_00000006"]
     assert shared(2).run(pretrain, [words(data, tmp_path / "unbroken")], timeout=300) == [[0]] * 2
     same_run(tmp_path / "unbroken", tmp_path / "signalled")
+
+
+def test_full_memory_ends_with_the_setting_to_lower(data: Path, tmp_path: Path):
+    code, said = shared(1).run(full_memory, data, tmp_path / "full", timeout=120)[0]
+    assert code == 2 and len(read(tmp_path / "full" / "metrics.jsonl")) == 2
+    assert said.startswith(
+        "step 3, stage stable1: the GPU's memory is full with micro-batches of 1; lower"
+    )
+    assert "--stages.1.micro-batch" in said and said.endswith("(CUDA out of memory)")
 
 
 def test_how_runs_end(data: Path, whole: Path, tmp_path: Path):
