@@ -15,10 +15,11 @@ collectives run beside the other's matrix products. Two streams may share nothin
 
 Eager passes (graphs.WARM) take the same way, but wait at once: they make what is made on first use.
 
-Two communicators at a time, in no common order, are what NCCL's guide warns of: a kernel that waits for its
-other ranks must not keep these from running. Here at most two are open on a GPU, one a stream, each of at
-most 32 blocks of its 132 processors' (NCCL's most on one host), and everything else that runs ends by itself;
-so whichever comes first, the other finds room.
+Two communicators at a time in no common order are what NCCL and torch warn of: a kernel that waits for
+another rank's must not keep that one's counterpart from starting. (NCCL_LAUNCH_ORDER_IMPLICIT would make an
+order, and put the student's first collective behind the reference's last.) Here at most two are under way,
+one a stream; each takes 64 blocks at most, NCCL's limit, of an H100's 132 processors, and all else that runs
+ends by itself: so whichever comes first, the other finds room. A hang would be ended by the watchdog.
 """
 
 from __future__ import annotations
