@@ -139,19 +139,19 @@ def test_the_reference_beside_equals_in_line() -> None:
     """Its collectives go through communicators of its own, at the same time as the student's."""
     if GPUS < 2:
         pytest.skip(f"needs 2 GPUs, {GPUS} are here")
-    beside = {"graphs": "on", "reference_stream": "own"}
+    kinds = {
+        "tp2-sp": {"compile": True, "graphs": "on"},
+        "tp2-generator-dp2": {"sequence": True, "graphs": "on"},
+    }
     cases = {
-        "compiled": low("tp2-sp", "te", compile=True, **beside),
-        "compiled in line": low("tp2-sp", "te", compile=True, graphs="on"),
-        "generator-dp2": low("tp2-generator-dp2", "te", sequence=True, **beside),
+        f"{name} {stream}": low(name, "te", reference_stream=stream, **changes)
+        for name, changes in kinds.items()
+        for stream in ("shared", "own")
     }
     found = shared(2).run(every, cases, timeout=PATIENCE)
-    near([each["compiled in line"] for each in found], [each["compiled"] for each in found], gradients=1e-3)
-    near(
-        [each["tp2-generator-dp2 on"] for each in recorded_runs()],
-        [each["generator-dp2"] for each in found],
-        gradients=1e-3,
-    )
+    for name in kinds:
+        line, beside = ([each[f"{name} {stream}"] for each in found] for stream in ("shared", "own"))
+        near(line, beside, gradients=1e-3)
 
 
 @functools.cache
