@@ -27,7 +27,15 @@ TILES = [(128, 64, 8), (64, 128, 8), (64, 64, 4), (128, 64, 4), (128, 32, 4), (2
 ROWS = [(1, 1), (1, 2), (2, 2), (2, 4), (4, 4)]
 PARTS = ("norms", "mlps", "both", "turn", "product")
 BOTHS = [(8, 0, 8), (16, 0, 16), (8, 0, 4), (4, 0, 4), (16, 0, 8), (32, 64, 4), (32, 128, 8), (16, 128, 8)]
-TURNS = [(64, 8, 8), (64, 22, 8), (64, 4, 8), (32, 8, 4), (128, 8, 8)]
+TURNS = [
+    (64, 8, False, 8, 128),
+    (32, 8, False, 8, 0),
+    (32, 22, False, 8, 0),
+    (64, 22, False, 8, 128),
+    (64, 8, False, 16, 64),
+    (64, 8, True, 8, 128),
+    (32, 8, True, 8, 0),
+]
 FLATS = [(8, 512, 8), (4, 512, 4), (4, 1024, 8), (16, 256, 8), (2, 1024, 4)]
 
 
@@ -119,11 +127,11 @@ def rotation(tokens: int, heads: int = 22, width: int = 64) -> None:
         4 * grads.numel(),
     )
     show("quantise it, both directions", lambda: low(packed.view(tokens, -1)), 4 * grads.numel())
-    for bt, at_once, warps in TURNS:
-        triton_fp8.TURN = {"BT": bt, "HEADS": at_once, "num_warps": warps}
-        triton_fp8.TURN |= {"maxnreg": 65536 // (32 * warps * 2)} if warps == 8 else {}
+    for bt, at_once, by_product, warps, registers in TURNS:
+        triton_fp8.TURN = {"BT": bt, "HEADS": at_once, "PRODUCT": by_product, "num_warps": warps}
+        triton_fp8.TURN |= {"maxnreg": registers} if registers else {}
         show(
-            f"rotation back to FP8, {bt} tokens, {at_once} heads, {warps} warps",
+            f"rotation back to FP8, {bt} tokens, {at_once} heads, {warps} warps, product {by_product}",
             lambda: triton_fp8.turn_backward(list(grads), cos, sin, low.scale, low.amax, torch.float8_e5m2),
             4 * grads.numel(),
         )

@@ -17,7 +17,7 @@ INPUT, WEIGHT, GRADIENT = 0, 1, 5  # of the six quantisers of Transformer Engine
 
 def opened(linear: Any, x: Tensor, trained: bool) -> tuple:
     """The linear's quantisers, made and entered in the roll as its own forward pass with `x` does."""
-    linear.prepare_forward(x)
+    linear.prepare_forward(x, allow_non_contiguous=True)  # which it would copy
     quantizers = linear._get_quantizers(False, False, trained)
     linear.end_forward()
     return quantizers

@@ -219,7 +219,8 @@ def _norm_whole(x, y, bias, weight, shift, total, mean, rstd, scale, amax, inver
 @triton.jit
 def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns_out, sums, tokens,
                    A: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, LIMIT: tl.constexpr,
-                   HEADS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):  # fmt: skip
+                   HEADS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+                   PRODUCT: tl.constexpr):  # fmt: skip
     """HEADS heads of BT tokens of queries, keys or values: as triton_pieces._turn goes back, not rounded."""
     W: tl.constexpr = A * 3 * D
     shares: tl.constexpr = (A + HEADS - 1) // HEADS
@@ -230,24 +231,32 @@ def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns
     x = tl.where(kind == 0, dq, tl.where(kind == 1, dk, dv))
     t, d = part * BT + tl.arange(0, BT), tl.arange(0, BD)
     low = d < HALF
-    partner = tl.where(low, d + HALF, d - HALF)
-    # Triton's interpreter multiplies the bits of bf16 as if they were integers
-    swap = (d[:, None] == partner[None, :]).to(dq.dtype.element_ty if GPU else tl.float32)
+    partner = tl.where(low, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
     inside = (t < tokens)[:, None] & (d < D)[None, :]
     turns = (d < 2 * HALF) & (kind < 2)
     angle = t.to(tl.int64)[:, None] * HALF + tl.where(low, d, d - HALF)[None, :]
     c = tl.load(cos + angle, mask=inside & turns[None, :], other=1.0)
     s = tl.load(sin + angle, mask=inside & turns[None, :], other=0.0)
     s = tl.where(low[None, :], s, -s)
+    if PRODUCT:  # Triton's interpreter multiplies the bits of bf16 as if they were integers
+        swap = (d[:, None] == partner[None, :]).to(dq.dtype.element_ty if GPU else tl.float32)
     most = tl.zeros([BT, BD], tl.float32)
     head = tl.program_id(0) // 3 % shares * HEADS
-    at = t.to(tl.int64)[:, None] * (A * D) + d[None, :]
-    ahead = tl.load(x + at + head * D, mask=inside, other=0.0)
+    at = x + t.to(tl.int64)[:, None] * (A * D)
+    ahead = tl.load(at + head * D + d[None, :], mask=inside, other=0.0)
+    if not PRODUCT:
+        other = tl.load(at + head * D + partner[None, :], mask=inside, other=0.0)
     stop = tl.minimum(head + HEADS, A)
     while head < stop:
         y = ahead
-        ahead = tl.load(x + at + (head + 1) * D, mask=inside & (head + 1 < stop), other=0.0)
-        y = y.to(tl.float32) * c + tl.dot(y.to(swap.dtype), swap, input_precision="ieee") * s
+        there = inside & (head + 1 < stop)
+        ahead = tl.load(at + (head + 1) * D + d[None, :], mask=there, other=0.0)
+        if PRODUCT:
+            z = tl.dot(y.to(swap.dtype), swap, input_precision="ieee")
+        else:
+            z = other.to(tl.float32)
+            other = tl.load(at + (head + 1) * D + partner[None, :], mask=there, other=0.0)
+        y = y.to(tl.float32) * c + z * s
         to = (head * 3 + kind) * D + d
         tl.store(sums + part.to(tl.int64) * W + to, tl.sum(y, 0), mask=d < D)
         _put(y, by, rows_out, columns_out, t, to, inside, tokens, W, LIMIT, True)
@@ -260,7 +269,13 @@ TILE = {"BR": 128, "BC": 64, "num_warps": 8}  # with both directions: 128 bytes 
 FLAT = {"BR": 8, "BC": 512, "num_warps": 8}  # without columns
 ROW = {"BR": 1, "num_warps": 1}  # a warp a row: its sums need no barrier
 BOTH = {"BR": 8, "num_warps": 8}  # a norm in both directions: a warp a row, 8 bytes in a row of columns
-TURN = {"BT": 64, "HEADS": 8, "num_warps": 8, "maxnreg": 128}  # two programs a multiprocessor
+TURN = {"BT": 32, "HEADS": 8, "PRODUCT": False, "num_warps": 8}
+    "BT": 64,
+    "HEADS": 8,
+    "PRODUCT": False,
+    "num_warps": 8,
+    "maxnreg": 128,
+}  # two programs a multiprocessor
 
 
 def gelu(

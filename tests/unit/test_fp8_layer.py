@@ -59,11 +59,12 @@ def test_norm_in_both_directions(monkeypatch, dtype: torch.dtype, rows: int, wid
 @interpreted
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize(("tokens", "heads", "width"), [(21, 3, 16), (40, 9, 24), (16, 2, 6)])
-def test_rotation_back_in_both_directions(monkeypatch, dtype, tokens: int, heads: int, width: int) -> None:
+@pytest.mark.parametrize("product", [True, False])
+def test_rotation_back(monkeypatch, dtype, tokens: int, heads: int, width: int, product: bool) -> None:
     from nextvid_mcore.models import triton_fp8 as t
     from nextvid_mcore.models import triton_pieces
 
-    monkeypatch.setattr(t, "TURN", {"BT": 16, "HEADS": 4})
+    monkeypatch.setattr(t, "TURN", {"BT": 16, "HEADS": 4, "PRODUCT": product})
     grads = torch.randn(3, tokens, heads, width)
     positions = rope.token_positions(torch.arange(tokens) * 3, 4, 4)
     cos, sin = rope.turns(rope.angles(positions, width))
