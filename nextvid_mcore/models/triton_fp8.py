@@ -270,12 +270,6 @@ FLAT = {"BR": 8, "BC": 512, "num_warps": 8}  # without columns
 ROW = {"BR": 1, "num_warps": 1}  # a warp a row: its sums need no barrier
 BOTH = {"BR": 8, "num_warps": 8}  # a norm in both directions: a warp a row, 8 bytes in a row of columns
 TURN = {"BT": 32, "HEADS": 8, "PRODUCT": False, "num_warps": 8}
-    "BT": 64,
-    "HEADS": 8,
-    "PRODUCT": False,
-    "num_warps": 8,
-    "maxnreg": 128,
-}  # two programs a multiprocessor
 
 
 def gelu(
