@@ -20,6 +20,7 @@ from collections.abc import Callable
 import common  # noqa: F401  (puts the clone on the path)
 import replay
 import torch
+import torch.nn.functional as F
 from arguments import least
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,15 +31,11 @@ from nextvid_mcore.models import kernels
 from nextvid_mcore.models.attention import AttentionPattern, Frames, regular_pattern
 from nextvid_mcore.training.graphs import own_stream
 
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
-
-def with_backend(function: Callable, backend: str) -> Callable:
-    def call(*args: object) -> Tensor:
-        with sdpa_kernel(BACKENDS[backend]):
-            return function(*args)
-
-    return call
+def by_cudnn(q: Tensor, k: Tensor, v: Tensor, pattern: None) -> Tensor:
+    """Not for training: models/sdpa.py says why."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def flex_of(block: int) -> Callable:
@@ -63,9 +60,9 @@ def kernels_of(case: tuple, searched: bool) -> dict[str, Callable]:
     if not torch.cuda.is_available():
         return {"sdpa": kernels.plain} if pattern is None else {"masked": kernels.masked}
     if pattern is None:
-        return {x: with_backend(kernels.plain, x) for x in BACKENDS}
+        return {"sdpa": kernels.plain, "cudnn": by_cudnn}
     tried = {"stairs": kernels.stairs} if pattern.stairs else {}
-    tried |= {"flex": kernels.flex, "masked cudnn": with_backend(kernels.masked, "cudnn")}
+    tried |= {"flex": kernels.flex, "masked": kernels.masked}
     if searched:
         tried |= {"flex 128 searched": flex_of(128), "flex 64 searched": flex_of(64)}
     return tried

@@ -11,7 +11,8 @@
             computed. CUDA, half precision, patterns that hold for every row.
     padded  the stretches of packed masks in one call, padded to the longest (models/padded.py).
     plain   scaled_dot_product_attention without a mask, where every query sees every key.
-    cudnn   the same by cuDNN: on Hopper, for rows of whole tiles.
+
+torch's own attention is called by models/sdpa.py, without cuDNN.
 
 benchmarks/attention.py and prefix.py compare them; benchmarks/RESULTS.md says what else was tried.
 """
@@ -20,17 +21,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from nextvid_mcore.models import fused, padded
+from nextvid_mcore.models import fused, padded, sdpa
 
 if TYPE_CHECKING:
     from nextvid_mcore.models.attention import AttentionPattern, Stretch
@@ -60,31 +58,11 @@ GLUON = "3.6."  # the Triton whose Gluon models/gluon_prefix.py was tried with: 
 STAIRS_SHORTEST = 4096  # queries from which on a pattern with stairs gets `stairs`
 STAIRS_HEADS = (32, 64)
 SPAN = 1 << 16  # frame numbers lie below it
-# cuDNN computes tiles of 64 tokens, heads of 32 at least. Rows that are no whole tiles (16 tokens, heads of
-# 8) are the suspect of an illegal access in a recorded pass on two H200, and gain nothing from it.
-CUDNN_TOKENS, CUDNN_HEADS = 64, (32, 64, 128)
-CUDNN_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, pattern: None = None) -> Tensor:
     """Every query of a row sees every key of it; all [rows, A, s, d]."""
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def cudnn(q: Tensor, k: Tensor, v: Tensor, pattern: None = None) -> Tensor:
-    """The same by cuDNN where it takes these heads, else by what torch would choose."""
-    with cudnn_first():
-        return plain(q, k, v)
-
-
-def cudnn_first() -> AbstractContextManager[None]:
-    """Inside, torch chooses cuDNN's kernel wherever it takes the heads."""
-    return sdpa_kernel(CUDNN_FIRST, set_priority=True)
+    return sdpa.attend(q, k, v)
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
@@ -93,9 +71,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor
     for x in pattern.stretches:
         keys = slice(x.k_start, x.k_stop)
         queries = q[:, :, x.q_start : x.q_stop]
-        parts.append(
-            F.scaled_dot_product_attention(queries, k[:, :, keys], v[:, :, keys], attn_mask=x.allowed)
-        )
+        parts.append(sdpa.attend(queries, k[:, :, keys], v[:, :, keys], x.allowed))
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
@@ -190,10 +166,9 @@ def _stairs_fit(q: Tensor, pattern: AttentionPattern) -> bool:
 
 def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]:
     """The kernel for queries [rows, A, s, d]."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
     if pattern is None:
-        whole = q.shape[2] % CUDNN_TOKENS == 0 and q.shape[-1] in CUDNN_HEADS
-        return cudnn if half and whole and fused.compiles(q) and _hopper(q.device) else plain
+        return plain
+    half = q.dtype in (torch.bfloat16, torch.float16)
     if pattern.padded is not None:
         return padded.attend
     if half and fused.compiles(q) and _prefix_fits(q, pattern):

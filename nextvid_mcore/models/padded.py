@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from nextvid_mcore.models import sdpa
 
 if TYPE_CHECKING:
     from nextvid_mcore.models.attention import AttentionPattern
@@ -81,5 +82,5 @@ class Padded:
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     """The same as `kernels.masked`, of a pattern that has `padded`."""
     laid = pattern.padded
-    out = F.scaled_dot_product_attention(*laid.rows(q, k, v), attn_mask=laid.bias(q.dtype))
+    out = sdpa.attend(*laid.rows(q, k, v), laid.bias(q.dtype))
     return laid.queries.unpad(out)

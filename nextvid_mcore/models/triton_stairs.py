@@ -60,7 +60,7 @@ def _seeing(
 
 @triton.jit
 def _place(tile, BM: tl.constexpr, BN: tl.constexpr, KEYS: tl.constexpr, STRETCHES: tl.constexpr):
-    """Of a tile of queries or of KEYS: where its stretch's queries and keys begin, how many there are, and how
+    """Of a tile of queries or KEYS: where its stretch's queries and keys begin, how many there are, and how
     many in a frame; the tile's first token, and `_seen` or `_seeing` of it.
 
     One stretch's tiles come before the next one's, and those that see most, or are seen by most, first.

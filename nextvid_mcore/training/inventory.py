@@ -6,7 +6,6 @@ shapes, the mask and the device, so it is asked at each kind of layer's first fo
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
 
-from nextvid_mcore.models import kernels, padded
+from nextvid_mcore.models import kernels, padded, sdpa
 
 COLUMNS = ("module", "parameters", "precision", "backend", "attention", "kernel")
 
@@ -39,7 +38,7 @@ def _sdpa_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pa
         mask = first.allowed
         q = q[:, :, first.q_start : first.q_stop]
         k, v = (x[:, :, first.k_start : first.k_stop] for x in (k, v))
-    with kernels.cudnn_first() if kernel is kernels.cudnn else contextlib.nullcontext():
+    with sdpa.allowed(q.device):
         choice = SDPBackend(torch._fused_sdp_choice(q, k, v, attn_mask=mask)).name
     shape = f"{q.shape[2]} x {k.shape[2]} tokens, {q.shape[1]} heads of {q.shape[3]}"
     return (

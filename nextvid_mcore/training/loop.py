@@ -270,8 +270,9 @@ class Trainer:
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"step {self.step + 1}, stage {point.stage.name}: the GPU's memory is full with "
-                f"micro-batches of {point.micro_batch}; lower --stages.{point.stage_index}.micro-batch (for all stages "
-                f"--train.micro-batch), or try --parallel.recompute pieces ({str(error).partition('. ')[0]})"
+                f"micro-batches of {point.micro_batch}; lower --stages.{point.stage_index}.micro-batch (for "
+                "all stages --train.micro-batch), or try --parallel.recompute pieces "
+                f"({str(error).partition('. ')[0]})"
             ) from error
 
     def _row(self, point: StagePoint, data: StepData, result: StepResult, seconds: float) -> dict[str, Any]:

@@ -198,9 +198,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(data: Path, tmp_path: Path):
 def test_full_memory_ends_with_the_setting_to_lower(data: Path, tmp_path: Path):
     code, said = shared(1).run(full_memory, data, tmp_path / "full", timeout=120)[0]
     assert code == 2 and len(read(tmp_path / "full" / "metrics.jsonl")) == 2
-    assert said.startswith(
-        "step 3, stage stable1: the GPU's memory is full with micro-batches of 1; lower"
-    )
+    assert said.startswith("step 3, stage stable1: the GPU's memory is full with micro-batches of 1; lower")
     assert "--stages.1.micro-batch" in said and said.endswith("(CUDA out of memory)")
 
 

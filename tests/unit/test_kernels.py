@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import create_mask
 
 from nextvid_mcore.models import fused, kernels, padded
@@ -89,11 +93,7 @@ def test_hopper_has_its_own_choices(monkeypatch) -> None:
     monkeypatch.setattr(fused, "compiles", lambda x: True)
     kernels.tiles.cache_clear()
     half = torch.randn(2, 3, 128, 32, dtype=torch.bfloat16)
-    assert kernels.choose(half, None) is kernels.cudnn
-    assert kernels.choose(half[:, :, :16], None) is kernels.plain  # no whole tile of tokens
-    assert kernels.choose(half[..., :8], None) is kernels.plain  # no head of cuDNN's
-    torch.testing.assert_close(kernels.cudnn(half, half, half), kernels.plain(half, half, half))
-    assert kernels.choose(half.float(), None) is kernels.plain
+    assert kernels.choose(half, None) is kernels.plain
     assert kernels.flex_blocks(regular_pattern(VISIBLE, VISIBLE, "causal", CPU).stretches).BLOCK_SIZE == (
         64,
         64,
@@ -204,3 +204,18 @@ def test_attention_up_stairs_is_the_masked_one(scalars: None, queries, keys, rul
     found.backward(grad)
     for a, b in ((wanted, found), *((x.grad, y.grad) for x, y in zip(exact, single, strict=True))):
         assert (a - b).norm() < 1e-6 * a.norm()
+
+
+def test_torch_never_takes_cudnn_for_what_is_trained(monkeypatch) -> None:
+    """Every call of torch's attention goes through models/sdpa.py, which rules cuDNN out on CUDA devices."""
+    from nextvid_mcore.models import sdpa
+
+    asked = []
+    monkeypatch.setattr(
+        sdpa, "sdpa_kernel", lambda kernels: asked.append(kernels) or contextlib.nullcontext()
+    )
+    with sdpa.allowed(torch.device("cuda")):
+        assert asked == [[SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]]
+    models = Path(sdpa.__file__).parent
+    callers = [x.name for x in models.glob("*.py") if "scaled_dot_product_attention(" in x.read_text()]
+    assert callers == ["sdpa.py"]
