@@ -18,7 +18,7 @@ from nextvid_mcore.training import graphs
 from nextvid_mcore.training import step as training_step
 
 SHAPE = TransformerShape(width=128, depth=4, heads=4, mlp=256)  # heads of 32
-WAYS = {  # backend, compiled, recorded, recomputed
+WAYS = {  # backend, compiled, recorded, recomputed, image size: the decoder's rows have 64 tokens, or 256
     "local": ("local", False, "off"),
     "local compiled": ("local", True, "off"),
     "te": ("te", False, "off"),
@@ -26,12 +26,14 @@ WAYS = {  # backend, compiled, recorded, recomputed
     "te recorded": ("te", False, "on"),
     "te compiled recorded": ("te", True, "on"),
     "te compiled recorded pieces": ("te", True, "on", "pieces"),
+    "te compiled, long rows": ("te", True, "off", "none", 128),
+    "te compiled recorded, long rows": ("te", True, "on", "none", 128),
 }
 
 
-def small(backend: str, compile: bool, recorded: str, recompute: str = "none") -> RunConfig:
+def small(backend: str, compile: bool, recorded: str, recompute: str = "none", image: int = 64) -> RunConfig:
     return parity.small((SHAPE, SHAPE), recompute=recompute).altered(
-        model={"backend": backend, "compile": compile, "image_size": 64},
+        model={"backend": backend, "compile": compile, "image_size": image},
         train={"precision": "bf16", "cuda_graphs": recorded},
     )
 
@@ -79,6 +81,7 @@ def test_compiled_equals_eager(found: dict, backend: str) -> None:
     [
         ("te", "te recorded"),
         ("te compiled", "te compiled recorded"),
+        ("te compiled, long rows", "te compiled recorded, long rows"),
         ("te compiled recorded", "te compiled recorded pieces"),
     ],
 )
