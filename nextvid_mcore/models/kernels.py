@@ -5,8 +5,8 @@
     prefix  the same where whole frames see themselves and all before and no gradient is wanted, as in the
             reference's passes: kernels of ours (models/gluon_prefix.py and, for other versions of Triton,
             triton_prefix.py). Hopper, half precision.
-    stairs  the same for stretches of frames that see themselves or all before, forward and backward, in
-            Triton (models/triton_stairs.py). Hopper, half precision.
+    stairs  the same for stretches of frames that see themselves or all before, forward and backward: kernels
+            of ours (models/gluon_stairs.py or triton_stairs.py). Hopper, half precision.
     flex    FlexAttention, all stretches in one call: no mask in memory, blocks that nobody sees are not
             computed. CUDA, half precision, patterns that hold for every row.
     padded  the stretches of packed masks in one call, padded to the longest (models/padded.py).
@@ -54,8 +54,8 @@ HOPPER, HOPPER_TILES = (
     },
 )
 PREFIX_TOKENS, PREFIX_HEADS = 64, (32, 64)  # tokens of a frame: a multiple; the widths that were tried
-GLUON = "3.6."  # the Triton whose Gluon models/gluon_prefix.py was tried with: it changes with every version
-STAIRS_SHORTEST = 4096  # queries from which on a pattern with stairs gets `stairs`
+GLUON = "3.6."  # the Triton whose Gluon models/gluon_*.py were tried with: it changes with every version
+STAIRS_SHORTEST = 4096  # queries from which on triton_stairs.py is faster than FlexAttention
 STAIRS_HEADS = (32, 64)
 SPAN = 1 << 16  # frame numbers lie below it
 
@@ -108,10 +108,16 @@ def prefix_low(
 
 
 @functools.cache
-def _prefix_kernel() -> ModuleType:
+def _gluon() -> bool:
+    """Whether this Triton's Gluon is the one that our kernels are written in."""
     import triton  # which is not there without a GPU
 
-    if triton.__version__.startswith(GLUON) and not triton.knobs.runtime.interpret:
+    return triton.__version__.startswith(GLUON) and not triton.knobs.runtime.interpret
+
+
+@functools.cache
+def _prefix_kernel() -> ModuleType:
+    if _gluon():
         from nextvid_mcore.models import gluon_prefix as made
     else:
         from nextvid_mcore.models import triton_prefix as made
@@ -120,9 +126,16 @@ def _prefix_kernel() -> ModuleType:
 
 def stairs(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     """The same by Triton, for patterns that have `stairs`."""
-    from nextvid_mcore.models import triton_stairs
+    return _stairs_kernel().attend(q, k, v, pattern.stairs)
 
-    return triton_stairs.attend(q, k, v, pattern.stairs)
+
+@functools.cache
+def _stairs_kernel() -> ModuleType:
+    if _gluon():
+        from nextvid_mcore.models import gluon_stairs as made
+    else:
+        from nextvid_mcore.models import triton_stairs as made
+    return made
 
 
 def flex_blocks(stretches: Sequence[Stretch], block: int | None = None) -> BlockMask:
@@ -161,7 +174,8 @@ def prefix_takes(frame: int, width: int, device: torch.device) -> bool:
 def _stairs_fit(q: Tensor, pattern: AttentionPattern) -> bool:
     if pattern.stairs is None or not _hopper(q.device):
         return False
-    return q.shape[2] >= STAIRS_SHORTEST and q.shape[-1] in STAIRS_HEADS
+    shortest = SHORTEST if _gluon() else STAIRS_SHORTEST
+    return q.shape[2] >= shortest and q.shape[-1] in STAIRS_HEADS
 
 
 def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]:

@@ -143,6 +143,10 @@ def test_patterns_with_stairs(monkeypatch) -> None:
     for shortest, kernel in ((129, kernels.masked), (128, kernels.stairs)):
         monkeypatch.setattr(kernels, "STAIRS_SHORTEST", shortest)
         assert kernels.choose(half, student) is kernel
+    monkeypatch.setattr(kernels, "STAIRS_SHORTEST", 129)
+    monkeypatch.setattr(kernels, "_gluon", lambda: True)
+    assert kernels.choose(half, student) is kernels.stairs
+    assert kernels.choose(half[:, :, :100], student) is kernels.masked
     assert kernels.choose(half.float(), student) is kernels.masked
     assert kernels.choose(half[..., :24], student) is kernels.masked
 
