@@ -38,12 +38,17 @@ from shared_runs import Board, read
 NAME = "fp8_convergence"
 RECIPES = ("bf16", "plain", "delayed", "current", "blockwise", "mxfp8")
 SEEDS = range(10)
-FEW = range(5)
+EARLY = 3  # runs that others take while one compiles
+
+
+def listed(recipes: str, seeds: range) -> list[str]:
+    return [f"{recipe}:{seed}" for seed in seeds for recipe in recipes.split()]
+
+
 # what the verdict needs first: a time limit cuts the end off
-RUNS = [f"{recipe}:{seed}" for seed in SEEDS for recipe in ("bf16", "delayed")]
-RUNS += [f"{recipe}:{seed}" for seed in FEW for recipe in ("current", "blockwise")]
-RUNS += ["bf16:0:again", "delayed:0:again", *(f"plain:{seed}" for seed in SEEDS)]
-RUNS += [f"{recipe}:{seed}" for seed in SEEDS if seed not in FEW for recipe in ("current", "blockwise")]
+RUNS = listed("bf16 delayed", SEEDS[:5]) + listed("current blockwise", SEEDS[:3])
+RUNS += listed("bf16 delayed", SEEDS[5:]) + ["bf16:0:again", "delayed:0:again"]
+RUNS += listed("plain", SEEDS[:EARLY]) + listed("current blockwise plain", SEEDS[3:])
 WARM = 4  # steps after which everything has been compiled
 SETTINGS = ("steps", "batch", "width", "depth", "backend", "precision", "graphs", "compile", "manifest")
 
@@ -185,7 +190,8 @@ def work(args: argparse.Namespace) -> None:
     while time.time() < args.until:
         with board.held("compiling") as first:
             ready = first or compiled.exists()
-            with board.taken([run for run in args.runs if ready or not compiles(args, run)]) as run:
+            early = [run for run in args.runs if not compiles(args, run)][:EARLY]
+            with board.taken(args.runs if ready else early) as run:
                 if run is not None:
                     take(args, board, run, compiled.touch if compiles(args, run) else lambda: None)
         gc.collect()
