@@ -54,7 +54,7 @@ def test_gelu_kernels(shape: tuple[int, int], dtype: torch.dtype) -> None:
     for a, b in zip(found[:3], wanted[:3], strict=True):
         a_rows, b_rows = a.rows.cpu().float(), b.rows.float()
         assert a_rows.isfinite().all() and a_rows.abs().max() == torch.finfo(dtype).max
-        assert (a_rows != b_rows).float().mean() < 1e-3  # ties
+        assert (a_rows != b_rows).float().mean() < 2e-3  # nearly ties
         torch.testing.assert_close(a_rows, b_rows, rtol=0.3, atol=1e-2)
         torch.testing.assert_close(a.inverse.cpu(), b.inverse)
         if b.columns is not None:
