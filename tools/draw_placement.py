@@ -86,7 +86,8 @@ def _seat(axes: Axes, config: RunConfig, placement: Placement, seat: Seat, x: fl
     layout = seat.layout
     axes.text(x + 0.1, 3.3, seat.name, weight="bold", fontsize=12)
     axes.text(x + 0.1, 3.02, f"tensor {layout.tensor} x data {layout.data} x pipeline {layout.pipeline}")
-    axes.text(x + 0.1, 2.76, f"{placement.clips(seat)} clips of a micro-batch in each replica")
+    clips = placement.clips(seat, config.micro_batch(config.stages[0]))
+    axes.text(x + 0.1, 2.76, f"{clips} clips of a micro-batch in each replica, stage {config.stages[0].name}")
     count = flops.parameters(config.model, flops.target_channels(config))
     sizes = {"student": count.student, "reference": count.encoder}
     sizes |= {"predictor": count.predictor, "decoder": count.decoder}

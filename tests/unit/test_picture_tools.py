@@ -291,3 +291,18 @@ def test_plot_run_on_the_command_line(tmp_path, monkeypatch, capsys):
 
 
 assert CONFIG["depth"] == 4  # what the tests above count on
+
+
+def test_a_placement_is_drawn_with_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "placement.svg"
+    line = "vit_g --world-size 8 --parallel.placement two-groups --parallel.generator.data 4"
+    draw = tool("draw_placement")
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # words, not outlines
+        assert draw.main([str(out), *line.split()]) == 0
+    text = out.read_text()
+    for words in ("8 clips of a micro-batch in each replica", "vit_g on 8 ranks, two-groups", "cooldown"):
+        assert words in text
+    assert draw.main([str(out), *line.replace("4", "3").split()]) == 2
+    assert "generator 3 leave 5 for the encoder" in capsys.readouterr().err
