@@ -38,6 +38,7 @@ from world import first_says, join, leave
 
 from nextvid_mcore import cli, flops, recipes
 from nextvid_mcore.config import ConfigError, Fp8Config, RoleParallel, RunConfig, require
+from nextvid_mcore.models import fp8_layer
 from nextvid_mcore.training import beside
 
 KEYS = {
@@ -45,6 +46,7 @@ KEYS = {
     "backend": str,
     "fp8": str,  # none, current, delayed, blockwise: of all roles, or role:recipe,role:recipe
     "fp8_fused": int,  # 0: delayed's GELU writes bf16, which is then quantised
+    "fp8_layer": str,  # models/fp8_layer.py's ways: trained,carry,attention,epilogue; all, none
     "recompute": str,
     "compile": int,
     "graphs": str,  # on, off or auto
@@ -71,6 +73,15 @@ def fp8_config(text: str, fused: int) -> Fp8Config:
     known = ("all", *Fp8Config().recipes())
     require(recipes.keys() <= set(known), f"fp8={text}: the roles are {', '.join(known)}")
     return Fp8Config(**recipes, fused=bool(fused))
+
+
+def layer_switches(text: str) -> dict[str, bool]:
+    """For fp8_layer.use; all: but for the epilogue, whose GELU is another."""
+    known, shipped = fp8_layer.SWITCHES, fp8_layer.SHIPPED
+    names = {"as_shipped": shipped, "none": (), "all": [x for x in known if x != "epilogue"]}.get(text)
+    names = text.split(",") if names is None else names
+    require(set(names) <= set(known), f"fp8_layer={text}: there are {', '.join(known)}, all and none")
+    return {name: name in names for name in known}
 
 
 def configure(case: dict[str, Any], world: int) -> RunConfig:
@@ -116,6 +127,7 @@ def check(case: dict[str, Any], world: int) -> None:
         "with torchrun --nproc-per-node",
     )
     config = configure(case, ranks)
+    layer_switches(case["fp8_layer"])
     require(
         not case["vae"] or config.target.kind == "va_vae",
         f"vae={case['vae']}: recipe {recipe} has patches of {config.model.patch_size} pixels, VA-VAE's "
@@ -133,6 +145,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     parser.add_argument("--backend", default="te", choices=["local", "te"])
     parser.add_argument("--fp8", default="none")
     parser.add_argument("--fp8-fused", type=int, default=1)
+    parser.add_argument("--fp8-layer", default="as_shipped")
     parser.add_argument("--recompute", default="none", choices=["none", "pieces", "core_attn", "full"])
     parser.add_argument("--compile", type=int, default=1)
     parser.add_argument("--graphs", default="auto", choices=["auto", "on", "off"])
@@ -192,6 +205,7 @@ def narrow_collectives(ctas: int) -> Iterator[None]:
 
 def measure(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[str, Any]:
     config = configure(case, world)
+    fp8_layer.use(**layer_switches(case["fp8_layer"]))
     beside.tuning = beside.Tuning(case["student"], case["reference"], case["margin"])
     if case["vae"]:
         from common import online_vae_target

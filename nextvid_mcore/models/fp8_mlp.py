@@ -33,18 +33,12 @@ if TYPE_CHECKING:
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-_state = {"on": True, "epilogue": False}
+_state = {"on": True}
 
 
-def use(on: bool, epilogue: bool | None = None) -> None:
-    """Whether MLPs that can go this way do so from now on.
-
-    epilogue: whether cuBLAS's product makes GELU and writes FP8 where no gradient is wanted. It takes GELU by
-    tanh, which is off by 0.0005 at most; FP8 rounds by 2.6%.
-    """
+def use(on: bool) -> None:
+    """Whether MLPs that can go this way do so from now on."""
     _state["on"] = on
-    if epilogue is not None:
-        _state["epilogue"] = epilogue
 
 
 def on() -> bool:
@@ -82,13 +76,14 @@ class Inside:
     quantizers: tuple[tuple, tuple]
     trained: bool  # all is quantised in both directions
     remade: bool  # GELU's result is so in the backward pass, with the scale it had
+    epilogue: bool = False  # cuBLAS's product makes GELU by tanh, in FP8, where no gradient is wanted
     kept: tuple | None = None
 
     @classmethod
-    def of(cls, module: MLP, x: Tensor) -> Inside:
+    def of(cls, module: MLP, x: Tensor, epilogue: bool = False) -> Inside:
         linears, trained = (module.linear_fc1, module.linear_fc2), torch.is_grad_enabled()
         quantizers = tuple(opened(linear, x, trained) for linear in linears)
-        return cls(linears, quantizers, trained, again.wanted(module.config))
+        return cls(linears, quantizers, trained, again.wanted(module.config), epilogue)
 
     def forward(self, low_x: Any, b1: Tensor, dtype: torch.dtype) -> Tensor:
         """[N, D] in FP8 -> [N, D]."""
@@ -97,7 +92,7 @@ class Inside:
         (one, two), (first, second) = self.linears, self.quantizers
         low_w1, low_w2 = weight(one, first, self.trained), weight(two, second, self.trained)
         to, both = second[INPUT], self.trained and not self.remade
-        if _state["epilogue"] and not self.trained:
+        if self.epilogue and not self.trained:
             to.set_usage(rowwise=True, columnwise=False)
             return product(low_w2, product(low_w1, low_x, dtype, **gelu_to(to, b1)), dtype)
         h = product(low_w1, low_x, dtype)

@@ -209,6 +209,7 @@ def test_recorded_equals_eager(recipe: str) -> None:
 
 
 WHOLE = {"trained": True, "carry": True, "attention": True}
+EPILOGUE = WHOLE | {"epilogue": True}
 
 
 def write_fp8(pieces: bool, **layers: bool) -> None:
@@ -216,7 +217,7 @@ def write_fp8(pieces: bool, **layers: bool) -> None:
     from nextvid_mcore.models import fp8_layer, fp8_mlp
 
     fp8_mlp.use(pieces)
-    fp8_layer.use(**dict.fromkeys(WHOLE, False) | layers)
+    fp8_layer.use(**dict.fromkeys(fp8_layer.SWITCHES, False) | layers)
 
 
 def with_pieces(
@@ -255,7 +256,7 @@ def close(found: tuple, wanted: tuple, label: str) -> None:
         assert off < GRADIENT / 2, role
 
 
-@pytest.mark.parametrize("layers", [{}, {"attention": True}, {"carry": True}, WHOLE], ids=str)
+@pytest.mark.parametrize("layers", [{}, {"attention": True}, {"carry": True}, WHOLE, EPILOGUE], ids=str)
 def test_pieces_that_quantise(layers: dict[str, bool]) -> None:
     """The same numbers as GELU and norm in bf16 that are then quantised, but for a rounding in between."""
     wanted = shared(1).run(with_pieces, False, timeout=60)[0]
@@ -265,7 +266,7 @@ def test_pieces_that_quantise(layers: dict[str, bool]) -> None:
     assert wanted[2] == none | {"add": passes * 2 * (4 + 4 + 2)}  # the norm's addition is one too
     left = 1 if layers.get("carry") else 4
     assert {name: count / passes for name, count in found[2].items()} == {
-        "gelu": 4 + 4 + 2 + 2,
+        "gelu": 4 + 4 * (not layers.get("epilogue")) + 2 + 2,
         "norm": 2 * 4,
         "norm_both": 2 * 4 * trained,
         "turn_backward": 4 * trained,

@@ -18,7 +18,7 @@ KERNELS = {"gelu": "GELU's kernel", "gelu_backward": "GELU's derivative", "norm"
 
 @pytest.fixture(autouse=True)
 def switches(monkeypatch) -> None:
-    monkeypatch.setattr(fp8_layer, "_SWITCHES", {"trained": True, "carry": True, "attention": True})
+    monkeypatch.setattr(fp8_layer, "_SWITCHES", dict.fromkeys(fp8_layer.SWITCHES, True))
     fp8_mlp.use(True)
 
 

@@ -107,15 +107,15 @@ def test_products_and_gradients(te, monkeypatch, cached: bool, remade: bool) -> 
 
 
 @pytest.mark.parametrize("epilogue", [False, True])
-def test_without_gradient_one_direction_is_made(te, monkeypatch, epilogue: bool) -> None:
-    monkeypatch.setattr(fp8_mlp, "_state", {"on": True, "epilogue": epilogue})
+def test_without_gradient_one_direction_is_made(te, epilogue: bool) -> None:
     one, two = Linear(16, 48), Linear(48, 16)
     for linear in (one, two):
         linear.disable_parameter_transpose_cache = True  # a pass to be recorded
-    x = torch.randn(5, 8, 16)
+    x, module = torch.randn(40, 16), SimpleNamespace(linear_fc1=one, linear_fc2=two, config=None)
     with torch.no_grad():
         for _ in range(2):
-            y, _ = fp8_mlp.mlp(SimpleNamespace(linear_fc1=one, linear_fc2=two, config=None), x)
+            inside = fp8_mlp.Inside.of(module, x, epilogue)
+            y = fp8_mlp._Mlp.apply(x, one.weight, one.bias, two.weight, inside)
     wanted = F.linear(F.gelu(F.linear(x, one.weight, one.bias)), two.weight)
     torch.testing.assert_close(y, wanted, rtol=0, atol=5e-3 if epilogue else 1e-4)
     assert torch.allclose(y, wanted, rtol=0, atol=1e-5) != epilogue  # its GELU is another
