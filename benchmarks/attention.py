@@ -66,7 +66,7 @@ def kernels_of(case: tuple, searched: bool) -> dict[str, Callable]:
     if not torch.cuda.is_available():
         return {"sdpa": kernels.plain} if pattern is None else {"masked": kernels.masked}
     if pattern is None:
-        return {"sdpa": kernels.plain, "cudnn": by_cudnn}
+        return {"stairs": kernels.whole, "sdpa": kernels.plain, "cudnn": by_cudnn}
     tried = {"stairs": kernels.stairs, "stairs, Triton": triton_stairs} if pattern.stairs else {}
     tried |= {"flex": kernels.flex, "masked": kernels.masked}
     if searched:

@@ -10,7 +10,8 @@
     flex    FlexAttention, all stretches in one call: no mask in memory, blocks that nobody sees are not
             computed. CUDA, half precision, patterns that hold for every row.
     padded  the stretches of packed masks in one call, padded to the longest (models/padded.py).
-    plain   scaled_dot_product_attention without a mask, where every query sees every key.
+    whole   stairs of one step, where every query sees every key. Hopper with this Triton's Gluon.
+    plain   scaled_dot_product_attention without a mask, for the same.
 
 torch's own attention is called by models/sdpa.py, without cuDNN.
 
@@ -129,6 +130,11 @@ def stairs(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor
     return _stairs_kernel().attend(q, k, v, pattern.stairs)
 
 
+def whole(q: Tensor, k: Tensor, v: Tensor, pattern: None = None) -> Tensor:
+    """The same as `plain` by the kernels of `stairs`."""
+    return _stairs_kernel().attend(q, k, v, ((0, 0, 1, q.shape[2], k.shape[2]),))
+
+
 @functools.cache
 def _stairs_kernel() -> ModuleType:
     if _gluon():
@@ -171,23 +177,25 @@ def prefix_takes(frame: int, width: int, device: torch.device) -> bool:
     return _hopper(device) and frame % PREFIX_TOKENS == 0 and width in PREFIX_HEADS
 
 
-def _stairs_fit(q: Tensor, pattern: AttentionPattern) -> bool:
-    if pattern.stairs is None or not _hopper(q.device):
+def _stairs_fit(q: Tensor, pattern: AttentionPattern | None) -> bool:
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if not (half and fused.compiles(q) and _hopper(q.device) and q.shape[-1] in STAIRS_HEADS):
         return False
-    shortest = SHORTEST if _gluon() else STAIRS_SHORTEST
-    return q.shape[2] >= shortest and q.shape[-1] in STAIRS_HEADS
+    if pattern is None:
+        return q.shape[2] >= SHORTEST and _gluon()
+    return pattern.stairs is not None and q.shape[2] >= (SHORTEST if _gluon() else STAIRS_SHORTEST)
 
 
 def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]:
     """The kernel for queries [rows, A, s, d]."""
     if pattern is None:
-        return plain
+        return whole if _stairs_fit(q, None) else plain
     half = q.dtype in (torch.bfloat16, torch.float16)
     if pattern.padded is not None:
         return padded.attend
     if half and fused.compiles(q) and _prefix_fits(q, pattern):
         return prefix
-    if half and fused.compiles(q) and _stairs_fit(q, pattern):
+    if _stairs_fit(q, pattern):
         return stairs
     fits = q.shape[-1] >= MIN_HEAD and q.shape[2] >= SHORTEST
     if pattern.blocks is not None and half and fits and fused.compiles(q):

@@ -151,6 +151,7 @@ def test_reference_attention_over_prefixes(heads: int, d: int, frames: int, n: i
         (22, 64, None, (Frames(0, 7, 96), Frames(0, 7, 48))),  # at 16 frames
         (22, 64, None, (Frames(0, 31, 96), Frames(0, 31, 48))),  # ViT-G's student at 64 frames
         (12, 32, (Frames(1, 31, 256),) * 2, (Frames(0, 31, 96), Frames(0, 31, 48))),  # and its predictor
+        (12, 32, None, (Frames(0, 1, 256),)),  # a frame of the decoder
         (3, 32, None, (Frames(0, 5, 7), Frames(0, 3, 200), Frames(0, 1, 3))),
         (3, 64, (Frames(1, 7, 256),), (Frames(0, 7, 40),)),
     ],
