@@ -23,7 +23,8 @@ from nextvid_mcore.data.manifest import Item
 GRAPHS = "on" if torch.cuda.is_available() else "auto"
 LINE = (
     f"tiny --model.backend auto --train.precision bf16 --train.cuda-graphs {GRAPHS} --train.init-noise 0.02 "
-    "--train.micro-batch None --stages.0.micro-batch 4 --stages.1.micro-batch 2 --stages.0.steps 3 "
+    "--train.micro-batch None --stages.0.micro-batch 8 --stages.1.micro-batch 4 --stages.2.micro-batch 4 "
+    "--stages.3.micro-batch 4 --stages.0.steps 3 "
     "--stages.1.steps 6 --model.encoder.width 128 --model.encoder.depth 2 --model.predictor.width 64 "
     "--model.predictor.heads 2 --model.decoder.width 64 --model.decoder.heads 2 --data.workers 0 "
     "--eval.every 0 --checkpoint.every 100"
