@@ -3,7 +3,7 @@
     python benchmarks/vae.py vit_g --model.backend te --train.micro-batch 16
 
 Random weights of the true shape, frames that lie on the device, the clips' predicted frames alone, as in
-the step. First the encoder by itself, eager and compiled, with its kernels' time by kind; then whole steps
+the step. First the encoder by itself, eager and fused, with its kernels' time by kind; then whole steps
 with latents that lie on the device, with the encoder on the step's own stream, and beside it on its own
 (training/ahead.py). Everything after RECIPE is a setting of the run, as of nextvid_mcore.pretrain.
 """
@@ -30,7 +30,7 @@ from nextvid_mcore.parallel.groups import init_distributed
 from nextvid_mcore.targets import target_channels
 from nextvid_mcore.targets.va_vae import VaVae
 
-KINDS = {"norms and sums (triton)": ("triton",), "convolutions": ("conv", "fprop", "cudnn", "xmma")}
+KINDS = {"norms and sums": ("_normalise", "_add"), "convolutions": ("conv", "fprop", "cudnn", "xmma")}
 
 
 def synchronize() -> None:
@@ -77,11 +77,10 @@ def alone(config: RunConfig, chunks: list[int], times: int) -> None:
     print(f"\nVA-VAE's encoder: {batch} clips of {stage.frames} frames, {work / batch / 1e12:.2f} TFLOP each")
     print(f"{'':<14} {'chunk':>5} {'ms/clip':>8} {'TFLOP/s':>8} {'of peak':>7} {'GiB':>6} {'error':>8}")
     first = None
-    for compiled, chunk in [(False, chunks[0]), *((True, c) for c in chunks)]:
-        compiled = compiled and device.type == "cuda"
+    for fused, chunk in [(False, chunks[0]), *((True, c) for c in chunks if device.type == "cuda")]:
         target = VaVae(
             config.model, loaded.autoencoder, loaded.mean.flatten(), loaded.std.flatten(), chunk=chunk,
-            compiled=compiled,
+            fused=fused,
         )  # fmt: skip
         start = time.perf_counter()
         got = target.latents(video, first=1)
@@ -95,7 +94,7 @@ def alone(config: RunConfig, chunks: list[int], times: int) -> None:
         first = got if first is None else first
         error = float((got - first).abs().max() / first.abs().max())
         print(
-            f"{'compiled' if compiled else 'eager':<14} {chunk:>5} {1e3 * seconds / batch:>8.2f} "
+            f"{'fused' if fused else 'eager':<14} {chunk:>5} {1e3 * seconds / batch:>8.2f} "
             f"{work / seconds / 1e12:>8.0f} {work / seconds / PEAK_BF16:>7.0%} {gib:>6.1f} {error:>8.1e}   "
             f"(first call {ready:.0f} s)",
             flush=True,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,38 +39,14 @@ class AutoencoderShape:
         return 2 ** (len(self.multipliers) - 1)
 
 
-class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm. Under torch.compile it is written out for channels-last memory.
-
-    There a group is 4 or 8 of the channels that lie side by side at every pixel; a reduction over it alone
-    reads a few bytes of every line. Sums over a row of pixels for all channels at once read whole lines.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return norm_by_rows(x, self) if torch.compiler.is_compiling() else super().forward(x)
-
-
-def norm_by_rows(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """Group normalisation of x [N, C, H, W], its statistics in fp32: per row, then channel, then group."""
-    rows = x.permute(0, 2, 3, 1).float()  # [N, H, W, C]
-    mean, square = rows.mean(2).mean(1), rows.square().mean(2).mean(1)  # [N, C]
-    variance = (square - mean.square()).clamp_min(0.0)
-    mean, variance = (part.unflatten(1, (norm.num_groups, -1)) for part in (mean, variance))
-    centre = mean.mean(2, keepdim=True)
-    spread = (variance + (mean - centre).square()).mean(2, keepdim=True)
-    scale = (spread + norm.eps).rsqrt().expand_as(mean).flatten(1) * norm.weight.float()  # [N, C]
-    shift = norm.bias.float() - centre.expand_as(mean).flatten(1) * scale
-    return (x.float() * scale[:, :, None, None] + shift[:, :, None, None]).to(x.dtype)
-
-
 class ResidualBlock(nn.Module):
     """norm, SiLU, conv, twice; the shortcut is 1x1 where the width changes."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(GROUPS, inputs, EPS)
+        self.norm1 = nn.GroupNorm(GROUPS, inputs, EPS)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = GroupNorm(GROUPS, outputs, EPS)
+        self.norm2 = nn.GroupNorm(GROUPS, outputs, EPS)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         if inputs != outputs:
             self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
@@ -87,7 +62,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = GroupNorm(GROUPS, channels, EPS)
+        self.norm = nn.GroupNorm(GROUPS, channels, EPS)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +152,7 @@ class ImageEncoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.mid = Middle(widths[-1])
-        self.norm_out = GroupNorm(GROUPS, widths[-1], EPS)
+        self.norm_out = nn.GroupNorm(GROUPS, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * shape.latent, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,7 +181,7 @@ class ImageDecoder(nn.Module):
             )
             for i, width in enumerate(widths)
         )
-        self.norm_out = GroupNorm(GROUPS, widths[0], EPS)
+        self.norm_out = nn.GroupNorm(GROUPS, widths[0], EPS)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:

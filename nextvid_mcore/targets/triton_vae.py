@@ -33,10 +33,10 @@ class Tuning:
     """How `normalise` is cut: numbers of a tile, of a slice (one program's share of an image), warps, and
     programs a multiprocessor holds. `at_once`: one launch whose programs wait for each other, or two."""
 
-    tile: int = 8192
-    slice: int = 65536
-    warps: int = 8
-    programs: int = 2
+    tile: int = 4096
+    slice: int = 32768
+    warps: int = 4
+    programs: int = 4
     stages: int = 3
     at_once: bool = True
 
@@ -306,8 +306,14 @@ def normalise(
 
 
 def tuning_of(x: Sum) -> Tuning:
-    """What was fastest on an H100."""
-    return Tuning(tile=4096, at_once=False, stages=1) if x.frames is not None else Tuning()
+    """What was fastest on an H200 (2026-11-23). Frames keep a program too busy to wait for others."""
+    if x.frames is None:
+        return Tuning()
+    return (
+        Tuning(slice=65536, warps=8, programs=2, at_once=False)
+        if x.parts
+        else Tuning(tile=2048, at_once=False)
+    )
 
 
 def add(x: Sum, padded: int = 0) -> Tensor:

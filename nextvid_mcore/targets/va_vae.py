@@ -39,13 +39,13 @@ class VaVae:
         sample_posterior: bool = False,
         seed: int = 0,
         chunk: int = 32,
-        compiled: bool = False,
+        fused: bool = False,
     ) -> None:
         """`autoencoder` is where and in the dtype it is to run; mean, std: [latent], per channel.
 
         `chunk` frames go through the network at a time: 32 frames of 256 x 256 need about 0.5 GB an
-        activation in bf16. `compiled`: torch.compile the encoder, for chunks of one size; `decode` and
-        without it everything runs eagerly, and is the reference.
+        activation in bf16. `fused`: the encoder with Triton between its convolutions (fused_vae.py), for
+        chunks of one size; `decode` and without it everything runs eagerly, and is the reference.
         """
         require(chunk > 0, f"frames per chunk must be positive, got {chunk}")
         self.model = model
@@ -57,9 +57,12 @@ class VaVae:
             part.detach().to(self.device, torch.float32).reshape(1, -1, 1, 1) for part in (mean, std)
         )
         self.sample_posterior, self.seed = sample_posterior, seed
-        self.chunk, self.compiled = chunk, compiled
-        encode = self.autoencoder.encode
-        self._network = torch.compile(encode, dynamic=False) if compiled else encode
+        self.chunk, self.fused = chunk, fused
+        self._network = self.autoencoder.encode
+        if fused:
+            from nextvid_mcore.targets.fused_vae import FusedEncoder  # Triton is not installed everywhere
+
+            self._network = FusedEncoder(self.autoencoder)
 
     @staticmethod
     def channels_for(model: ModelConfig, shape: AutoencoderShape = VA_VAE) -> int:
@@ -101,7 +104,7 @@ class VaVae:
             sample_posterior=target.sample_posterior,
             seed=config.train.seed,
             chunk=target.chunk,
-            compiled=target.compile and torch.device(device).type == "cuda",
+            fused=target.compile and torch.device(device).type == "cuda",
         )
 
     @torch.no_grad()
@@ -130,7 +133,7 @@ class VaVae:
             needed[static.cpu(), 1:] = False
         places = needed.nonzero()  # [frames to encode, (clip, frame)]
         count = len(places)
-        if self.compiled:  # chunks of one size: the last is filled up with copies of a frame
+        if self.fused:  # chunks of one size: the last is filled up with copies of a frame
             places = torch.cat([places, places[-1:].expand(-count % self.chunk, -1)])
         clips, frames = self._to_device(places.T.contiguous())
         by_frame = video.transpose(1, 2)  # [B, T, 3, H, W]
@@ -174,7 +177,7 @@ class VaVae:
     def _encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         # With one shape of input cuDNN may try its kernels once and keep the fastest.
         before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = before or self.compiled
+        torch.backends.cudnn.benchmark = before or self.fused
         try:
             return self._network(frames)
         finally:

@@ -1,7 +1,7 @@
-"""VA-VAE's encoder in bf16, eager and compiled, against fp32; and beside the step against in line.
+"""VA-VAE's encoder in bf16, eager and fused, against fp32; and beside the step against in line.
 
 Tolerance: a bf16 encoder of random weights is off by a few per cent of the latents' spread, whatever rounds
-first. Compiled it may not be worse than eager by more than half.
+first. Fused it may not be worse than eager by more than half.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nextvid_mcore.targets.autoencoder import AutoencoderKL
 from nextvid_mcore.targets.va_vae import VaVae
 
 
-def test_the_compiled_encoder_equals_the_eager_one() -> None:
+def test_the_fused_encoder_equals_the_eager_one() -> None:
     shape = TransformerShape(width=24, depth=1, heads=2, mlp=48)
     model = ModelConfig(encoder=shape, image_size=128, patch_size=16, tubelet_size=2)
     torch.manual_seed(0)
@@ -28,7 +28,7 @@ def test_the_compiled_encoder_equals_the_eager_one() -> None:
     video[1] = video[1, :, :1]
     static = torch.tensor([False, True, False])
 
-    def latents(dtype: torch.dtype, compiled: bool) -> torch.Tensor:
+    def latents(dtype: torch.dtype, fused: bool) -> torch.Tensor:
         autoencoder = AutoencoderKL()
         autoencoder.load_state_dict(weights)
         target = VaVae(
@@ -37,13 +37,13 @@ def test_the_compiled_encoder_equals_the_eager_one() -> None:
             torch.zeros(32),
             torch.ones(32),
             chunk=8,
-            compiled=compiled,
+            fused=fused,
         )
         return target.latents(video, static, first=1)
 
     exact = latents(torch.float32, False)
-    eager, compiled = (latents(torch.bfloat16, each) for each in (False, True))
-    errors = [float((x - exact).square().mean().sqrt() / exact.std()) for x in (eager, compiled)]
+    eager, fused = (latents(torch.bfloat16, each) for each in (False, True))
+    errors = [float((x - exact).square().mean().sqrt() / exact.std()) for x in (eager, fused)]
     assert exact.shape == (3, 3, 64, 64) and 0 < errors[0] < 0.05
     assert errors[1] < 1.5 * errors[0], errors
 

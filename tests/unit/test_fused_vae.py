@@ -9,7 +9,7 @@ from unit.narrow_vae import clip
 from nextvid_mcore.config import ConfigError
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
 from nextvid_mcore.targets.fused_vae import FusedEncoder
-from nextvid_mcore.targets.triton_vae import Tuning
+from nextvid_mcore.targets.triton_vae import Sum, Tuning, normalise
 
 
 @torch.no_grad()
@@ -35,6 +35,23 @@ def test_the_fused_encoder_equals_the_eager_one(multipliers, shape, again):
         FusedEncoder(made, Tuning(tile=32 * 64, slice=32 * 128), again)(frames), wanted, strict=True
     ):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_its_norm_is_group_norm(offset):
+    """Also where the mean is large against the spread: more than this bf16 can't hold."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = 1 + 0.2 * torch.randn(64, generator=generator), 0.2 * torch.randn(64, generator=generator)
+    spread = 0.5 + torch.rand(64, generator=generator)
+    x = torch.randn(3, 8, 16, 64, generator=generator) * spread + offset
+    for dtype, tolerance in ((torch.float32, 1e-5 if offset == 0 else 1e-3), (torch.bfloat16, 2e-2)):
+        part, arrived = x.to(dtype), torch.zeros(3, dtype=torch.int32)
+        got, _ = normalise(
+            Sum(torch.zeros(64), (part,)), weight, bias, arrived, silu=False, tuning=Tuning(slice=4096)
+        )
+        wanted = torch.nn.functional.group_norm(part.permute(0, 3, 1, 2).float(), 32, weight, bias, 1e-6)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.permute(0, 3, 1, 2).float(), wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_widths_that_are_no_powers_of_two_are_refused():

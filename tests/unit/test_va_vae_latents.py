@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from unit.narrow_vae import NARROW, clip, make_narrow
 
 from nextvid_mcore.config import ConfigError, ModelConfig, TransformerShape
-from nextvid_mcore.targets.autoencoder import AutoencoderKL, norm_by_rows
+from nextvid_mcore.targets.autoencoder import AutoencoderKL
+from nextvid_mcore.targets.fused_vae import FusedEncoder
 from nextvid_mcore.targets.va_vae import VaVae
 
 MEAN, STD = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([2.0, 0.5, 1.0, 4.0])
@@ -135,50 +134,23 @@ def test_frames_left_out_are_not_encoded_and_change_nothing(narrow):
     torch.testing.assert_close(rest, whole[:, 1:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_the_norm_for_compilation_is_group_norm(offset):
-    """Also where the mean is large against the spread: more than this bf16 can't hold."""
-    generator = torch.Generator().manual_seed(0)
-    norm = torch.nn.GroupNorm(32, 64, 1e-6)
-    with torch.no_grad():
-        norm.weight.normal_(1, 0.2, generator=generator)
-        norm.bias.normal_(0, 0.2, generator=generator)
-    x = (
-        torch.randn(3, 64, 8, 16, generator=generator) * (0.5 + torch.rand(64, 1, 1, generator=generator))
-        + offset
-    )
-    for dtype, tolerance in ((torch.float32, 1e-5 if offset == 0 else 1e-3), (torch.bfloat16, 2e-2)):
-        inputs = x.to(dtype, memory_format=torch.channels_last)
-        got, wanted = norm_by_rows(inputs, norm), norm(inputs.float())
-        assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(got.float(), wanted, rtol=tolerance, atol=tolerance)
+def test_the_fused_encoder_runs_chunks_of_one_size_and_agrees(narrow, monkeypatch):
+    shapes = []
+    call = FusedEncoder.__call__
 
+    def counted(self, frames):
+        shapes.append(tuple(frames.shape))
+        return call(self, frames)
 
-def test_the_compiled_encoder_runs_chunks_of_one_size_and_agrees(narrow, monkeypatch):
-    """Traced and run as torch.compile does, without generating code, which takes minutes on a CPU."""
-    shapes, norms = [], []
-
-    def backend(graph, inputs):
-        norms.append(sum("group_norm" in str(node.target) for node in graph.graph.nodes))
-
-        def call(*arguments):
-            shapes.append(
-                next(tuple(a.shape) for a in arguments if a.ndim == 4 and a.shape[1:] == (3, 64, 64))
-            )
-            return graph(*arguments)
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
-    target = VaVae(model(), narrow, MEAN, STD, chunk=5, compiled=True)
-    video = clip((3, 3, 4, 64, 64))
-    static = torch.tensor([False, True, False])
+    monkeypatch.setattr(FusedEncoder, "__call__", counted)
+    video = clip((2, 3, 2, 32, 32))
+    static = torch.tensor([False, True])
     video[1] = video[1][:, :1]
-    got = target.latents(video, static)
-    wanted = VaVae(model(), narrow, MEAN, STD, chunk=5).latents(video, static)
+    fused, eager = (VaVae(model(image=32), narrow, MEAN, STD, chunk=2, fused=each) for each in (True, False))
+    got, wanted = (target.latents(video, static) for target in (fused, eager))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-    assert shapes == [(5, 3, 64, 64)] * 2 and norms == [0]  # 9 frames, one graph
-    assert torch.equal(target.decode(got), VaVae(model(), narrow, MEAN, STD, chunk=5).decode(got))
+    assert shapes == [(2, 3, 32, 32)] * 2  # 3 frames and a copy
+    assert torch.equal(fused.decode(got), eager.decode(got))
 
 
 def test_posterior_samples_depend_on_seed_and_index_alone(narrow):
