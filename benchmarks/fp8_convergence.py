@@ -33,6 +33,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # so that it runs from a clone that isn't installed
 
 import fp8_verdict
+from arguments import least
 from shared_runs import Board, read
 
 NAME = "fp8_convergence"
@@ -275,18 +276,18 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", nargs="+", default=RUNS, metavar="RECIPE:SEED[:again]")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=least(1), default=300)
+    parser.add_argument("--batch", type=least(1), default=32)
     parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--depth", type=least(1), default=6)
     parser.add_argument("--backend", default="te", choices=("te", "local"))
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--graphs", default="auto", choices=("auto", "on", "off"))
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="all runs as `plain` is")
     parser.add_argument("--manifest", help="real clips instead of moving digits")
-    parser.add_argument("--workers", type=int, default=6, help="runs at a time")
+    parser.add_argument("--workers", type=least(1), default=6, help="runs at a time")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds, then what is not done is left")
-    parser.add_argument("--out", type=Path, default=Path("fp8_convergence"))
+    parser.add_argument("--out", type=Path, default=Path("runs/fp8_convergence"))
     parser.add_argument("--plot-only", type=Path, nargs="+", metavar="JSONL", help="nothing is trained")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()

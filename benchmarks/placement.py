@@ -158,6 +158,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
@@ -262,7 +263,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=least(0), default=2)
     parser.add_argument("--limit", type=float, default=120, help="seconds for one case")
     parser.add_argument("--seconds", type=float, help="begin no case later than this")
-    parser.add_argument("--out", type=Path, default=Path("placement.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("runs/placement.jsonl"))
     return parser.parse_args()
 
 
