@@ -142,7 +142,9 @@ def main(argv: list[str]) -> int:
         config, _ = cli.parse([args.recipe, *settings, "--dry-run", "--world-size", "1"])
         batch = config.micro_batch(config.stages[0])
         stage = dataclasses.replace(config.stages[0], frames=args.frames, tau_samples=args.tau, batch=batch)
-        config = dataclasses.replace(config, stages=(stage,), target=TargetConfig("va_vae"))
+        config = dataclasses.replace(
+            config, stages=(stage,), target=TargetConfig("va_vae", chunk=config.target.chunk)
+        )
         target_channels(config)  # a latent a patch
         if "step" in args.parts:
             check(config, 1)
