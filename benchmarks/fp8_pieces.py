@@ -1,7 +1,7 @@
 """Milliseconds and GB/s of what writes FP8 (models/triton_fp8.py) against quantising later.
 
     python benchmarks/fp8_pieces.py                        # one GPU; about a minute and a half
-    python benchmarks/fp8_pieces.py --parts both turn product
+    python benchmarks/fp8_pieces.py --parts both turn
 
 ViT-G at micro-batch 16: 16,128 student and 32,768 reference tokens of 1,408 values, in MLPs 6,144, in heads
 22 x 64. The tiles that are tried print their times; bytes are those that must be moved.
@@ -25,17 +25,9 @@ from nextvid_mcore.models import fused, triton_fp8  # noqa: E402 (the clone is p
 
 TILES = [(128, 64, 8), (64, 128, 8), (64, 64, 4), (128, 64, 4), (128, 32, 4), (256, 32, 8)]
 ROWS = [(1, 1), (1, 2), (2, 2), (2, 4), (4, 4)]
-PARTS = ("norms", "mlps", "both", "turn", "product")
-BOTHS = [(8, 0, 8), (16, 0, 16), (8, 0, 4), (4, 0, 4), (16, 0, 8), (32, 64, 4), (32, 128, 8), (16, 128, 8)]
-TURNS = [
-    (64, 8, False, 8, 128),
-    (32, 8, False, 8, 0),
-    (32, 22, False, 8, 0),
-    (64, 22, False, 8, 128),
-    (64, 8, False, 16, 64),
-    (64, 8, True, 8, 128),
-    (32, 8, True, 8, 0),
-]
+PARTS = ("norms", "mlps", "both", "turn")
+BOTHS = [(16, 128, 8), (32, 128, 8), (32, 64, 4), (64, 128, 8), (16, 128, 4), (16, 256, 8)]
+TURNS = [(64, 8, 8, 128), (64, 22, 8, 128), (64, 4, 8, 128), (32, 8, 8, 0), (32, 8, 4, 0)]
 FLATS = [(16, 512, 8), (8, 512, 8), (32, 256, 8), (32, 512, 8), (16, 1024, 8), (16, 256, 4)]
 
 
@@ -103,7 +95,7 @@ def both_directions(rows: int, width: int = 1408) -> None:
         show("add, norm in bf16", lambda: fused.add_norm(x, y, bias, module, 1e-6), 8 * x.numel())
         show("quantise it, both directions", lambda: low(x[:, 0]), 4 * x.numel())
         for br, bc, warps in BOTHS:
-            triton_fp8.BOTH = {"BR": br, "num_warps": warps} | ({"BC": bc} if bc else {})
+            triton_fp8.BOTH = {"BR": br, "BC": bc, "num_warps": warps}
             for name, added, count in (("norm", (None, None), 4), ("add, norm", (y[:, 0], bias), 8)):
                 show(
                     f"{name} in both directions, {br} x {bc}, {warps} warps",
@@ -127,51 +119,14 @@ def rotation(tokens: int, heads: int = 22, width: int = 64) -> None:
         4 * grads.numel(),
     )
     show("quantise it, both directions", lambda: low(packed.view(tokens, -1)), 4 * grads.numel())
-    for bt, at_once, by_product, warps, registers in TURNS:
-        triton_fp8.TURN = {"BT": bt, "HEADS": at_once, "PRODUCT": by_product, "num_warps": warps}
+    for bt, at_once, warps, registers in TURNS:
+        triton_fp8.TURN = {"BT": bt, "HEADS": at_once, "num_warps": warps}
         triton_fp8.TURN |= {"maxnreg": registers} if registers else {}
         show(
-            f"rotation back to FP8, {bt} tokens, {at_once} heads, {warps} warps, product {by_product}",
+            f"rotation back to FP8, {bt} tokens, {at_once} heads, {warps} warps",
             lambda: triton_fp8.turn_backward(list(grads), cos, sin, low.scale, low.amax, torch.float8_e5m2),
             4 * grads.numel(),
         )
-
-
-def product(rows: int, width: int = 1408, inner: int = 6144) -> None:
-    """The reference's first MLP linear and its GELU: two kernels, or cuBLAS's epilogue (GELU by tanh)."""
-    from nextvid_mcore.models import fp8_products
-
-    torch.manual_seed(0)
-    x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(inner, width, device="cuda", dtype=torch.bfloat16) / width**0.5
-    bias = torch.randn(inner, device="cuda", dtype=torch.bfloat16)
-    made = quantiser("float8_e4m3fn", False)
-    low_x, low_weight = made(x), made(weight)
-
-    def apart():
-        h = fp8_products.product(low_weight, low_x, x.dtype)
-        return triton_fp8.gelu(h, bias, made.scale, made.amax, torch.float8_e4m3fn, False)
-
-    def at_once():
-        return fp8_products.product(low_weight, low_x, x.dtype, **fp8_products.gelu_to(made, bias))
-
-    flops = 2e-9 * rows * width * inner
-    for name, run in (
-        ("product alone", lambda: fp8_products.product(low_weight, low_x, x.dtype)),
-        ("product, GELU to FP8", apart),
-        ("product with GELU to FP8", at_once),
-    ):
-        try:
-            ms = milliseconds(run)
-            print(f"{ms:>8.3f} ms {flops / ms:>6.0f} TFLOP/s  {name}", flush=True)
-        except Exception:
-            print(f"failed: {name}")
-            traceback.print_exc(limit=-3)
-    exact = torch.nn.functional.gelu(x[:512].float() @ weight.float().t() + bias.float())
-    found = {"apart": apart().rows, "at once": at_once()._data.view(torch.float8_e4m3fn)}
-    for name, low in found.items():
-        off = (low[:512].float() / made.scale - exact).norm() / exact.norm()
-        print(f"{name}: off by {off:.5f} from GELU in fp32", flush=True)
 
 
 def mlps(args: argparse.Namespace) -> None:
@@ -205,7 +160,7 @@ def mlps(args: argparse.Namespace) -> None:
         )
         show("quantise it", lambda: low(dy[:, 0]), 4 * size)  # noqa: B023
         for br, bc, warps in TILES:
-            triton_fp8.TILE = {"BR": br, "BC": bc, "num_warps": warps}
+            triton_fp8.BACK = {"BR": br, "BC": bc, "num_warps": warps}
             show(
                 f"derivative to FP8 tile {br} x {bc}, {warps} warps",
                 lambda: triton_fp8.gelu_backward(dy[:, 0], flat, bias, scale, amax, e5m2),  # noqa: B023
@@ -230,7 +185,6 @@ def main() -> None:
         "mlps": lambda: mlps(args),
         "both": lambda: both_directions(args.student),
         "turn": lambda: rotation(args.student),
-        "product": lambda: product(args.reference),
     }
     for part in args.parts:
         try:

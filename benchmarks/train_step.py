@@ -46,7 +46,7 @@ KEYS = {
     "backend": str,
     "fp8": str,  # none, current, delayed, blockwise: of all roles, or role:recipe,role:recipe
     "fp8_fused": int,  # 0: delayed's GELU writes bf16, which is then quantised
-    "fp8_layer": str,  # models/fp8_layer.py's ways: trained,carry,attention,epilogue; all, none
+    "fp8_layer": str,  # models/fp8_layer.py's ways: trained,carry,attention; all, none
     "recompute": str,
     "compile": int,
     "graphs": str,  # on, off or auto
@@ -76,9 +76,9 @@ def fp8_config(text: str, fused: int) -> Fp8Config:
 
 
 def layer_switches(text: str) -> dict[str, bool]:
-    """For fp8_layer.use; all: but for the epilogue, whose GELU is another."""
-    known, shipped = fp8_layer.SWITCHES, fp8_layer.SHIPPED
-    names = {"as_shipped": shipped, "none": (), "all": [x for x in known if x != "epilogue"]}.get(text)
+    """For fp8_layer.use."""
+    known = fp8_layer.SWITCHES
+    names = {"as_shipped": fp8_layer.SHIPPED, "none": (), "all": known}.get(text)
     names = text.split(",") if names is None else names
     require(set(names) <= set(known), f"fp8_layer={text}: there are {', '.join(known)}, all and none")
     return {name: name in names for name in known}

@@ -30,7 +30,7 @@ class Fp8Config:
     predictor: Recipe | None = None
     decoder: Recipe | None = None
     format: Literal["hybrid", "e4m3"] = "hybrid"  # hybrid: gradients are e5m2, all else e4m3
-    fused: bool = True  # `delayed`: GELU writes FP8 itself (models/fp8_mlp.py); False: only to compare with
+    fused: bool = True  # `delayed`: GELU and what docs/fp8.md names write FP8 themselves; False: to compare
     bf16_first: int = 0  # layers at the start of every network that stay as they are; not with `delayed`
     bf16_last: int = 0  # and at its end
 

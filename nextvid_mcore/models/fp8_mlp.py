@@ -21,7 +21,6 @@ from nextvid_mcore.models.fp8_products import (
     INPUT,
     as_te,
     for_backward,
-    gelu_to,
     opened,
     product,
     torch_dtype,
@@ -76,14 +75,13 @@ class Inside:
     quantizers: tuple[tuple, tuple]
     trained: bool  # all is quantised in both directions
     remade: bool  # GELU's result is so in the backward pass, with the scale it had
-    epilogue: bool = False  # cuBLAS's product makes GELU by tanh, in FP8, where no gradient is wanted
     kept: tuple | None = None
 
     @classmethod
-    def of(cls, module: MLP, x: Tensor, epilogue: bool = False) -> Inside:
+    def of(cls, module: MLP, x: Tensor) -> Inside:
         linears, trained = (module.linear_fc1, module.linear_fc2), torch.is_grad_enabled()
         quantizers = tuple(opened(linear, x, trained) for linear in linears)
-        return cls(linears, quantizers, trained, again.wanted(module.config), epilogue)
+        return cls(linears, quantizers, trained, again.wanted(module.config))
 
     def forward(self, low_x: Any, b1: Tensor, dtype: torch.dtype) -> Tensor:
         """[N, D] in FP8 -> [N, D]."""
@@ -92,9 +90,6 @@ class Inside:
         (one, two), (first, second) = self.linears, self.quantizers
         low_w1, low_w2 = weight(one, first, self.trained), weight(two, second, self.trained)
         to, both = second[INPUT], self.trained and not self.remade
-        if self.epilogue and not self.trained:
-            to.set_usage(rowwise=True, columnwise=False)
-            return product(low_w2, product(low_w1, low_x, dtype, **gelu_to(to, b1)), dtype)
         h = product(low_w1, low_x, dtype)
         low_a = as_te(triton_fp8.gelu(h, b1, to.scale, to.amax, torch_dtype(to), both), to, dtype)
         y = product(low_w2, low_a, dtype)

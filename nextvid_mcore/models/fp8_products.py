@@ -70,11 +70,6 @@ def product(a: Any, b: Any, dtype: torch.dtype, **how: Any) -> Tensor:
     return general_gemm(a, b, out_dtype=dtype, use_split_accumulator="layout" in how, **how)[0]
 
 
-def gelu_to(quantizer: Any, bias: Tensor) -> dict[str, Any]:
-    """For `product`: of the sum with `bias` GELU by tanh, in FP8 as `quantizer` makes it."""
-    return {"bias": bias, "gelu": True, "quantization_params": quantizer}
-
-
 def torch_dtype(quantizer: Any) -> torch.dtype:
     """Of the values that `quantizer` makes."""
     from transformer_engine.pytorch.constants import TE_DType_To_Torch

@@ -217,40 +217,9 @@ def _norm_both(x, y, bias, weight, shift, total, mean, rstd, scale, amax, invers
 
 
 @triton.jit
-def _norm_whole(x, y, bias, weight, shift, total, mean, rstd, scale, amax, inverse, rows_out, columns_out,
-                rows, eps, D: tl.constexpr, LIMIT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
-                BR: tl.constexpr):  # fmt: skip
-    """Whole rows in registers."""
-    c = tl.arange(0, BLOCK)
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
-    by = tl.load(scale)
-    if tl.program_id(0) == 0:
-        tl.store(inverse, 1.0 / by)
-    inside = (r < rows)[:, None] & (c < D)[None, :]
-    at = r.to(tl.int64)[:, None] * D + c[None, :]
-    a = tl.load(x + at, mask=inside, other=0.0)
-    if ADD:
-        a = a.to(tl.float32) + tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        a += tl.load(bias + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
-        a = a.to(total.dtype.element_ty)
-        tl.store(total + at, a, mask=inside)
-    a = a.to(tl.float32)
-    m = tl.sum(a, 1) / D
-    a = tl.where(inside, a - m[:, None], 0.0)
-    s = 1.0 / tl.sqrt(tl.sum(a * a, 1) / D + eps)
-    tl.store(mean + r, m, mask=r < rows)
-    tl.store(rstd + r, s, mask=r < rows)
-    a = a * s[:, None] * tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
-    a = tl.where(inside, a + tl.load(shift + c, mask=c < D, other=0.0).to(tl.float32)[None, :], 0.0)
-    tell(tl.max(tl.abs(a)), amax)
-    _put(a, by, rows_out, columns_out, r, c, inside, rows, D, LIMIT, True)
-
-
-@triton.jit
 def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns_out, sums, tokens,
                    A: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, LIMIT: tl.constexpr,
-                   HEADS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
-                   PRODUCT: tl.constexpr):  # fmt: skip
+                   HEADS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):  # fmt: skip
     """HEADS heads of BT tokens of queries, keys or values: as triton_pieces._turn goes back, not rounded."""
     W: tl.constexpr = A * 3 * D
     shares: tl.constexpr = (A + HEADS - 1) // HEADS
@@ -268,25 +237,18 @@ def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns
     c = tl.load(cos + angle, mask=inside & turns[None, :], other=1.0)
     s = tl.load(sin + angle, mask=inside & turns[None, :], other=0.0)
     s = tl.where(low[None, :], s, -s)
-    if PRODUCT:  # Triton's interpreter multiplies the bits of bf16 as if they were integers
-        swap = (d[:, None] == partner[None, :]).to(dq.dtype.element_ty if GPU else tl.float32)
+    # Triton's interpreter multiplies the bits of bf16 as if they were integers
+    swap = (d[:, None] == partner[None, :]).to(dq.dtype.element_ty if GPU else tl.float32)
     most = tl.zeros([BT, BD], tl.float32)
     head = tl.program_id(0) // 3 % shares * HEADS
     at = x + t.to(tl.int64)[:, None] * (A * D)
     ahead = tl.load(at + head * D + d[None, :], mask=inside, other=0.0)
-    if not PRODUCT:
-        other = tl.load(at + head * D + partner[None, :], mask=inside, other=0.0)
     stop = tl.minimum(head + HEADS, A)
     while head < stop:
         y = ahead
         there = inside & (head + 1 < stop)
         ahead = tl.load(at + (head + 1) * D + d[None, :], mask=there, other=0.0)
-        if PRODUCT:
-            z = tl.dot(y.to(swap.dtype), swap, input_precision="ieee")
-        else:
-            z = other.to(tl.float32)
-            other = tl.load(at + (head + 1) * D + partner[None, :], mask=there, other=0.0)
-        y = y.to(tl.float32) * c + z * s
+        y = y.to(tl.float32) * c + tl.dot(y.to(swap.dtype), swap, input_precision="ieee") * s
         to = (head * 3 + kind) * D + d
         tl.store(sums + part.to(tl.int64) * W + to, tl.sum(y, 0), mask=d < D)
         _put(y, by, rows_out, columns_out, t, to, inside, tokens, W, LIMIT, True)
@@ -296,10 +258,11 @@ def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns
 
 
 TILE = {"BR": 128, "BC": 64, "num_warps": 8}  # with both directions: 128 bytes in a row of columns
+BACK = {"BR": 64, "BC": 64, "num_warps": 4}  # of the derivative, which has more in registers
 FLAT = {"BR": 16, "BC": 512, "num_warps": 8}  # without columns
 ROW = {"BR": 1, "num_warps": 1}  # a warp a row: its sums need no barrier
-BOTH = {"BR": 8, "num_warps": 8}  # a norm in both directions: a warp a row, 8 bytes in a row of columns
-TURN = {"BT": 32, "HEADS": 8, "PRODUCT": False, "num_warps": 8}
+BOTH = {"BR": 16, "BC": 128, "num_warps": 8}  # a norm in both directions: 16 bytes in a row of columns
+TURN = {"BT": 64, "HEADS": 8, "num_warps": 8, "maxnreg": 128}  # two programs a multiprocessor
 
 
 def gelu(
@@ -336,11 +299,11 @@ def gelu_backward(
             (grad,) = torch.autograd.grad(F.gelu(a), a, dy.float())
         return _scaled(grad, scale, amax, dtype, True), grad.sum(0).to(bias.dtype)
     out, (rows, width) = _empty(x, dtype, True), x.shape
-    grid = (triton.cdiv(width, TILE["BC"]), triton.cdiv(rows, TILE["BR"]))
+    grid = (triton.cdiv(width, BACK["BC"]), triton.cdiv(rows, BACK["BR"]))
     sums = torch.empty(grid[1], width, dtype=torch.float32, device=x.device)
     _gelu_backward[grid](
         dy, x, bias, scale, amax, out.inverse, out.rows, out.columns, sums, rows,
-        W=width, LIMIT=torch.finfo(dtype).max, **TILE,
+        W=width, LIMIT=torch.finfo(dtype).max, **BACK,
     )  # fmt: skip
     return out, triton_pieces.sum_of(sums, bias.dtype)
 
@@ -390,12 +353,9 @@ def norm_both(
     out, (rows, width) = _empty(x, dtype, True), x.shape
     total = x if y is None else torch.empty_like(x)
     mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device)
-    kernel, block = _norm_both, {}
-    if "BC" not in BOTH:
-        kernel, block = _norm_whole, {"BLOCK": triton.next_power_of_2(width)}
-    kernel[(triton.cdiv(rows, BOTH["BR"]),)](
+    _norm_both[(triton.cdiv(rows, BOTH["BR"]),)](
         x, y, bias, weight, shift, total, mean, rstd, scale, amax, out.inverse, out.rows, out.columns, rows,
-        eps, D=width, LIMIT=torch.finfo(dtype).max, ADD=y is not None, **block, **BOTH,
+        eps, D=width, LIMIT=torch.finfo(dtype).max, ADD=y is not None, **BOTH,
     )  # fmt: skip
     return total, out, mean, rstd
 

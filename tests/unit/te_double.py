@@ -97,17 +97,7 @@ class Linear(torch.nn.Module):
 
 
 def general_gemm(
-    a,
-    b,
-    out_dtype,
-    use_split_accumulator,
-    layout="TN",
-    grad=False,
-    out=None,
-    accumulate=False,
-    bias=None,
-    gelu=False,
-    quantization_params=None,
+    a, b, out_dtype, use_split_accumulator, layout="TN", grad=False, out=None, accumulate=False, bias=None
 ):
     assert use_split_accumulator == grad
     one = a.rows() if layout[0] == "T" else a.columns()
@@ -117,9 +107,7 @@ def general_gemm(
     if out is not None:
         assert accumulate
         out.add_(y)
-    if gelu:
-        y = torch.nn.functional.gelu(y, approximate="tanh")
-    return (y.to(out_dtype) if quantization_params is None else quantization_params(y)), None, None, None
+    return y.to(out_dtype), None, None, None
 
 
 def quantize_weight(tensor, quantizer, workspace, update_workspace, workspace_dtype, cache):

@@ -34,11 +34,10 @@ def same(found, wanted) -> None:
 @interpreted
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize(("rows", "width"), [(40, 48), (33, 24), (5, 100)])
-@pytest.mark.parametrize("tile", [{"BR": 16, "BC": 32}, {"BR": 8}], ids=str)
-def test_norm_in_both_directions(monkeypatch, dtype: torch.dtype, rows: int, width: int, tile: dict) -> None:
+def test_norm_in_both_directions(monkeypatch, dtype: torch.dtype, rows: int, width: int) -> None:
     from nextvid_mcore.models import triton_fp8 as t
 
-    monkeypatch.setattr(t, "BOTH", tile)
+    monkeypatch.setattr(t, "BOTH", {"BR": 16, "BC": 32})
     x, y = torch.randn(2, rows, width) + 30  # far from zero: differences of large sums would show
     bias, weight, shift = torch.randn(3, width)
     for added in ((None, None), (y, bias)):
@@ -59,12 +58,11 @@ def test_norm_in_both_directions(monkeypatch, dtype: torch.dtype, rows: int, wid
 @interpreted
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize(("tokens", "heads", "width"), [(21, 3, 16), (40, 9, 24), (16, 2, 6)])
-@pytest.mark.parametrize("product", [True, False])
-def test_rotation_back(monkeypatch, dtype, tokens: int, heads: int, width: int, product: bool) -> None:
+def test_rotation_back(monkeypatch, dtype, tokens: int, heads: int, width: int) -> None:
     from nextvid_mcore.models import triton_fp8 as t
     from nextvid_mcore.models import triton_pieces
 
-    monkeypatch.setattr(t, "TURN", {"BT": 16, "HEADS": 4, "PRODUCT": product})
+    monkeypatch.setattr(t, "TURN", {"BT": 16, "HEADS": 4})
     grads = torch.randn(3, tokens, heads, width)
     positions = rope.token_positions(torch.arange(tokens) * 3, 4, 4)
     cos, sin = rope.turns(rope.angles(positions, width))
@@ -180,9 +178,8 @@ def switches() -> None:
 @interpreted
 @pytest.mark.parametrize("writes", [False, True])
 @pytest.mark.parametrize("carry", [False, True])
-@pytest.mark.parametrize("epilogue", [False, True])
-def test_a_frozen_layer(te: Roll, writes: bool, carry: bool, epilogue: bool) -> None:
-    fp8_layer.use(carry=carry, attention=writes, epilogue=epilogue)
+def test_a_frozen_layer(te: Roll, writes: bool, carry: bool) -> None:
+    fp8_layer.use(carry=carry, attention=writes)
     layers, x, angles, turns = built()
     y = wanted = x
     with torch.no_grad():
@@ -191,13 +188,12 @@ def test_a_frozen_layer(te: Roll, writes: bool, carry: bool, epilogue: bool) -> 
             y = fp8_layer.encoder_layer(layer, y, turns, "pattern")
             assert hasattr(y, "pending") == (carry and not layer.last)
             before, wanted = wanted, layer.plain(wanted, angles)
-    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=2e-2 if epilogue else 1e-4)
-    assert layer.mlp.linear_fc2.made[0].seen == int(epilogue)
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
     qkv, proj, one = layer.self_attention.linear_qkv, layer.self_attention.linear_proj, layer.mlp.linear_fc1
     assert layer.self_attention.wrote == int(writes) and proj.made[0].seen == 0
     assert one.made[0].seen == qkv.made[0].seen == qkv.open == one.open == proj.open == 0
     most = layer.input_layernorm(before).abs().max().detach()
-    torch.testing.assert_close(qkv.made[0].amax[0], most, rtol=1e-2 if epilogue else 1e-5, atol=0)
+    torch.testing.assert_close(qkv.made[0].amax[0], most, rtol=1e-5, atol=0)
     assert te.renewed == 0 and te.first
 
 
