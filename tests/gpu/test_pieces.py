@@ -106,7 +106,7 @@ def test_heads_of_any_width_turn() -> None:
         errors = far(found, wanted)
         print(d, dtype, errors)
         assert max(errors) < (1e-6 if dtype == torch.float32 else 1e-2)
-        assert torch.equal(found[2].float(), wanted[2])
+        assert torch.equal(found[2], wanted[2].to(dtype))  # fp16 has not all that was drawn
         assert all(x[..., kept:].signbit().all() for x in found[:3])
 
 
