@@ -58,6 +58,7 @@ PREFIX_TOKENS, PREFIX_HEADS = 64, (32, 64)  # tokens of a frame: a multiple; the
 GLUON = "3.6."  # the Triton whose Gluon models/gluon_*.py were tried with: it changes with every version
 STAIRS_SHORTEST = 4096  # queries from which on triton_stairs.py is faster than FlexAttention
 STAIRS_HEADS = (32, 64)
+STAIRS_TOKENS = 16  # of a frame: a multiple. Others ended in an illegal instruction, or now and then in NaN
 SPAN = 1 << 16  # frame numbers lie below it
 
 
@@ -182,8 +183,10 @@ def _stairs_fit(q: Tensor, pattern: AttentionPattern | None) -> bool:
     if not (half and fused.compiles(q) and _hopper(q.device) and q.shape[-1] in STAIRS_HEADS):
         return False
     if pattern is None:
-        return q.shape[2] >= SHORTEST and _gluon()
-    return pattern.stairs is not None and q.shape[2] >= (SHORTEST if _gluon() else STAIRS_SHORTEST)
+        return q.shape[2] >= SHORTEST and q.shape[2] % STAIRS_TOKENS == 0 and _gluon()
+    if pattern.stairs is None or any(x % STAIRS_TOKENS for *_, n, m in pattern.stairs for x in (n, m)):
+        return False
+    return q.shape[2] >= (SHORTEST if _gluon() else STAIRS_SHORTEST)
 
 
 def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]:

@@ -142,6 +142,9 @@ def test_patterns_with_stairs(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "_hopper", lambda device: True)
     monkeypatch.setattr(fused, "compiles", lambda x: True)
     half = torch.zeros(1, 2, 128, 32, dtype=torch.bfloat16)
+    assert kernels.choose(half, student) is kernels.masked  # frames of 6 and 4 tokens
+    even = (Frames(0, 3, 32), Frames(0, 2, 16))
+    student = regular_pattern(even, even, "causal", CPU)
     for shortest, kernel in ((129, kernels.masked), (128, kernels.stairs)):
         monkeypatch.setattr(kernels, "STAIRS_SHORTEST", shortest)
         assert kernels.choose(half, student) is kernel
