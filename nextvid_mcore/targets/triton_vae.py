@@ -42,27 +42,28 @@ class Tuning:
 
 
 @triton.jit
-def _silu(x, PTX: tl.constexpr):
+def _silu_of_half(h, PTX: tl.constexpr):
+    """SiLU of 2 h: h + h tanh(h). The instruction's tanh is off by 5e-4 of itself, which bf16 hides."""
     if PTX:
-        bell = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], dtype=tl.float32, is_pure=True,
-            pack=1,
-        )  # fmt: skip
-        return x * tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + bell], dtype=tl.float32, is_pure=True, pack=1
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [h], dtype=tl.float32, is_pure=True, pack=1
         )
-    return x / (1.0 + tl.exp(-x))
+    else:
+        tanh = 1.0 - 2.0 / (tl.exp(2.0 * h) + 1.0)
+    return h + h * tanh
 
 
 @triton.jit
 def _summed(
     a, b, frames, first, bias, n, y, x, inside,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
     PARTS: tl.constexpr, FRAMES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The sum [R, C] in fp32 at (y, x) [R] of image n; what is not `inside` means nothing."""
     c = tl.arange(0, C)[None, :]
-    value = tl.load(bias + c)
+    value = tl.zeros([R, C], tl.float32)
+    if BIAS:
+        value += tl.load(bias + c)
     at = n.to(tl.int64) * (H * W * C) + (y * W + x)[:, None] * C + c
     if PARTS > 0:
         value += tl.load(a + at, mask=inside[:, None], other=0.0).to(tl.float32)
@@ -98,7 +99,7 @@ def _slice(
         p = (k * TILES + i) * R + tl.arange(0, R)
         inside = (p < H * W) | EVEN
         v = _summed(
-            a, b, frames, first, bias, n, p // W, p % W, inside, H, W, C, PARTS, FRAMES, DEPTH, PTX
+            a, b, frames, first, bias, n, p // W, p % W, inside, H, W, C, R, KEEP, PARTS, FRAMES, DEPTH, PTX
         )  # fmt: skip
         if KEEP:
             rounded = v.to(kept.dtype.element_ty)
@@ -114,16 +115,26 @@ def _slice(
             v = tl.reshape(v, [R // SPAN, SPAN, C])
             total += tl.sum(v, 0)
             square += tl.sum(v * v, 0)
+    total, square = tl.sum(total, 0), tl.sum(square, 0)
+    if not KEEP:  # the bias, afterwards: with count positions, (v + b)^2 is v^2 + 2 b v + count b^2
+        b = tl.load(bias + c)
+        count = tl.maximum(tl.minimum(H * W - k * (TILES * R), TILES * R), 0).to(tl.float32)
+        square += b * (2.0 * total + count * b)
+        total += count * b
     to = sums + (n * SLICES + k) * (2 * G) + g
-    tl.store(to, tl.sum(tl.reshape(tl.sum(total, 0), [G, C // G]), 1))
-    tl.store(to + G, tl.sum(tl.reshape(tl.sum(square, 0), [G, C // G]), 1))
+    tl.store(to, tl.sum(tl.reshape(total, [G, C // G]), 1))
+    tl.store(to + G, tl.sum(tl.reshape(square, [G, C // G]), 1))
 
 
 @triton.jit
 def _line(
-    sums, weight, shift, n, eps, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, SLICES: tl.constexpr
-):
-    """What normalises image n: a number [C] to multiply with, and one to add."""
+    sums, weight, shift, bias, n, eps,
+    P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, SLICES: tl.constexpr, KEEP: tl.constexpr,
+    SILU: tl.constexpr,
+):  # fmt: skip
+    """What normalises image n: a number [C] to multiply with, and one to add. Kept sums have their bias, in
+    others it is added here. SiLU wants half of both.
+    """
     MORE: tl.constexpr = triton.next_power_of_2(SLICES)
     c, g, s = tl.arange(0, C), tl.arange(0, G), tl.arange(0, MORE)
     parts = sums + n * (SLICES * 2 * G) + s[:, None] * (2 * G) + g[None, :]
@@ -134,7 +145,12 @@ def _line(
     scale = tl.reshape(tl.broadcast_to(scale[:, None], [G, C // G]), [C])
     scale *= tl.load(weight + c).to(tl.float32)
     mean = tl.reshape(tl.broadcast_to(mean[:, None], [G, C // G]), [C])
-    return scale, tl.load(shift + c).to(tl.float32) - mean * scale
+    if not KEEP:
+        mean -= tl.load(bias + c)
+    start = tl.load(shift + c).to(tl.float32) - mean * scale
+    if SILU:
+        scale, start = 0.5 * scale, 0.5 * start
+    return scale, start
 
 
 @triton.jit
@@ -142,7 +158,8 @@ def _statistics(
     a, b, frames, first, bias, kept, sums, arrived, weight, shift, lines, eps,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     TILES: tl.constexpr, SPAN: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr,
-    FRAMES: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
+    FRAMES: tl.constexpr, KEEP: tl.constexpr, SILU: tl.constexpr, STAGES: tl.constexpr,
+    DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Only what normalises each image, lines [N, 2, C]: an image's last program to be done writes it."""
     n = tl.program_id(0) // SLICES
@@ -152,7 +169,7 @@ def _statistics(
     )  # fmt: skip
     tl.debug_barrier()  # all threads have stored before one says so
     if tl.atomic_add(arrived + n, 1, sem="acq_rel") == SLICES - 1:
-        scale, start = _line(sums, weight, shift, n, eps, H * W, C, G, SLICES)
+        scale, start = _line(sums, weight, shift, bias, n, eps, H * W, C, G, SLICES, KEEP, SILU)
         c = tl.arange(0, C)
         tl.store(lines + n * (2 * C) + c, scale)
         tl.store(lines + n * (2 * C) + C + c, start)
@@ -179,7 +196,7 @@ def _normalise(
         while count < SLICES:
             count = tl.atomic_add(arrived + n, 0, sem="acquire")
         tl.debug_barrier()
-        scale, start = _line(sums, weight, shift, n, eps, H * W, C, G, SLICES)
+        scale, start = _line(sums, weight, shift, bias, n, eps, H * W, C, G, SLICES, KEEP, SILU)
         for j in tl.range(0, TILES, num_stages=STAGES):  # what was read last comes first
             p = (k * TILES + (TILES - 1 - j)) * R + tl.arange(0, R)
             inside = (p < H * W) | EVEN
@@ -188,11 +205,12 @@ def _normalise(
                 v = tl.load(kept + at, mask=inside[:, None], other=0.0).to(tl.float32)
             else:
                 v = _summed(
-                    a, b, frames, first, bias, n, p // W, p % W, inside, H, W, C, PARTS, FRAMES, DEPTH, PTX
+                    a, b, frames, first, bias, n, p // W, p % W, inside,
+                    H, W, C, R, False, PARTS, FRAMES, DEPTH, PTX,
                 )  # fmt: skip
             v = v * scale[None, :] + start[None, :]
             if SILU:
-                v = _silu(v, PTX)
+                v = _silu_of_half(v, PTX)
             tl.store(out + at, v, mask=inside[:, None])
         n += tl.num_programs(0) // SLICES
 
@@ -211,11 +229,11 @@ def _write(
     y, x = p // WIDE, p % WIDE
     inside = (y < H) & (x < W)
     c = tl.arange(0, C)[None, :]
-    v = _summed(a, b, frames, first, bias, n, y, x, inside, H, W, C, PARTS, FRAMES, DEPTH, PTX)
+    v = _summed(a, b, frames, first, bias, n, y, x, inside, H, W, C, R, not NORM, PARTS, FRAMES, DEPTH, PTX)
     if NORM:
         v = v * tl.load(lines + n * (2 * C) + c) + tl.load(lines + n * (2 * C) + C + c)
         if SILU:
-            v = _silu(v, PTX)
+            v = _silu_of_half(v, PTX)
     v = tl.where(inside[:, None], v, 0.0)
     at = n.to(tl.int64) * (HIGH * WIDE * C) + p[:, None] * C + c
     tl.store(out + at, v, mask=(p < HIGH * WIDE)[:, None])
@@ -289,13 +307,13 @@ def normalise(
     span = tile if x.frames is not None else min(tile, tuning.warps * 256 // C)
     shape = dict(
         H=H, W=W, C=C, G=GROUPS, R=tile, TILES=tiles, SPAN=span, SLICES=slices, PARTS=len(x.parts),
-        FRAMES=x.frames is not None, KEEP=keep, STAGES=tuning.stages, DEPTH=DEPTH, PTX=PTX,
+        FRAMES=x.frames is not None, KEEP=keep, SILU=silu, STAGES=tuning.stages, DEPTH=DEPTH, PTX=PTX,
         num_warps=tuning.warps, maxnreg=65536 // (32 * tuning.warps * tuning.programs) // 8 * 8,
     )  # fmt: skip
     if tuning.at_once and slices <= room and (PTX or slices == 1):  # the interpreter's programs don't wait
         images = min(N, room // slices)
         _normalise[(images * slices,)](
-            *of, out, N, EPS, SILU=silu, launch_cooperative_grid=slices > 1, **shape
+            *of, out, N, EPS, launch_cooperative_grid=slices > 1, **shape
         )  # fmt: skip
     else:
         lines = torch.empty(N, 2, C, dtype=torch.float32, device=out.device)

@@ -46,6 +46,8 @@ def test_the_fused_encoder_equals_the_eager_one() -> None:
     errors = [float((x - exact).square().mean().sqrt() / exact.std()) for x in (eager, fused)]
     assert exact.shape == (3, 3, 64, 64) and 0 < errors[0] < 0.05
     assert errors[1] < 1.5 * errors[0], errors
+    for _ in range(3):  # programs that wait for each other's sums always find all of them
+        assert torch.equal(latents(torch.bfloat16, True), fused)
 
 
 def losses(beside: bool) -> list[float]:
