@@ -35,11 +35,10 @@ def check(shape: AutoencoderShape) -> None:
 class FusedEncoder:
     """Stands for `autoencoder.encode`. Its weights are read where they lie, and may not change after."""
 
-    def __init__(self, autoencoder: AutoencoderKL, tuning: Tuning | None = None, again: bool = True) -> None:
-        """again: the first convolution is made anew wherever it is needed, instead of written once."""
+    def __init__(self, autoencoder: AutoencoderKL, tuning: Tuning | None = None) -> None:
         check(autoencoder.shape)
         self.encoder, self.quant_conv = autoencoder.encoder, autoencoder.quant_conv
-        self.tuning, self.again = tuning, again
+        self.tuning = tuning
         self.first = matrix_of(self.encoder.conv_in.weight)
         self.packed = {
             id(m): (
@@ -60,8 +59,6 @@ class FusedEncoder:
         arrived = torch.zeros(self.norms, len(frames), dtype=torch.int32, device=frames.device)
         self.arrived = iter(arrived.unbind())
         x = Sum(self._bias(self.encoder.conv_in), frames=frames.contiguous(), first=self.first)
-        if not self.again:
-            x = self._settled(x)
         for level in self.encoder.down:
             for i, block in enumerate(level.block):
                 x = self._block(block, x)
@@ -88,9 +85,6 @@ class FusedEncoder:
             self.biases[key] = before + conv.bias.float()
         return self.biases[key]
 
-    def _settled(self, x: Sum) -> Sum:
-        return Sum(self.zeros[len(x.bias)], (add(x),))
-
     def _norm(self, norm: nn.GroupNorm, x: Sum, **how: bool) -> tuple[Tensor, Sum]:
         """Normalised x with SiLU; and x, added up where it had two parts."""
         keep = len(x.parts) > 1
@@ -107,7 +101,7 @@ class FusedEncoder:
         out = _conv(block.conv2, normed)
         if hasattr(block, "nin_shortcut"):
             if x.frames is not None:
-                x = self._settled(x)
+                x = Sum(self.zeros[len(x.bias)], (add(x),))
             short = block.nin_shortcut  # of a sum of one part, whose bias goes through by itself
             x = Sum(self._bias(short, x.bias), (_conv(short, x.parts[0]),))
         return dataclasses.replace(x, bias=self._bias(block.conv2, x.bias), parts=(*x.parts, out))

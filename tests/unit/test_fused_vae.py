@@ -22,18 +22,14 @@ def autoencoder(multipliers: tuple[int, ...]) -> AutoencoderKL:
     return made.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(
-    ("multipliers", "shape", "again"),
-    [((1, 2), (2, 3, 24, 16), True), ((1, 2), (2, 3, 24, 16), False), ((2, 2), (1, 3, 16, 16), True)],
-)
-def test_the_fused_encoder_equals_the_eager_one(multipliers, shape, again):
-    """Images of several slices, the last not full; the first convolution made again, or written once."""
+@pytest.mark.parametrize(("multipliers", "shape"), [((1, 2), (2, 3, 24, 16)), ((2, 2), (1, 3, 16, 16))])
+def test_the_fused_encoder_equals_the_eager_one(multipliers, shape):
+    """Images of several slices, the last not full; a first block as wide as the first convolution, or not."""
     made = autoencoder(multipliers)
     frames = clip(shape)
     wanted = made.encode(frames)
-    for got, want in zip(
-        FusedEncoder(made, Tuning(tile=32 * 64, slice=32 * 128), again)(frames), wanted, strict=True
-    ):
+    found = FusedEncoder(made, Tuning(tile=32 * 64, slice=32 * 128))(frames)
+    for got, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
