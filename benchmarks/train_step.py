@@ -65,6 +65,7 @@ KEYS = {
     "margin": int,  # processors that products leave to the other stream's collectives
     "ctas": int,  # the most blocks of a tensor rank's collective; 0: NCCL's choice
     "vae": int,  # 1: VA-VAE of random weights encodes the clips in every step
+    "shares": int,  # 0: without the parts' shares, an eager step
 }
 
 
@@ -221,7 +222,7 @@ def measure(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[
         with contextlib.suppress(RuntimeError):  # a profiler that cannot record costs the gaps alone
             found["idle"], found["kernels"] = kernels(bench.take)
     bench.step.close()
-    if bench.cuda and args.shares:  # parts are told apart in an eager step
+    if bench.cuda and case["shares"]:  # parts are told apart in an eager step
         torch.cuda.empty_cache()
         bench.step.engine.graphs = None
         with contextlib.suppress(torch.OutOfMemoryError):
