@@ -3,10 +3,9 @@ and its reference in torch.
 
 A linear in FP8 reads its input in one direction for the product and, where it is trained, in the other for
 the weight's gradient; Hopper's products take no other layout. Transformer Engine makes both from a tensor in
-bf16: with GELU before it that tensor is written and read once more than need be. Here GELU's kernel
-multiplies by the scale that the quantiser has (`delayed` knows it beforehand), rounds, writes both directions
-and leaves the largest value where the quantiser wants it. Derivatives add up the bias's gradient meanwhile,
-share by share, in a fixed order.
+bf16, which is written and read once more than need be. These kernels multiply by the scale that the quantiser
+has (`delayed` knows it beforehand), round, write both directions and leave the largest value where the
+quantiser wants it. Derivatives add up the bias's gradient meanwhile, share by share, in a fixed order.
 """
 
 from __future__ import annotations
@@ -57,10 +56,8 @@ def rounded(y, scale, low_dtype: tl.constexpr, LIMIT: tl.constexpr):
     """`y` times `scale`, in FP8."""
     low = y * scale
     if GPU:
-        if LIMIT == 448.0:
-            low = tl.inline_asm_elementwise(ROUND_E4M3, "=r,r,r,r,r", [low], tl.uint8, is_pure=True, pack=4)
-        else:
-            low = tl.inline_asm_elementwise(ROUND_E5M2, "=r,r,r,r,r", [low], tl.uint8, is_pure=True, pack=4)
+        how: tl.constexpr = ROUND_E4M3 if LIMIT == 448.0 else ROUND_E5M2
+        low = tl.inline_asm_elementwise(how, "=r,r,r,r,r", [low], tl.uint8, is_pure=True, pack=4)
         return low.to(low_dtype, bitcast=True)
     else:
         return tl.clamp(low, -LIMIT, LIMIT).to(low_dtype)
@@ -151,8 +148,7 @@ def _gelu_backward(dy, x, bias, scale, amax, inverse, rows_out, columns_out, sum
 def _norm(x, y, bias, weight, shift, total, scale, amax, inverse, rows_out, rows, eps,
           D: tl.constexpr, LIMIT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
           BR: tl.constexpr):  # fmt: skip
-    c = tl.arange(0, BLOCK)
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    r, c = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BLOCK)
     by = tl.load(scale)
     if tl.program_id(0) == 0:
         tl.store(inverse, 1.0 / by)
@@ -177,8 +173,7 @@ def _norm_both(x, y, bias, weight, shift, total, mean, rstd, scale, amax, invers
                rows, eps, D: tl.constexpr, LIMIT: tl.constexpr, ADD: tl.constexpr, BR: tl.constexpr,
                BC: tl.constexpr):  # fmt: skip
     """Whole rows, piece by piece and twice: for mean and variance; from the cache, for what is written."""
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
-    lane = tl.arange(0, BC)
+    r, lane = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BC)
     start = r.to(tl.int64)[:, None] * D
     by = tl.load(scale)
     if tl.program_id(0) == 0:
@@ -278,7 +273,7 @@ def gelu(
     if not x.is_cuda:
         out = _scaled(F.gelu(x.float() + bias.float()), scale, amax, dtype, columns)
         return out if rows else replace(out, rows=None)
-    out, (number, width) = _empty(x, dtype, columns, rows), x.shape
+    out, (number, width) = _room(x, x.shape, dtype, columns, rows), x.shape
     tile = TILE if columns else FLAT
     grid = (triton.cdiv(width, tile["BC"]) * triton.cdiv(number, tile["BR"]),)
     _gelu_forward[grid](
@@ -298,7 +293,7 @@ def gelu_backward(
         with torch.enable_grad():
             (grad,) = torch.autograd.grad(F.gelu(a), a, dy.float())
         return _scaled(grad, scale, amax, dtype, True), grad.sum(0).to(bias.dtype)
-    out, (rows, width) = _empty(x, dtype, True), x.shape
+    out, (rows, width) = _room(x, x.shape, dtype, True), x.shape
     grid = (triton.cdiv(width, BACK["BC"]), triton.cdiv(rows, BACK["BR"]))
     sums = torch.empty(grid[1], width, dtype=torch.float32, device=x.device)
     _gelu_backward[grid](
@@ -324,7 +319,7 @@ def norm(
         total = x if y is None else x + (y + bias)
         normed = F.layer_norm(total.float(), total.shape[-1:], weight.float(), shift.float(), eps)
         return total, _scaled(normed, scale, amax, dtype, False)
-    out, (rows, width), block = _empty(x, dtype, False), x.shape, triton.next_power_of_2(x.shape[-1])
+    out, (rows, width), block = _room(x, x.shape, dtype, False), x.shape, triton.next_power_of_2(x.shape[-1])
     total = x if y is None else torch.empty_like(x)
     _norm[(triton.cdiv(rows, ROW["BR"]),)](
         x, y, bias, weight, shift, total, scale, amax, out.inverse, out.rows, rows, eps,
@@ -350,7 +345,7 @@ def norm_both(
         given = total.float(), total.shape[-1:], weight.float(), shift.float(), eps
         normed, mean, rstd = torch.native_layer_norm(*given)
         return total, _scaled(normed, scale, amax, dtype, True), mean[:, 0], rstd[:, 0]
-    out, (rows, width) = _empty(x, dtype, True), x.shape
+    out, (rows, width) = _room(x, x.shape, dtype, True), x.shape
     total = x if y is None else torch.empty_like(x)
     mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device)
     _norm_both[(triton.cdiv(rows, BOTH["BR"]),)](
@@ -378,9 +373,8 @@ def turn_backward(
         packed = torch.stack((*parts, v), 2).flatten(1)
         return _scaled(packed, scale, amax, dtype, True), packed.sum(0).to(grads[0].dtype)
     shares, parts = triton.cdiv(heads, TURN["HEADS"]), triton.cdiv(tokens, TURN["BT"])
-    device, size = grads[0].device, (tokens, heads * 3 * width)
-    out = _room(size, device, dtype, True, True)
-    sums = torch.empty(parts, size[1], dtype=torch.float32, device=device)
+    out = _room(grads[0], (tokens, heads * 3 * width), dtype, True)
+    sums = grads[0].new_empty(parts, heads * 3 * width, dtype=torch.float32)
     _turn_backward[(parts * shares * 3,)](
         *(x.contiguous() for x in grads), cos, sin, scale, amax, out.inverse, out.rows, out.columns, sums,
         tokens, A=heads, D=width, HALF=cos.shape[1], LIMIT=torch.finfo(dtype).max,
@@ -389,15 +383,11 @@ def turn_backward(
     return out, triton_pieces.sum_of(sums, grads[0].dtype)
 
 
-def _empty(x: Tensor, dtype: torch.dtype, columns: bool, rows: bool = True) -> Scaled:
-    return _room(x.shape, x.device, dtype, columns, rows)
-
-
-def _room(size: Sequence[int], device: torch.device, dtype: torch.dtype, columns: bool, rows: bool) -> Scaled:
+def _room(x: Tensor, size: Sequence[int], dtype: torch.dtype, columns: bool, rows: bool = True) -> Scaled:
     return Scaled(
-        torch.empty(size, dtype=dtype, device=device) if rows else None,
-        torch.empty(size[::-1], dtype=dtype, device=device) if columns else None,
-        torch.empty(1, dtype=torch.float32, device=device),
+        x.new_empty(size, dtype=dtype) if rows else None,
+        x.new_empty(size[::-1], dtype=dtype) if columns else None,
+        x.new_empty(1, dtype=torch.float32),
     )
 
 
