@@ -13,6 +13,7 @@ import math
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -77,6 +78,7 @@ def query_gradient(
     mbarrier.init(q_ready, count=1)
     for i in gl.static_range(2):
         mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()  # copies by TMA must see the barriers as they were made
     load_both(q, dout, start, head * q_head, head * D, q_ready, q_at, d_at, True)
     for i in gl.static_range(2):
         load_both(
@@ -194,6 +196,7 @@ def key_gradients(
     mbarrier.init(k_ready, count=1)
     for i in gl.static_range(2):
         mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()  # copies by TMA must see the barriers as they were made
     load_both(k, v, start, head * k_head, head * k_head, k_ready, k_at, v_at, True)
     for i in gl.static_range(2):
         _load_queries(

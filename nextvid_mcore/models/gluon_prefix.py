@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -57,6 +58,7 @@ def _prefix(
     for i in gl.static_range(2):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(v_ready.index(i), count=1)
+    fence_async_shared()  # copies by TMA must see the barriers as they were made
     _load(q, start, column, q_ready, q_at, True)
     for i in gl.static_range(2):
         _load(k, i * BN, column, k_ready.index(i), k_at.index(i), i < blocks)
