@@ -15,7 +15,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -73,13 +72,12 @@ def query_gradient(
     d_at = gl.allocate_shared_memory(q.dtype, [BM, D], q.layout)
     k_at = gl.allocate_shared_memory(k.dtype, [2, BN, D], k.layout)
     v_at = gl.allocate_shared_memory(v.dtype, [2, BN, D], v.layout)
-    q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_ready, count=1)
-    for i in gl.static_range(2):
+    # one allocation: another's memory is given away, barrier and all, after its last use
+    ready = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(3):
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()  # copies by TMA must see the barriers as they were made
-    load_both(q, dout, start, head * q_head, head * D, q_ready, q_at, d_at, True)
+    load_both(q, dout, start, head * q_head, head * D, ready.index(2), q_at, d_at, True)
     for i in gl.static_range(2):
         load_both(
             k, v, first + i * BN, column, column, ready.index(i), k_at.index(i), v_at.index(i), i < blocks
@@ -92,7 +90,7 @@ def query_gradient(
     limit = gl.load(limits + rows, mask=rows < stop, other=0)
     of = head.to(gl.int64) * tokens + rows
     high = gl.load(lse + of, mask=rows < stop, other=0.0)
-    mbarrier.wait(q_ready, 0)
+    mbarrier.wait(ready.index(2), 0)
     dot = gl.sum(attended.to(gl.float32) * d_at.load(stored).to(gl.float32), 1)
     dot = gl.convert_layout(dot, gl.SliceLayout(1, scored))
     gl.store(delta + of, dot, mask=rows < stop)
@@ -112,35 +110,18 @@ def query_gradient(
 
 
 @gluon.jit
-def _load_queries(
-    q,
-    dout,
-    lse,
-    delta,
-    first,
-    q_column,
-    d_column,
-    row,
-    ready,
-    q_to,
-    d_to,
-    l_to,
-    e_to,
-    wanted,
-    BM: gl.constexpr,
-):
-    mbarrier.expect(ready, q.block_type.nbytes + dout.block_type.nbytes + 8 * BM, pred=wanted)
-    tma.async_copy_global_to_shared(q, [first, q_column], ready, q_to, pred=wanted)
-    tma.async_copy_global_to_shared(dout, [first, d_column], ready, d_to, pred=wanted)
-    tma.async_copy_global_to_shared(lse, [row + first], ready, l_to, pred=wanted)
-    tma.async_copy_global_to_shared(delta, [row + first], ready, e_to, pred=wanted)
+def _sums(of, first, wanted, BM: gl.constexpr, W: gl.constexpr):
+    """[first, first + BM) of a head's lse or delta; TMA would want rows in fours."""
+    rows = first + gl.arange(0, BM, gl.BlockedLayout([1], [32], [W], [0]))
+    return gl.load(of + rows, mask=(rows >= 0) & wanted, other=0.0)
 
 
 @gluon.jit
 def _key_step(
-    i, count, k_at, v_at, q, dout, lse, delta, q_at, d_at, l_at, e_at, ready, q_column, d_column, row, q_stop,
+    i, count, k_at, v_at, q, dout, lse, delta, q_at, d_at, l_at, e_at, ready, q_column, d_column, q_stop,
     limits, keys, scale, inverse, dk, dv,
-    BM: gl.constexpr, BN: gl.constexpr, scored: gl.constexpr, summed: gl.constexpr, MASKED: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, W: gl.constexpr, scored: gl.constexpr, summed: gl.constexpr,
+    MASKED: gl.constexpr,
 ):  # fmt: skip
     """Adds what the i-th tile of queries from the end gives to the gradients of keys and values."""
     weighing: gl.constexpr = gl.DotOperandLayout(0, summed, 2)
@@ -149,6 +130,8 @@ def _key_step(
     if MASKED:
         rows = q_stop - (i + 1) * BM + gl.arange(0, BM, gl.SliceLayout(0, scored))
         limit = gl.load(limits + rows, mask=rows >= 0, other=0)
+    next_lse = _sums(lse, q_stop - (i + 2) * BM, i + 1 < count, BM, W)
+    next_delta = _sums(delta, q_stop - (i + 2) * BM, i + 1 < count, BM, W)
     mbarrier.wait(ready.index(here), (i // 2) & 1)
     # the sums are where the scores begin: registers for one vector less, so that three programs fit
     scores = none - (l_at.index(here).load(gl.SliceLayout(0, scored)) * inverse)[None, :]
@@ -166,10 +149,12 @@ def _key_step(
     dk = warpgroup_mma(changes, q_at.index(here), dk, is_async=True)
     dk, dv, weights, changes = warpgroup_mma_wait(0, deps=[dk, dv, weights, changes])
     gl.thread_barrier()
-    _load_queries(
-        q, dout, lse, delta, q_stop - (i + 3) * BM, q_column, d_column, row, ready.index(here),
-        q_at.index(here), d_at.index(here), l_at.index(here), e_at.index(here), i + 2 < count, BM,
+    load_both(
+        q, dout, q_stop - (i + 3) * BM, q_column, d_column, ready.index(here), q_at.index(here),
+        d_at.index(here), i + 2 < count,
     )  # fmt: skip
+    l_at.index((i + 1) % 2).store(next_lse)
+    e_at.index((i + 1) % 2).store(next_delta)
     return dk, dv
 
 
@@ -183,40 +168,42 @@ def key_gradients(
     head, tile = gl.program_id(0) // tiles, table + gl.program_id(0) % tiles * 5
     start, stop, q_stop = gl.load(tile), gl.load(tile + 1), gl.load(tile + 2)
     whole, count = gl.load(tile + 3), gl.load(tile + 4)
-    q_column, d_column, row = head * q_head, head * D, head * tokens
+    q_column, d_column = head * q_head, head * D
+    lse, delta = lse + head.to(gl.int64) * tokens, delta + head.to(gl.int64) * tokens
 
     k_at = gl.allocate_shared_memory(k.dtype, [BN, D], k.layout)
     v_at = gl.allocate_shared_memory(v.dtype, [BN, D], v.layout)
     q_at = gl.allocate_shared_memory(q.dtype, [2, BM, D], q.layout)
     d_at = gl.allocate_shared_memory(q.dtype, [2, BM, D], q.layout)
-    l_at = gl.allocate_shared_memory(lse.dtype, [2, BM], lse.layout)
-    e_at = gl.allocate_shared_memory(lse.dtype, [2, BM], lse.layout)
-    k_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(k_ready, count=1)
-    for i in gl.static_range(2):
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    l_at = gl.allocate_shared_memory(gl.float32, [2, BM], flat)
+    e_at = gl.allocate_shared_memory(gl.float32, [2, BM], flat)
+    ready = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(3):
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()  # copies by TMA must see the barriers as they were made
-    load_both(k, v, start, head * k_head, head * k_head, k_ready, k_at, v_at, True)
+    load_both(k, v, start, head * k_head, head * k_head, ready.index(2), k_at, v_at, True)
     for i in gl.static_range(2):
-        _load_queries(
-            q, dout, lse, delta, q_stop - (i + 1) * BM, q_column, d_column, row, ready.index(i),
-            q_at.index(i), d_at.index(i), l_at.index(i), e_at.index(i), i < count, BM,
+        load_both(
+            q, dout, q_stop - (i + 1) * BM, q_column, d_column, ready.index(i), q_at.index(i), d_at.index(i),
+            i < count,
         )  # fmt: skip
+    l_at.index(0).store(_sums(lse, q_stop - BM, True, BM, W))
+    e_at.index(0).store(_sums(delta, q_stop - BM, True, BM, W))
     keys = start + gl.arange(0, BN, gl.SliceLayout(1, scored))
     inverse = 1.0 / scale
     found_k = gl.zeros([BN, D], gl.float32, summed)
     found_v = gl.zeros([BN, D], gl.float32, summed)
-    mbarrier.wait(k_ready, 0)
+    mbarrier.wait(ready.index(2), 0)
     for i in range(0, whole):
         found_k, found_v = _key_step(
-            i, count, k_at, v_at, q, dout, lse, delta, q_at, d_at, l_at, e_at, ready, q_column, d_column, row,
-            q_stop, limits, keys, scale, inverse, found_k, found_v, BM, BN, scored, summed, False,
+            i, count, k_at, v_at, q, dout, lse, delta, q_at, d_at, l_at, e_at, ready, q_column, d_column,
+            q_stop, limits, keys, scale, inverse, found_k, found_v, BM, BN, W, scored, summed, False,
         )  # fmt: skip
     for i in range(whole, count):
         found_k, found_v = _key_step(
-            i, count, k_at, v_at, q, dout, lse, delta, q_at, d_at, l_at, e_at, ready, q_column, d_column, row,
-            q_stop, limits, keys, scale, inverse, found_k, found_v, BM, BN, scored, summed, True,
+            i, count, k_at, v_at, q, dout, lse, delta, q_at, d_at, l_at, e_at, ready, q_column, d_column,
+            q_stop, limits, keys, scale, inverse, found_k, found_v, BM, BN, W, scored, summed, True,
         )  # fmt: skip
     store(found_k * (scale * LN2), dk, start, stop, head, heads, D, BN, W)
     store(found_v, dv, start, stop, head, heads, D, BN, W)

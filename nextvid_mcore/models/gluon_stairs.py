@@ -20,7 +20,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nextvid_mcore.models import gluon_backward
 from nextvid_mcore.models.gluon_tiles import copied, described, empty, load, packed, store
@@ -173,9 +172,7 @@ def key_gradients(
     dk, dv = empty(k), empty(v)
     (q_, dout_), (k_, v_) = described(tile.queries, q, dout), described(tile.keys, k, v)
     table = tiles_on(stairs, True, tile.keys, tile.queries, q.device)
-    line = gl.NVMMASharedLayout.get_default_for([tile.queries], gl.float32)
-    sums = [TensorDescriptor(x.view(-1), [x.numel()], [1], [tile.queries], line) for x in (lse, delta)]
-    parts = q_, k_, v_, dout_, *sums, dk, dv, limits_on(stairs, q.device)
+    parts = q_, k_, v_, dout_, lse, delta, dk, dv, limits_on(stairs, q.device)
     _launch(gluon_backward.key_gradients, tile, table, q, k, *parts)
     return dk, dv
 
