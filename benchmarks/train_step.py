@@ -24,22 +24,18 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import common
 import torch
 import torch.distributed as dist
 from common import PEAK_BF16, Bench, quick_start
-from megatron.core.hyper_comm_grid import HyperCommGrid
 from parts import PARTS, kernels, shares
 from world import first_says, join, leave
 
 from nextvid_mcore import cli, flops, recipes
 from nextvid_mcore.config import ConfigError, Fp8Config, RoleParallel, RunConfig, require
 from nextvid_mcore.models import fp8_layer
-from nextvid_mcore.training import beside
 
 KEYS = {
     "recipe": str,
@@ -59,11 +55,6 @@ KEYS = {
     "tensor": int,
     "sequence": int,
     "generator": int,  # data replicas of predictor and decoder on the tensor ranks
-    "beside": int,  # 1: the reference on a stream of its own
-    "student": int,  # then: priority of the student's stream; the lower goes first
-    "reference": int,  # of the reference's
-    "margin": int,  # processors that products leave to the other stream's collectives
-    "ctas": int,  # the most blocks of a tensor rank's collective; 0: NCCL's choice
     "vae": int,  # 1: VA-VAE of random weights encodes the clips in every step
     "shares": int,  # 0: without the parts' shares, an eager step
 }
@@ -113,7 +104,6 @@ def configure(case: dict[str, Any], world: int) -> RunConfig:
             micro_batch=case["micro_batch"],
             precision=case["precision"],
             cuda_graphs=case["graphs"],
-            reference_stream="own" if case["beside"] else "shared",
         ),
     )
 
@@ -159,11 +149,6 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--sequence", type=int, default=0)
     parser.add_argument("--generator", type=int, default=0)
-    parser.add_argument("--beside", type=int, default=0)
-    parser.add_argument("--student", type=int, default=0)
-    parser.add_argument("--reference", type=int, default=0)
-    parser.add_argument("--margin", type=int, default=0)
-    parser.add_argument("--ctas", type=int, default=0)
     parser.add_argument("--vae", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
@@ -188,33 +173,16 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     return args, cases
 
 
-@contextlib.contextmanager
-def narrow_collectives(ctas: int) -> Iterator[None]:
-    """Tensor groups made inside take so many blocks at most for a collective."""
-    create = HyperCommGrid.create_pg
-
-    def created(grid: HyperCommGrid, dims: list[str], **settings: Any) -> dist.ProcessGroup:
-        if ctas and dims == ["tp"] and dist.get_backend() == "nccl":
-            options = dist.ProcessGroupNCCL.Options()
-            options.config.max_ctas, options.config.min_ctas = ctas, min(ctas, 4)
-            settings["pg_options"] = options
-        return create(grid, dims, **settings)
-
-    with mock.patch.object(HyperCommGrid, "create_pg", created):
-        yield
-
-
 def measure(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[str, Any]:
     config = configure(case, world)
     fp8_layer.use(**layer_switches(case["fp8_layer"]))
-    beside.tuning = beside.Tuning(case["student"], case["reference"], case["margin"])
     if case["vae"]:
         from common import online_vae_target
 
         start = quick_start(online_vae_target)
     else:
         start = quick_start()
-    with start, narrow_collectives(case["ctas"]):
+    with start:
         bench = Bench(config)
     found: dict[str, Any] = {"measured": bench.measure(args.steps, args.warmup)}
     found["flops"] = flops.clip_flops(config, config.stages[0], executed=True).total

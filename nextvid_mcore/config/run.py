@@ -46,15 +46,6 @@ class RunConfig:
         if self.mask.static:
             self.mask.counts(self.model.tokens_per_frame)
         self._check_fp8()
-        if self.train.reference_stream == "own":
-            way = "use --train.reference-stream shared"
-            require(
-                self.model.align, f"train reference_stream own: without alignment no reference is run; {way}"
-            )
-            require(
-                self.train.cuda_graphs != "off",
-                f"train reference_stream own goes with recorded micro-batches, and cuda_graphs is off; {way}",
-            )
         if self.profile.span is not None:
             steps = sum(stage.steps for stage in self.stages)
             steps = min(steps, self.train.steps or steps)

@@ -71,8 +71,6 @@ class TrainConfig:
     # forward and backward pass as one CUDA graph (training/graphs.py); auto: but for FP8 over tensor ranks,
     # and eagerly where recording fails; on: that too, and where it can't be the run ends
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
-    # own: in recorded passes the reference runs on a CUDA stream of its own (training/beside.py)
-    reference_stream: Literal["shared", "own"] = "shared"
     init_from: str | None = None  # weights only, from a run or a checkpoint
     init_noise: float = 0.0  # std of seeded noise in tensors that start at zero (tests)
     log_every: int = 1

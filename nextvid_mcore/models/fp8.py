@@ -10,7 +10,6 @@ megatron-core puts TE's autocast round its layers; what it leaves to its caller 
     quantise_again    the linears keep their quantised weights until they are told that these have changed
     cache_weights     or keep nothing: where passes are recorded and replayed
     update_scales     `delayed` renews its scales where a pass with gradients ends; the reference has none
-    held_back         a network that runs beside others renews its scales when it was waited for
     scales_kept       an evaluation between two steps leaves `delayed` as it was
     rehearsals        `delayed` starts from scales of 1, with which small gradients vanish
 
@@ -150,28 +149,6 @@ def update_scales(network: MegatronModule) -> None:
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=True)
-
-
-@contextlib.contextmanager
-def held_back(network: MegatronModule) -> Iterator[None]:
-    """Inside, other networks' ends of a pass leave `network`'s scales and histories alone.
-
-    Transformer Engine renews all that it has a list of; this takes those of `network` out, which has a group
-    of its own to be told by. Its history then counts its own passes alone.
-    """
-    if not _delayed(network):
-        yield
-        return
-    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
-
-    config, lists = network.config, FP8GlobalStateManager.quantization_state.global_amax_buffer
-    told_by = _delayed_recipe(config.fp8), config.amax_group
-    keys = [FP8GlobalStateManager.get_key_in_buffer(forward, *told_by) for forward in (True, False)]
-    mine = {key: lists.pop(key) for key in keys if key in lists}
-    try:
-        yield
-    finally:
-        lists.update(mine)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ without alignment the reference is only the EMA, and is not run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,8 +51,7 @@ class MicroBatch:
     tau_samples: int  # K
     masks: ClipMasks  # over frames 0 .. t-2: the last frame's context is never used
     patches: Tensor | None = None  # visible patches [s, rows, patch_dim]
-    # of the reference encoder, [t * n, B, D]; or what waits for them, where it runs beside the others
-    features: Tensor | Callable[[], Tensor] | None = None
+    features: Tensor | None = None  # of the reference encoder, [t * n, B, D]
     draws: tuple[Tensor, Tensor] | None = None  # tau and noise of `flow.draw`; None: drawn when needed
     latents: Tensor | None = None  # of the predicted frames 1 .. t-1, [B, p, n, C]
 
@@ -187,11 +186,10 @@ class NextVid(MegatronModule):
         """Predict, align and decode from the projected context [s (/ tp), rows, E]."""
         z = self.shares("predictor", self.predict(context, batch), batch)
         terms: dict[str, Tensor] = {"z": z.detach()}
-        parts = [self.alignment] * self.run.model.align + [self.flow_matching] * self.run.model.generate
-        if callable(batch.features):
-            parts.reverse()  # the decoder needn't wait for the reference
-        for part in parts:
-            terms |= part(z, batch)
+        if self.run.model.align:
+            terms |= self.alignment(z, batch)
+        if self.run.model.generate:
+            terms |= self.flow_matching(z, batch)
         return LossTerms(**terms)
 
     def predict(self, context: Tensor, batch: MicroBatch) -> Tensor:
@@ -221,8 +219,7 @@ class NextVid(MegatronModule):
 
     def _align_target(self, batch: MicroBatch) -> Tensor:
         """Reference features of frames 1 .. t-1, this rank's tokens: [n (/ tp), 1, p, B, D]."""
-        features = batch.features() if callable(batch.features) else batch.features
-        features = rearrange(features, "(t n) b d -> n 1 t b d", t=batch.token_frames)[:, :, 1:]
+        features = rearrange(batch.features, "(t n) b d -> n 1 t b d", t=batch.token_frames)[:, :, 1:]
         place = self.places["predictor"]
         features = sequence_shard(features, place.groups, place.sequence).float()
         if self.run.model.align_target == "layernorm":

@@ -33,13 +33,11 @@ def in_use(seats: Seats) -> list[dist.ProcessGroup]:
     """The groups in whose collectives this rank takes part in a step, in the same order everywhere.
 
     The world's for losses and norms, and the data ranks' for gradients and weights, which megatron-core uses
-    with a single rank too; tensor and pipeline ranks' where there are several, and the reference's own.
+    with a single rank too; tensor and pipeline ranks' where there are several.
     """
     found = [dist.group.WORLD]
     for seat in seats.mine:
         part = seats.groups[seat.name].collection
         found.append(part.dp)
         found += [group for group in (part.tp, part.pp) if group.size() > 1]
-    if seats.reference is not None and seats.reference.layout.tensor > 1:
-        found.append(seats.reference.collection.tp)
     return list(dict.fromkeys(found))

@@ -8,8 +8,6 @@ so several layouts can live in one run. Rank order, fastest first: tensor, data,
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import datetime
 import os
 from collections.abc import Sequence
@@ -216,19 +214,6 @@ def build_groups(layout: Layout, rank_offset: int = 0, timeout: float = 600.0) -
         gtp_remat=None, expt_gtp_remat=None,
     )  # fmt: skip
     return RoleGroups(layout, grid, collection)
-
-
-def with_own_tensor_group(groups: RoleGroups, timeout: float = 600.0) -> RoleGroups:
-    """The same ranks with another tensor group, so with communicators of its own, for a role that runs beside
-    the others. Every rank of the world must call it."""
-    layout, offset = groups.layout, groups.grid.rank_offset
-    grid = HyperCommGrid([layout.tensor, 1, layout.data, layout.pipeline], _DIMS, rank_offset=offset)
-    tp = grid.create_pg(["tp"], timeout=datetime.timedelta(seconds=timeout))
-    if groups.collection is None:
-        return groups
-    collection = copy.copy(groups.collection)
-    collection.tp = collection.tp_cp = tp
-    return dataclasses.replace(groups, collection=collection)
 
 
 def init_distributed(timeout: float = 600.0) -> None:

@@ -132,10 +132,11 @@ def _activations(
             kept += tokens * model.decoder.depth * layer_bytes(config, layout, "decoder")
             # input and output maps; velocity, noise, the two mixed and their difference in fp32
             kept += tokens * (size * (3 * model.decoder.width + channels) + 16 * channels)
-    kept *= _in_flight(config, placement, seat, stage, point)
-    if placement.reference_apart and "reference" in seat.roles:
-        kept += length["reference"] * beside_bytes(config, layout)
-    return kept * placement.clips(seat, config.micro_batch(point))
+    return (
+        kept
+        * placement.clips(seat, config.micro_batch(point))
+        * _in_flight(config, placement, seat, stage, point)
+    )
 
 
 def _size(config: RunConfig) -> int:
@@ -168,15 +169,6 @@ def layer_bytes(config: RunConfig, layout: Layout, role: str) -> float:
     if role == "decoder" and model.condition == "cross_self":
         kept += key_bytes(config, layout, role) + linear * shape.width / split
     return kept
-
-
-def beside_bytes(config: RunConfig, layout: Layout) -> float:
-    """Bytes a token takes in the reference's pass on a stream of its own, where the others can't have them.
-
-    Of one layer: the residual stream, the norm of it, and the MLP's inside before and after GELU.
-    """
-    shape = config.model.encoder
-    return 2 * _size(config) * (shape.width + shape.mlp / layout.tensor)
 
 
 def key_bytes(config: RunConfig, layout: Layout, role: str) -> float:
@@ -243,8 +235,6 @@ def _note(config: RunConfig, placement: Placement) -> str:
         note += "Activations: one width a token and layer (recompute full), over the micro-batches in flight."
     else:
         note += "Activations: what every layer keeps for its backward pass, over the micro-batches in flight."
-    if placement.reference_apart:
-        note += " The reference's pass on a stream of its own, in memory that no other takes, is one of them."
     return note + (
         " Not counted: what the backward pass itself needs, communication buffers, the target's network, "
         "CUDA's own."

@@ -13,7 +13,6 @@ micro x encoder data / its own data of them. The global sample indices are the s
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from dataclasses import dataclass
 
@@ -54,7 +53,6 @@ class Placement:
 
     kind: str
     seats: tuple[Seat, ...]
-    reference_apart: bool = False  # it runs beside the other roles, with a tensor group of its own
 
     @property
     def encoder(self) -> Seat:
@@ -114,7 +112,7 @@ def resolve_placement(config: RunConfig, world_size: int) -> Placement:
                 f"{before.name} data {before.layout.data} and {seat.name} data {seat.layout.data}: replicas "
                 "exchange whole tensors, so one number must be a multiple of the other",
             )
-    return dataclasses.replace(placement, reference_apart=config.train.reference_stream == "own")
+    return placement
 
 
 def _check_settings(config: RunConfig) -> None:
@@ -250,22 +248,3 @@ def recorded(config: RunConfig, placement: Placement) -> bool:
     if config.train.cuda_graphs == "off" or unrecordable(config, placement) is not None:
         return False
     return config.train.cuda_graphs == "on" or shown_on_gpus(config, placement)
-
-
-def check_reference_stream(config: RunConfig, placement: Placement, reason: str | None) -> None:
-    """Raise ConfigError where the reference shall have a stream of its own and there are no recorded passes.
-
-    reason: why they can't be recorded.
-    """
-    if not placement.reference_apart:
-        return
-    way = "use --train.reference-stream shared"
-    require(
-        reason is None,
-        f"train reference_stream own goes with recorded micro-batches, and here {reason}; {way}",
-    )
-    require(
-        config.train.cuda_graphs == "on" or shown_on_gpus(config, placement),
-        "train reference_stream own goes with recorded micro-batches, and --train.cuda-graphs auto does not "
-        f"record FP8 over tensor ranks; use --train.cuda-graphs on, or {way}",
-    )

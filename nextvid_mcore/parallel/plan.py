@@ -13,12 +13,7 @@ from nextvid_mcore import flops
 from nextvid_mcore.config import RunConfig, TransformerShape, require
 from nextvid_mcore.parallel import memory, seating
 from nextvid_mcore.parallel.fp8_shapes import check_fp8
-from nextvid_mcore.parallel.placement import (
-    Placement,
-    check_reference_stream,
-    resolve_placement,
-    unrecordable,
-)
+from nextvid_mcore.parallel.placement import Placement, resolve_placement, unrecordable
 from nextvid_mcore.parallel.stages import last_stage_layers
 from nextvid_mcore.schedule import Schedule
 
@@ -33,11 +28,10 @@ def check(config: RunConfig, world_size: int, dry_run: bool = False) -> Placemen
     from nextvid_mcore.targets import target_channels
 
     placement = resolve_placement(config, world_size)
-    reason = unrecordable(config, placement)
-    check_reference_stream(config, placement, reason)
     last_stage_layers(config, placement.encoder.layout.pipeline)
     check_fp8(config, placement)
     if config.train.cuda_graphs == "on":
+        reason = unrecordable(config, placement)
         require(reason is None, f"train cuda_graphs on: {reason}; use --train.cuda-graphs auto or off")
     Schedule(config)  # the start stage exists, the steps fit
     if config.model.generate:
@@ -64,10 +58,6 @@ def _check_machine(config: RunConfig) -> None:
     require(
         config.train.cuda_graphs != "on" or torch.cuda.is_available(),
         "train cuda_graphs on: there is no CUDA device; use --train.cuda-graphs auto or off",
-    )
-    require(
-        config.train.reference_stream == "shared" or torch.cuda.is_available(),
-        "train reference_stream own: there is no CUDA device; use --train.reference-stream shared",
     )
     fp8.check_gpu(config.fp8)
     require(

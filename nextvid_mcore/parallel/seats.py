@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from nextvid_mcore.parallel.groups import RoleGroups, build_groups, with_own_tensor_group
+from nextvid_mcore.parallel.groups import RoleGroups, build_groups
 from nextvid_mcore.parallel.placement import Placement, Seat
 
 
@@ -16,7 +16,6 @@ class Seats:
 
     placement: Placement
     groups: dict[str, RoleGroups]  # by the seat's name; those of other ranks' seats have no collection
-    reference: RoleGroups | None = None  # the reference's own, where it runs beside the other roles
 
     @property
     def mine(self) -> list[Seat]:
@@ -30,8 +29,6 @@ class Seats:
 
     def of(self, role: str) -> RoleGroups | None:
         """The groups in which this rank works on `role` (student, reference, predictor, decoder)."""
-        if role == "reference" and self.reference is not None:
-            return self.reference
         for seat in self.mine:
             if role in seat.roles:
                 groups = self.groups[seat.name]
@@ -49,7 +46,4 @@ def build_seats(placement: Placement, timeout: float = 600.0) -> Seats:
     groups: dict[str, RoleGroups] = {}
     for seat in placement.seats:
         groups[seat.name] = build_groups(seat.layout, seat.first_rank, timeout)
-    reference = None
-    if placement.reference_apart:
-        reference = with_own_tensor_group(groups[placement.seat_of("reference").name], timeout)
-    return Seats(placement, groups, reference)
+    return Seats(placement, groups)

@@ -46,12 +46,10 @@ def make_places(config: RunConfig, seats: Seats) -> dict[str, Place]:
             return Place(make_split(config, groups.layout, role, separate), groups.collection)
 
         for role in seat.roles:
-            if role == "student":
+            if role in ("student", "reference"):
                 places[role] = place(role)
-            elif role == "reference":
-                places[role] = place(role, seats.reference or groups)
             elif groups.last_stage:
                 places[role] = place(role).unpiped()
-        if "student" in seat.roles and "reference" not in places:
+        if "student" in seat.roles:
             places["reference"] = place("reference")
     return places

@@ -31,15 +31,8 @@ from nextvid_mcore.config import ConfigError, RunConfig
 from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.models import fp8
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch
-from nextvid_mcore.parallel.placement import (
-    Placement,
-    check_reference_stream,
-    shown_on_gpus,
-    unrecordable,
-)
+from nextvid_mcore.parallel.placement import Placement, shown_on_gpus, unrecordable
 from nextvid_mcore.training import microbatch, monitors
-from nextvid_mcore.training.ahead import Pending
-from nextvid_mcore.training.beside import Beside
 
 if TYPE_CHECKING:
     from nextvid_mcore.training.engine import Engine, Watch
@@ -60,11 +53,10 @@ def wanted(config: RunConfig, placement: Placement) -> bool:
     """Whether micro-batches are to be recorded.
 
     Raises:
-        ConfigError: they shall be (`on`, or for a reference beside the others) and can't.
+        ConfigError: they shall be (`on`) and can't.
     """
     choice = config.train.cuda_graphs
     reason = refusal(config, placement) if choice != "off" else None
-    check_reference_stream(config, placement, reason)
     if choice == "auto" and not shown_on_gpus(config, placement):
         return False
     if choice == "on" and reason is not None:
@@ -114,8 +106,6 @@ class Graphs:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.model, self.config = engine, engine.model, engine.config
         self.device = engine.device
-        apart = engine.seats.placement.reference_apart
-        self.beside = Beside(self.model.reference, self.device) if apart else None
         self._recorded: dict[tuple, Recorded] = {}
         self._seen: set[tuple] = set()
         self._said = False
@@ -183,18 +173,14 @@ class Graphs:
 
         share: the clips of `batch` that this rank's predictor and decoder take.
         """
-        with contextlib.ExitStack() as until:
-            return self._pass(batch, share, inputs, count, until)
-
-    def _pass(
-        self, batch: MicroBatch, share: MicroBatch, inputs: Inputs, count: int, until: contextlib.ExitStack
-    ) -> LossTerms:
         model, engine = self.model, self.engine
         patches = microbatch.patches_of(self.config, inputs.video)
         batch = dataclasses.replace(batch, masks=dataclasses.replace(batch.masks, tokens=inputs.tokens))
         features = None
         if self.config.model.align:
-            features = self._features(patches, batch.token_frames, until)
+            features = model.reference_features(patches.transpose(0, 1), batch.token_frames, len(patches))
+            fp8.update_scales(model.reference)
+            features = engine.part(features, dim=1)
         context = model.context(microbatch.with_patches(batch, patches))
         share = dataclasses.replace(
             share,
@@ -209,19 +195,6 @@ class Graphs:
         terms = terms.detached()
         seen = monitors.moments(terms.z, terms.target, terms.aligned)
         return dataclasses.replace(terms, z=None, target=None, aligned=None, moments=seen)
-
-    def _features(self, patches: Tensor, token_frames: int, until: contextlib.ExitStack) -> Tensor | Pending:
-        """The reference's features of this rank's share of the clips, or what waits for them."""
-
-        def made() -> Tensor:
-            features = self.model.reference_features(patches.transpose(0, 1), token_frames, len(patches))
-            return self.engine.part(features, dim=1)
-
-        if self.beside is not None:
-            return self.beside.start(made, until)
-        features = made()
-        fp8.update_scales(self.model.reference)
-        return features
 
     def _inputs(
         self, clip: ClipBatch, batch: MicroBatch, share: MicroBatch, latents: Tensor | None
@@ -302,10 +275,9 @@ def recordable() -> Iterator[None]:
         parallel_state._GLOBAL_MEMORY_BUFFER = shared
 
 
-def own_stream(priority: int = 0) -> None:
+def own_stream() -> None:
     """Leave the default stream, which can't be recorded, for good; before any parameter is wrapped."""
-    current = torch.cuda.current_stream()
-    if current == torch.cuda.default_stream() or current.priority != priority:
-        stream = torch.cuda.Stream(priority=priority)
-        stream.wait_stream(current)
+    if torch.cuda.current_stream() == torch.cuda.default_stream():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.default_stream())
         torch.cuda.set_stream(stream)

@@ -24,7 +24,7 @@ from nextvid_mcore.parallel.split import make_places
 from nextvid_mcore.parallel.stages import stage_layers
 from nextvid_mcore.schedule import StagePoint
 from nextvid_mcore.targets import build_target, target_channels
-from nextvid_mcore.training import beside, graphs
+from nextvid_mcore.training import graphs
 from nextvid_mcore.training.engine import Engine
 from nextvid_mcore.training.monitors import Collapse
 from nextvid_mcore.training.optimizer import RoleOptimizers, finalize_grads, wrap_roles
@@ -73,8 +73,7 @@ class TrainStep:
             fp8_check.check(config, device)
         recorded = graphs.wanted(config, seats.placement)
         if recorded:
-            apart = seats.placement.reference_apart
-            graphs.own_stream(beside.tuning.student if apart else 0)
+            graphs.own_stream()
         communicators.connect(seats, device)
         places = make_places(config, seats)
         generate = config.model.generate

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import parity
 import pytest
 import torch
@@ -11,9 +9,7 @@ import torch.distributed as dist
 from launch import shared
 
 from nextvid_mcore.config import RoleParallel, RunConfig
-from nextvid_mcore.parallel import communicators, plan
-from nextvid_mcore.training import graphs
-from nextvid_mcore.training.step import TrainStep
+from nextvid_mcore.parallel import communicators
 
 TENSOR = {"encoder": RoleParallel(tensor=2)}
 LAYOUTS = {  # settings, and how many groups a step uses on every rank
@@ -23,14 +19,7 @@ LAYOUTS = {  # settings, and how many groups a step uses on every rank
     "tp2-sp-generator-dp2": ({**TENSOR, "sequence": True, "generator": RoleParallel(data=2)}, [4, 4]),
     "pp2": ({"encoder": RoleParallel(pipeline=2)}, [3, 4]),
     "two-groups": ({"placement": "two-groups", "edge": "direct"}, [2, 2]),
-    "tp2-sp-beside": ({**TENSOR, "sequence": True, "beside": True}, [4, 4]),
 }
-
-
-def configured(parallel: dict) -> RunConfig:
-    beside = {"reference_stream": "own"} if parallel.get("beside") else {}
-    settings = {name: value for name, value in parallel.items() if name != "beside"}
-    return parity.small(**settings).altered(train={"micro_batch": 2, **beside})
 
 
 def operations() -> dict[str, int]:
@@ -41,17 +30,7 @@ def operations() -> dict[str, int]:
 
 def of_a_step(config: RunConfig) -> tuple[set[str], set[str], set[str]]:
     """Groups that a step uses, those used before it by whatever, and those the list names."""
-    with (
-        mock.patch.object(plan, "_check_machine"),
-        mock.patch.object(graphs, "refusal", lambda _, placement: None if placement.reference_apart else ""),
-        mock.patch.object(graphs, "own_stream"),
-        mock.patch.object(graphs, "WARM", parity.BATCH),  # no pass is recorded where there is no CUDA
-    ):
-        step = parity.built(config)
-        return _of_a_step(config, step)
-
-
-def _of_a_step(config: RunConfig, step: TrainStep) -> tuple[set[str], set[str], set[str]]:
+    step = parity.built(config)
     before, point = operations(), parity.schedule(config).at(0)
     home, micro = step.seats.home, step.seats.placement.clips(step.seats.mine[0], point.micro_batch)
     step.run(point, parity.clips(config, point, home.data_rank, home.layout.data, micro))
@@ -64,7 +43,8 @@ def _of_a_step(config: RunConfig, step: TrainStep) -> tuple[set[str], set[str], 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_uses_no_group_for_the_first_time(layout: str) -> None:
     parallel, counts = LAYOUTS[layout]
-    found = shared(len(counts)).run(of_a_step, configured(parallel))
+    config = parity.small(**parallel).altered(train={"micro_batch": 2})
+    found = shared(len(counts)).run(of_a_step, config)
     for (used, before, named), count in zip(found, counts, strict=True):
         assert used <= before
         assert len(named) == count and named <= used  # and sets up no others

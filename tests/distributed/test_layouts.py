@@ -41,7 +41,6 @@ class Case:
     edge: str = "direct"
     compile: bool = False  # the pieces between matrix products, on a GPU
     graphs: str = "off"
-    reference_stream: str = "shared"
     generator: tuple[int | None, int | None] = (None, None)  # tensor, data
     predictor: tuple[int | None, int | None] = (None, None)
     decoder: tuple[int | None, int | None] = (None, None)
@@ -130,12 +129,7 @@ def configure(case: Case) -> RunConfig:
         },
     ).altered(
         model={"backend": case.backend, "compile": case.compile},
-        train={
-            "micro_batch": case.micro,
-            "precision": case.precision,
-            "cuda_graphs": case.graphs,
-            "reference_stream": case.reference_stream,
-        },
+        train={"micro_batch": case.micro, "precision": case.precision, "cuda_graphs": case.graphs},
     )
     for row in case.rows:
         config = ablate(config, row)

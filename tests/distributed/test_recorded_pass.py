@@ -8,10 +8,8 @@ import parity
 import pytest
 import torch
 from launch import RankFailure, shared
-from test_communicators import operations
 
 from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig
-from nextvid_mcore.models.nextvid import LossTerms, MicroBatch
 from nextvid_mcore.parallel import plan
 from nextvid_mcore.parallel.placement import resolve_placement
 from nextvid_mcore.training import graphs
@@ -87,48 +85,6 @@ def test_shapes_that_take_turns_are_said_once() -> None:
     *one_change, again, last = shared(1).run(taking_turns, parity.small())[0]
     assert one_change == [[]] * 4
     assert again == last and len(again) == 1 and "(video 1 x 3 x " in again[0]
-
-
-def beside_pass(config: RunConfig) -> tuple[list, bool, set[str]]:
-    """Gradients of the engine and of the recorded pass, whether that ran the reference beside the student,
-    and the names of groups that were in use while it ran."""
-    with (
-        mock.patch.object(plan, "_check_machine"),
-        mock.patch.object(graphs, "refusal", lambda *_: None),
-        mock.patch.object(graphs, "own_stream"),
-    ):
-        step = parity.built(config)
-    recorder, step.engine.graphs = step.engine.graphs, None
-    found, used, waited = [gradients(step)], set(), []
-    step.engine.graphs = recorder
-
-    def watched(*given: object) -> torch.Tensor:
-        before, features = operations(), features_of(*given)
-        used.update(name for name, count in operations().items() if count > before.get(name, 0))
-        return features
-
-    def losses(context: torch.Tensor, batch: MicroBatch) -> LossTerms:
-        waited.append(callable(batch.features))
-        return losses_of(context, batch)
-
-    features_of, step.model.reference_features = step.model.reference_features, watched
-    losses_of, step.model.losses = step.model.losses, losses
-    with mock.patch.object(graphs, "WARM", parity.BATCH), graphs.recordable():
-        found.append(gradients(step))
-    own, shared_ = (step.model.places[role].groups.tp for role in ("reference", "student"))
-    names = {own.group_name: "own", shared_.group_name: "student's"}
-    return found, bool(waited) and all(waited), {names.get(name, name) for name in used}
-
-
-@pytest.mark.parametrize("layout", [None, "tp2-sp", "tp2-sp-generator-dp2"])
-def test_a_reference_beside_the_student_equals_the_engine(layout: str | None) -> None:
-    """It exchanges nothing through the student's groups."""
-    config = parity.small(**LAYOUTS.get(layout, {})).altered(
-        train={"micro_batch": 2 if layout else 1, "reference_stream": "own"}
-    )
-    for (engine, beside), waited, used in shared(2 if layout else 1).run(beside_pass, config):
-        same(beside, engine)
-        assert waited and used == ({"own"} if layout else set())
 
 
 class FailingRecord:

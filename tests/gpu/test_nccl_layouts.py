@@ -88,7 +88,7 @@ def low(name: str, backend: str, **changes: object) -> cpu.Case:
     return dataclasses.replace(cpu.LAYOUTS[name], precision="bf16", backend=backend, **changes)
 
 
-def near(one: list[dict], results: list[dict], gradients: float = 2e-2) -> None:
+def near(one: list[dict], results: list[dict]) -> None:
     """The same losses, norms and first gradients, to bf16."""
     for mine, theirs in zip(one[0]["results"], results[0]["results"], strict=True):
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-2)
@@ -97,7 +97,7 @@ def near(one: list[dict], results: list[dict], gradients: float = 2e-2) -> None:
     norm = sum(g.square().sum() for g in want.values()).sqrt()
     difference = sum((want[k] - got[k]).square().sum() for k in want).sqrt()
     print(f"gradients differ by {float(difference / norm):.1e} of their norm")
-    assert want.keys() == got.keys() and norm > 0 and difference <= gradients * norm
+    assert want.keys() == got.keys() and norm > 0 and difference <= 2e-2 * norm
 
 
 RECORDED = {
@@ -133,25 +133,6 @@ def test_compiled_and_recorded_equals_eager() -> None:
     both = low("tp2-sp", "te", graphs="on", compile=True)
     found = shared(2).run(every, {"both": both}, timeout=PATIENCE)
     near([each["tp2-sp off"] for each in recorded_runs()], [each["both"] for each in found])
-
-
-def test_the_reference_beside_equals_in_line() -> None:
-    """Its collectives go through communicators of its own, at the same time as the student's."""
-    if GPUS < 2:
-        pytest.skip(f"needs 2 GPUs, {GPUS} are here")
-    kinds = {
-        "tp2-sp": {"compile": True, "graphs": "on"},
-        "tp2-generator-dp2": {"sequence": True, "graphs": "on"},
-    }
-    cases = {
-        f"{name} {stream}": low(name, "te", reference_stream=stream, **changes)
-        for name, changes in kinds.items()
-        for stream in ("shared", "own")
-    }
-    found = shared(2).run(every, cases, timeout=PATIENCE)
-    for name in kinds:
-        line, beside = ([each[f"{name} {stream}"] for each in found] for stream in ("shared", "own"))
-        near(line, beside, gradients=1e-3)
 
 
 @functools.cache
