@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,15 @@ def complete(found: Runs) -> dict[str, Mapping[str, Any]]:
     return {run: line for run, line in found.items() if len(line.get("losses", ())) == line.get("steps")}
 
 
-def by_recipe(runs: Runs) -> dict[str, dict[int, float]]:
-    """recipe -> seed -> mean of the last losses; without repeated runs."""
+def by_recipe(
+    runs: Runs, of: Callable[[Sequence[float]], float] = statistics.fmean
+) -> dict[str, dict[int, float]]:
+    """recipe -> seed -> mean (or what `of` makes) of the last losses; without repeated runs."""
     out: dict[str, dict[int, float]] = {}
     for run in sorted(runs, key=lambda run: (list(COLOURS).index(run.split(":")[0]), run)):
         recipe, seed, *again = run.split(":")
         if not again:
-            out.setdefault(recipe, {})[int(seed)] = statistics.fmean(runs[run]["losses"][-LAST:])
+            out.setdefault(recipe, {})[int(seed)] = of(runs[run]["losses"][-LAST:])
     return out
 
 
@@ -191,7 +193,14 @@ def summarise(found: Runs) -> tuple[list[str], list[Comparison]]:
     skipped = sum(line.get("skipped", 0) for line in runs.values())
     lines += ["", f"{places}: {len(runs)} runs, {recorded} of them recorded; {skipped} steps skipped"]
     lines += [*repeats(runs), *(spikes(runs) or [f"no loss {SPIKE} times its neighbours"]), *missing]
-    return lines + [str(each) for each in compared], compared
+    lines += [str(each) for each in compared]
+    medians = by_recipe(runs, statistics.median)
+    for recipe in values:
+        if recipe != "bf16":
+            lines.append(
+                f"by medians, which a spike leaves alone: {compare(recipe, medians[recipe], medians['bf16'])}"
+            )
+    return lines, compared
 
 
 def plot(found: Runs, compared: list[Comparison], path: Path) -> None:
@@ -233,6 +242,8 @@ def plot(found: Runs, compared: list[Comparison], path: Path) -> None:
     spread = statistics.stdev(bf16)
     apart.axhspan(-spread, spread, color=COLOURS["bf16"], alpha=0.2, lw=0)
     apart.axhline(0, color=COLOURS["bf16"], lw=1)
+    most = 1.3 * max((abs(each.difference) + 2 * spread for each in compared), default=spread)
+    apart.set_ylim(-most, most)  # an interval of three seeds can be as wide as all else
     whole.set(xlabel="step", ylabel=f"loss (mean of {smooth})")
     whole.legend(frameon=False, fontsize=8)
     whole.set_title("thick: median over seeds", fontsize=9)
