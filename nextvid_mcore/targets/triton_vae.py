@@ -30,8 +30,9 @@ PTX = not triton.knobs.runtime.interpret
 
 @dataclass(frozen=True)
 class Tuning:
-    """How `normalise` is cut: numbers of a tile, of a slice (one program's share of an image), warps, and
-    programs a multiprocessor holds. `at_once`: one launch whose programs wait for each other, or two."""
+    """How `normalise` is cut: numbers of a tile (of bf16) and of a slice (one program's share of an image),
+    warps, programs a multiprocessor holds. `at_once`: one launch whose programs wait for each other, or two.
+    """
 
     tile: int = 4096
     slice: int = 32768
@@ -294,7 +295,8 @@ def normalise(
     """
     N, H, W, C = x.shape
     tuning = tuning or tuning_of(x)
-    tile = min(max(16, tuning.tile // C), max(16, triton.next_power_of_2(H * W)))
+    width = x.like.element_size()
+    tile = min(max(16, tuning.tile * 2 // width // C), max(16, triton.next_power_of_2(H * W)))
     room = tuning.programs * _processors(x.like.device)
     slices = triton.cdiv(H * W * C, max(min(tuning.slice, N * H * W * C // room), tile * C))
     tiles = triton.cdiv(H * W, slices * tile)
@@ -303,8 +305,8 @@ def normalise(
     out = x.parts[0] if in_place else torch.empty(x.shape, dtype=x.like.dtype, device=x.like.device)
     sums = torch.empty(N, slices, 2, GROUPS, dtype=torch.float32, device=out.device)
     of = (*x.pointers(), out if kept is None else kept, sums, arrived, weight, bias)
-    # a thread reads 8 numbers at once, so a block's threads have as many rows between them
-    span = tile if x.frames is not None else min(tile, tuning.warps * 256 // C)
+    # a thread reads 16 bytes at once, so a program's threads have as many rows between them
+    span = tile if x.frames is not None else min(tile, max(1, tuning.warps * 512 // width // C))
     shape = dict(
         H=H, W=W, C=C, G=GROUPS, R=tile, TILES=tiles, SPAN=span, SLICES=slices, PARTS=len(x.parts),
         FRAMES=x.frames is not None, KEEP=keep, SILU=silu, STAGES=tuning.stages, DEPTH=DEPTH, PTX=PTX,
@@ -344,7 +346,7 @@ def add(x: Sum, padded: int = 0) -> Tensor:
 
 def _write_to(out: Tensor, x: Sum, lines: Tensor | None = None, silu: bool = False) -> None:
     (N, H, W, C), (_, high, wide, _) = x.shape, out.shape
-    tile = max(16, 8192 // C)
+    tile = max(16, 16384 // x.like.element_size() // C)
     _write[(N * triton.cdiv(high * wide, tile),)](
         *x.pointers(), x.bias if lines is None else lines, out, H=H, W=W, C=C, HIGH=high, WIDE=wide, R=tile,
         PARTS=len(x.parts), FRAMES=x.frames is not None, NORM=lines is not None, SILU=silu, DEPTH=DEPTH,
