@@ -274,8 +274,22 @@ def matrix_of(weight: Tensor) -> Tensor:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+def _processors(device: torch.device) -> tuple[int, int]:
+    """How many, and the shared memory of each."""
+    if device.type != "cuda":
+        return 2, 1 << 18  # of the interpreter
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.shared_memory_per_multiprocessor
+
+
+def waiting(tuning: Tuning, tiles: int, ahead: int, device: torch.device) -> int:
+    """Programs of `_normalise` that `device` runs at the same time: only so many may wait for each other.
+
+    Of several tiles those to come lie in shared memory, `ahead` bytes with sums and the driver's. Registers
+    are bounded by the launch.
+    """
+    processors, memory = _processors(device)
+    return processors * (tuning.programs if tiles == 1 else min(tuning.programs, memory // ahead))
 
 
 def normalise(
@@ -297,7 +311,7 @@ def normalise(
     tuning = tuning or tuning_of(x)
     width = x.like.element_size()
     tile = min(max(16, tuning.tile * 2 // width // C), max(16, triton.next_power_of_2(H * W)))
-    room = tuning.programs * _processors(x.like.device)
+    room = tuning.programs * _processors(x.like.device)[0]
     slices = triton.cdiv(H * W * C, max(min(tuning.slice, N * H * W * C // room), tile * C))
     tiles = triton.cdiv(H * W, slices * tile)
     slices = triton.cdiv(H * W, tiles * tile)
@@ -312,6 +326,8 @@ def normalise(
         FRAMES=x.frames is not None, KEEP=keep, SILU=silu, STAGES=tuning.stages, DEPTH=DEPTH, PTX=PTX,
         num_warps=tuning.warps, maxnreg=65536 // (32 * tuning.warps * tuning.programs) // 8 * 8,
     )  # fmt: skip
+    ahead = (tuning.stages - 1) * len(x.parts) * tile * C * width + 8 * C + 1024
+    room = waiting(tuning, tiles, ahead, x.like.device)
     if tuning.at_once and slices <= room and (PTX or slices == 1):  # the interpreter's programs don't wait
         images = min(N, room // slices)
         _normalise[(images * slices,)](

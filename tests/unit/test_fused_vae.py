@@ -7,9 +7,10 @@ import torch
 from unit.narrow_vae import clip
 
 from nextvid_mcore.config import ConfigError
+from nextvid_mcore.targets import triton_vae
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
 from nextvid_mcore.targets.fused_vae import FusedEncoder
-from nextvid_mcore.targets.triton_vae import Sum, Tuning, normalise
+from nextvid_mcore.targets.triton_vae import Sum, Tuning, normalise, waiting
 
 
 @torch.no_grad()
@@ -48,6 +49,23 @@ def test_its_norm_is_group_norm(offset):
         wanted = torch.nn.functional.group_norm(part.permute(0, 3, 1, 2).float(), 32, weight, bias, 1e-6)
         assert got.dtype == dtype
         torch.testing.assert_close(got.permute(0, 3, 1, 2).float(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_programs_wait_for_each_other_only_where_a_gpu_runs_them_all(monkeypatch):
+    """Else CUDA refuses the launch: 512 channels in two tiles take 69 KiB, as compiled for sm_90."""
+    for processors, memory, wanted in ((132, 228, (528, 528, 396)), (128, 100, (512, 256, 128))):
+        monkeypatch.setattr(triton_vae, "_processors", lambda device, of=(processors, memory << 10): of)
+        given = ((1, 70656), (8, 35840), (2, 70656))  # tiles, bytes
+        assert tuple(waiting(Tuning(), *each, None) for each in given) == wanted
+    monkeypatch.setattr(triton_vae, "_processors", lambda device: (2, 4096))  # none: two launches
+    monkeypatch.setattr(triton_vae, "_normalise", None)
+    x, weight, bias = torch.randn(2, 8, 16, 64), torch.rand(64), torch.rand(64)
+    arrived = torch.zeros(2, dtype=torch.int32)
+    got, _ = normalise(
+        Sum(torch.zeros(64), (x,)), weight, bias, arrived, silu=False, tuning=Tuning(tile=512, slice=1 << 20)
+    )
+    wanted = torch.nn.functional.group_norm(x.permute(0, 3, 1, 2), 32, weight, bias, 1e-6)
+    torch.testing.assert_close(got.permute(0, 3, 1, 2), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_widths_that_are_no_powers_of_two_are_refused():
