@@ -164,7 +164,7 @@ class TargetConfig:
     checkpoint: str | None = None  # va_vae: its checkpoint; siglip2, cosmos: the published folder
     statistics: str | None = None  # va_vae: its latents_stats.pt; siglip2, cosmos: instead of their own
     sample_posterior: bool = False  # False: the posterior's mode
-    compile: bool = True  # va_vae, on CUDA: Triton between its encoder's convolutions
+    compile: bool = True  # va_vae, in bf16 on CUDA: Triton between its encoder's convolutions
     chunk: int = 32  # va_vae, siglip2: frames that go through its network at a time; fewer take less memory
     pixel_scale: float = 1.0  # pixels: times this, so that data as flat as moving digits has unit variance
 

@@ -14,7 +14,7 @@ from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, TargetConfig
 from nextvid_mcore.targets import Target, build_target, target_channels
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
-from nextvid_mcore.targets.va_vae import load_autoencoder, load_statistics, shape_of
+from nextvid_mcore.targets.va_vae import fuses, load_autoencoder, load_statistics, shape_of
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,12 @@ def test_build_target_reads_the_two_files(tmp_path, full_shapes):
     assert {p.dtype for p in built.autoencoder.parameters()} == {torch.bfloat16}
     assert built.autoencoder.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(built.std, torch.full((1, 32, 1, 1), 2.0))
+
+
+def test_only_half_precision_on_cuda_is_fused():
+    """A run in fp32 would get latents as exact as bf16's."""
+    assert fuses("cuda", torch.bfloat16) and fuses(torch.device("cuda", 1), torch.float16)
+    assert not fuses("cuda", torch.float32) and not fuses("cpu", torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", ["wrapped", "bare", "legacy", "safetensors"])
