@@ -30,7 +30,10 @@ from nextvid_mcore.parallel.groups import init_distributed
 from nextvid_mcore.targets import target_channels
 from nextvid_mcore.targets.va_vae import VaVae
 
-KINDS = {"norms and sums": ("_normalise", "_add"), "convolutions": ("conv", "fprop", "cudnn", "xmma")}
+KINDS = {
+    "norms and sums": ("_normalise", "_statistics", "_write"),
+    "convolutions": ("conv", "fprop", "cudnn", "xmma"),
+}
 
 
 def synchronize() -> None:
