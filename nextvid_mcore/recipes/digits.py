@@ -44,7 +44,7 @@ def stages(
 ) -> tuple[StageConfig, ...]:
     """Warm-up, stable and cool-down over `steps` (10 or more): Table 8's shape, a fifth of it up."""
     up, down = max(1, steps // 5), max(1, 3 * steps // 10)
-    common = {"frames": frames, "batch": batch, "flow_lr": peak_flow}
+    common = {"frames": frames, "batch": batch, "micro_batch": batch, "flow_lr": peak_flow}
     return (
         StageConfig("warmup", up, lr_start=peak / 100, lr_end=peak, **common),
         StageConfig("stable", max(1, steps - up - down), lr_start=peak, lr_end=peak, **common),
@@ -79,7 +79,7 @@ def make(
         target=TargetConfig(kind="pixels", pixel_scale=PIXEL_SCALE),
         data=DataConfig(manifest=MOVING_DIGITS, eval_manifest=MOVING_DIGITS, workers=1),
         optim=OptimConfig(ema=EMA),
-        train=TrainConfig(micro_batch=batch, precision="fp32"),
+        train=TrainConfig(precision="fp32"),
         checkpoint=CheckpointConfig(every=250),
         eval=EvalConfig(every=250, samples=128, batch=32),
     )

@@ -15,6 +15,9 @@ from nextvid_mcore.config import (
     TransformerShape,
 )
 
+SHORT = {"frames": 8, "batch": 8, "micro_batch": 4}
+LONG = {"frames": 16, "batch": 4, "micro_batch": 4}
+
 
 def tiny() -> RunConfig:
     """64-pixel clips, pixel targets, the four stages of Table 8 in 120 steps."""
@@ -28,15 +31,15 @@ def tiny() -> RunConfig:
             patch_size=8,
         ),
         stages=(
-            StageConfig("warmup", 20, frames=8, batch=8, lr_start=1e-4, lr_end=1e-3, tau_samples=4),
-            StageConfig("stable1", 40, frames=8, batch=8, lr_start=1e-3, lr_end=9e-4, tau_samples=4),
-            StageConfig("stable2", 40, frames=8, batch=8, lr_start=9e-4, lr_end=2e-4, flow_lr=1.6e-3),
-            StageConfig("cooldown", 20, frames=16, batch=4, lr_start=2e-4, lr_end=2e-6, flow_lr=6e-4),
+            StageConfig("warmup", 20, lr_start=1e-4, lr_end=1e-3, tau_samples=4, **SHORT),
+            StageConfig("stable1", 40, lr_start=1e-3, lr_end=9e-4, tau_samples=4, **SHORT),
+            StageConfig("stable2", 40, lr_start=9e-4, lr_end=2e-4, flow_lr=1.6e-3, **SHORT),
+            StageConfig("cooldown", 20, lr_start=2e-4, lr_end=2e-6, flow_lr=6e-4, **LONG),
         ),
         target=TargetConfig(kind="pixels"),
         data=DataConfig(fps=4.0, workers=1),
         optim=OptimConfig(ema=0.99),
-        train=TrainConfig(micro_batch=4, precision="fp32"),
+        train=TrainConfig(precision="fp32"),
         checkpoint=CheckpointConfig(every=40),
         eval=EvalConfig(every=40, samples=16),
     )

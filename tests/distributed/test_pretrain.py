@@ -88,7 +88,7 @@ def pretrain_with_signals(data: Path, out: Path) -> list[int]:
         TrainStep.run = take
 
 
-def full_memory(data: Path, out: Path) -> tuple[int, str]:
+def full_memory(data: Path, out: Path, extra: str = "") -> tuple[int, str]:
     """The exit code and the sentence of a run whose second stage does not fit."""
     import torch
 
@@ -107,7 +107,7 @@ def full_memory(data: Path, out: Path) -> tuple[int, str]:
         raise SystemExit(code)
 
     with mock.patch.object(TrainStep, "run", step), mock.patch.object(cli, "fail", fail):
-        (code,) = pretrain([words(data, out)])
+        (code,) = pretrain([words(data, out, extra)])
     return code, said[0]
 
 
@@ -199,7 +199,10 @@ def test_full_memory_ends_with_the_setting_to_lower(data: Path, tmp_path: Path):
     code, said = shared(1).run(full_memory, data, tmp_path / "full", timeout=120)[0]
     assert code == 2 and len(read(tmp_path / "full" / "metrics.jsonl")) == 2
     assert said.startswith("step 3, stage stable1: the GPU's memory is full with micro-batches of 1; lower")
-    assert "--stages.1.micro-batch" in said and said.endswith("(CUDA out of memory)")
+    assert "--train.micro-batch" in said and said.endswith("(CUDA out of memory)")  # which overrides stages'
+    by_stage = "--train.micro-batch None"
+    code, said = shared(1).run(full_memory, data, tmp_path / "again", by_stage, timeout=120)[0]
+    assert code == 2 and "lower --stages.1.micro-batch, or" in said
 
 
 def test_how_runs_end(data: Path, whole: Path, tmp_path: Path):

@@ -131,3 +131,11 @@ def test_recorded_passes_keep_the_features_of_one_micro_batch():
     for graphs, waiting in (("auto", 1), ("on", 1), ("off", 3072 // 16 // 8)):
         each = config.altered(train={"cuda_graphs": graphs})
         assert rank_memory(each, placement, 0, config.stages[2]).features == waiting * one
+
+
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_a_stages_micro_batch_is_a_setting_of_every_recipe(recipe: str) -> None:
+    """No recipe overrides it as --train.micro-batch does."""
+    config, _ = cli.parse([recipe, "--dry-run", "--stages.1.micro-batch", "1"])
+    assert [config.micro_batch(stage) for stage in config.stages].count(1) == 1
+    assert config.micro_batch(config.stages[1]) == 1
