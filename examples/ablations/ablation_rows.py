@@ -111,7 +111,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        config = set_fields(self._placeless())
+        config = set_fields(one_micro_batch(self._placeless()))
         facts = {"kind": self.kind, "config": config, "probe": set_fields(self.probe)}
         if self.source != MOVING_DIGITS:
             facts["source"] = REAL if self.real else self.source
@@ -131,6 +131,15 @@ OUTSIDE = (
     "parallel",
     "compile",
 )  # no part in a result
+
+
+def one_micro_batch(config: RunConfig) -> RunConfig:
+    """The same run as it was said before stages had micro-batches of their own: old keys stay."""
+    found = {config.micro_batch(stage) for stage in config.stages}
+    if len(found) > 1:
+        return config
+    stages = tuple(dataclasses.replace(stage, micro_batch=1) for stage in config.stages)
+    return config.altered(stages=stages, train={"micro_batch": None if found == {1} else found.pop()})
 
 
 def set_fields(value: Any) -> Any:

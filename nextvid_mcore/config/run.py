@@ -80,6 +80,12 @@ class RunConfig:
         """Clips of one encoder replica in one forward pass of a stage."""
         return self.train.micro_batch or stage.micro_batch
 
+    def micro_batch_flag(self, stage: StageConfig) -> str:
+        """The setting that decides it."""
+        if self.train.micro_batch is not None:
+            return "--train.micro-batch"
+        return f"--stages.{self.stages.index(stage)}.micro-batch"
+
     def altered(self, **parts: Any) -> RunConfig:
         """With other settings: `altered(model={"backend": "te"}, stages=(one,))`; a dict changes a part."""
         changed = {

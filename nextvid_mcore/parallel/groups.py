@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from nextvid_mcore.config import RunConfig, TransformerShape, require
+from nextvid_mcore.config import ConfigError, RunConfig, TransformerShape, require
 from nextvid_mcore.parallel import cpu
 
 _DIMS = ["tp", "cp", "dp", "pp"]
@@ -149,7 +149,11 @@ def resolve_layout(config: RunConfig, world_size: int, roles: Sequence[str] = EV
     layout = Layout(tensor, pipeline, data, sequence=config.parallel.sequence and tensor > 1)
     check_layout(config, layout, roles)
     for stage in config.stages:
-        layout.micro_batches(config.batch(stage), config.micro_batch(stage))
+        try:
+            layout.micro_batches(config.batch(stage), config.micro_batch(stage))
+        except ConfigError as error:
+            flag = config.micro_batch_flag(stage)
+            raise ConfigError(f"stage {stage.name}: {error}, such as {flag}") from None
     return layout
 
 

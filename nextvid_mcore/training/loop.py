@@ -268,9 +268,7 @@ class Trainer:
         try:
             return self.train_step.run(point, data.batches)
         except torch.OutOfMemoryError as error:
-            setting = f"--stages.{point.stage_index}.micro-batch"
-            if self.config.train.micro_batch is not None:  # which overrides it
-                setting = "--train.micro-batch"
+            setting = self.config.micro_batch_flag(point.stage)
             raise ConfigError(
                 f"step {self.step + 1}, stage {point.stage.name}: the GPU's memory is full with "
                 f"micro-batches of {point.micro_batch}; lower {setting}, or try --parallel.recompute pieces "

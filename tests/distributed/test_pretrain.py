@@ -53,6 +53,12 @@ def words(data: Path, out: Path, extra: str = "", manifest: str = "train") -> li
     return line.split()
 
 
+def micro_batches(*clips: int) -> str:
+    """Settings of each stage its own."""
+    stages = (f"--stages.{i}.micro-batch {each}" for i, each in enumerate(clips))
+    return " ".join(("--train.micro-batch None", *stages))
+
+
 def pretrain(argvs: list[list[str]]) -> list[int]:
     """Several runs of the program one after the other, in these processes. Their exit codes."""
     from nextvid_mcore import cli, pretrain
@@ -164,7 +170,7 @@ def test_a_run_leaves_what_it_says(whole: Path):
 
 def test_layouts_agree_and_a_resumed_run_is_the_unbroken_one(data: Path, whole: Path, tmp_path: Path):
     split = "--parallel.encoder.tensor 2 --parallel.sequence"
-    by_stage = "--train.micro-batch None --stages.0.micro-batch 2 --stages.3.micro-batch 2"
+    by_stage = micro_batches(2, 1, 1, 2)
     starts = [
         words(data, tmp_path / "tensor", split),
         words(data, tmp_path / "again", split + " --train.steps 3"),  # ends inside a stage
@@ -200,8 +206,8 @@ def test_full_memory_ends_with_the_setting_to_lower(data: Path, tmp_path: Path):
     assert code == 2 and len(read(tmp_path / "full" / "metrics.jsonl")) == 2
     assert said.startswith("step 3, stage stable1: the GPU's memory is full with micro-batches of 1; lower")
     assert "--train.micro-batch" in said and said.endswith("(CUDA out of memory)")  # which overrides stages'
-    by_stage = "--train.micro-batch None"
-    code, said = shared(1).run(full_memory, data, tmp_path / "again", by_stage, timeout=120)[0]
+    given = data, tmp_path / "again", micro_batches(1, 1, 1, 1)
+    code, said = shared(1).run(full_memory, *given, timeout=120)[0]
     assert code == 2 and "lower --stages.1.micro-batch, or" in said
 
 

@@ -34,8 +34,14 @@ def plan(line: str, world: int, dry_run: bool = True):
         (
             "vit_l --train.global-batch 100",
             8,
-            "batch 100 is not divisible by micro batch 16 x data parallel 8",
+            "stage warmup: global batch 100 is not divisible by micro batch 16 x data parallel 8",
         ),
+        (
+            "vit_l",
+            192,
+            "32 x data parallel 192 = 6144; change one of the three, such as --stages.2.micro-batch",
+        ),
+        ("vit_l --train.micro-batch 3 --train.global-batch 4", 1, "such as --train.micro-batch"),
         ("tiny --parallel.encoder.pipeline 5", 5, "4 encoder layers can't be split over 5 pipeline stages"),
         ("tiny --train.start-stage nowhere", 1, "no stage 'nowhere'"),
         ("tiny --train.steps 121", 1, "121 is more than the 120 steps"),
