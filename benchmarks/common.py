@@ -137,10 +137,8 @@ class Bench:
         """Random clips of this rank's first seat, the same video for every micro-batch."""
         stage, model, device = self.point.stage, config.model, self.step.device
         seat = self.step.seats.mine[0]
-        b, size = (
-            self.placement.clips(seat, self.point.micro_batch),
-            model.image_size if seat.sees_video else 0,
-        )
+        b = self.placement.clips(seat, self.point.micro_batch)
+        size = model.image_size if seat.sees_video else 0
         generator = torch.Generator(device).manual_seed(dist.get_rank())
         video = torch.randint(
             0, 256, (b, 3, stage.frames, size, size), dtype=torch.uint8, device=device, generator=generator

@@ -41,9 +41,8 @@ class OnlineKnn:
         self.frames = config.stages[0].frames
         self.clips = build_labelled(config)
         self.groups = seats.of("student")  # None: this rank has no encoder
-        size = max(
-            config.eval.batch, config.micro_batch(config.stages[0])
-        )  # a forward pass takes less than a step
+        # a forward pass takes less than a step
+        size = max(config.eval.batch, config.micro_batch(config.stages[0]))
         numbers = range(len(self.clips))
         self._all = [tuple(numbers[i : i + size]) for i in range(0, len(numbers), size)]
         self._kept: list[ClipBatch | None] | None = None
