@@ -8,6 +8,7 @@ ahead. Written in Gluon, Triton's language of explicit layouts, since Triton wai
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -23,7 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nextvid_mcore.models.triton_fp8 import ROUND_E4M3, Scaled
+from nextvid_mcore.models import triton_prefix
+from nextvid_mcore.models.triton_fp8 import ROUND_E4M3
 
 QUERIES = 64  # of a program: what a warpgroup multiplies at once
 
@@ -117,29 +119,10 @@ def _prefix(
     gl.store(out + row.to(gl.int64) * o_row + head * o_head + tokens * o_token + c, found)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, frame: int) -> Tensor:
-    """[rows, A, s, d] from q, k, v of that shape, in whose memory `s` comes first: [s, rows, A, d].
-
-    frame: tokens of one, a multiple of 64; d is a power of two from 16 on.
-    """
-    rows, heads, s, d = q.shape
-    out = torch.empty(s, rows, heads, d, dtype=q.dtype, device=q.device)
-    return _run(q, k, v, out, frame).permute(1, 2, 0, 3)
-
-
-def attend_low(
-    q: Tensor, k: Tensor, v: Tensor, frame: int, scale: Tensor, amax: Tensor, dtype: torch.dtype
-) -> Scaled:
-    """The same times `scale` in e4m3, as rows [s * rows, A * d]; `amax` [1] grows to its largest value."""
-    rows, heads, s, d = q.shape
-    out = torch.empty(s, rows, heads, d, dtype=dtype, device=q.device)
-    inverse = torch.empty(1, dtype=torch.float32, device=q.device)
-    _run(q, k, v, out.view(torch.uint8), frame, scale, amax, inverse)
-    return Scaled(out.view(s * rows, heads * d), None, inverse)
-
-
-def _run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, frame: int, *low: Tensor) -> Tensor:
-    """low: with an `out` of bytes, the scale to multiply by, the largest value, where the inverse goes."""
+def _run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, frame: int, *low: Tensor) -> None:
+    """As triton_prefix._run; in FP8 `out` is e4m3."""
+    if low:
+        out = out.view(torch.uint8)
     if not q.stride() == k.stride() == v.stride() or q.stride(0) != q.shape[1] * q.stride(1):
         q, k, v = (x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for x in (q, k, v))
     rows, heads, s, d = q.shape
@@ -157,4 +140,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, frame: int, *low: Tensor)
         heads, tiles, *q.stride()[:2], o_row, o_head, o_token, *(low or (None, None, None)),
         FRAME=frame, D=d, BM=QUERIES, BN=keys, LOW=bool(low), num_warps=4,
     )  # fmt: skip
-    return out
+
+
+attend = functools.partial(triton_prefix.attend, run=_run)
+attend_low = functools.partial(triton_prefix.attend_low, run=_run)

@@ -10,6 +10,7 @@ FlexAttention, cuDNN and others.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -63,38 +64,8 @@ def _prefix(
         tl.store(out + to, found.to(out.dtype.element_ty))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, frame: int) -> Tensor:
-    """[rows, A, s, d] from q, k, v of that shape, in whose memory `s` comes first: [s, rows, A, d].
-
-    frame: tokens of one, a multiple of KEYS; d is a power of two from 16 on.
-    """
-    rows, heads, s, d = q.shape
-    out = torch.empty(s, rows, heads, d, dtype=q.dtype, device=q.device)
-    return _run(q, k, v, out, frame, None, None, None, 0.0).permute(1, 2, 0, 3)
-
-
-def attend_low(
-    q: Tensor, k: Tensor, v: Tensor, frame: int, scale: Tensor, amax: Tensor, dtype: torch.dtype
-) -> Scaled:
-    """The same times `scale` in FP8, as rows [s * rows, A * d]; `amax` [1] grows to its largest value."""
-    rows, heads, s, d = q.shape
-    out = torch.empty(s, rows, heads, d, dtype=dtype, device=q.device)
-    inverse = torch.empty(1, dtype=torch.float32, device=q.device)
-    _run(q, k, v, out, frame, scale, amax, inverse, torch.finfo(dtype).max)
-    return Scaled(out.view(s * rows, heads * d), None, inverse)
-
-
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    frame: int,
-    scale: Tensor | None,
-    amax: Tensor | None,
-    inverse: Tensor | None,
-    limit: float,
-) -> Tensor:
+def _run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, frame: int, *low: Tensor) -> None:
+    """Fill out [s, rows, A, d]; low: for FP8, scale, largest value, and where 1 / scale goes."""
     if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1:
         q, k, v = (x.contiguous() for x in (q, k, v))
     rows, heads, s, d = q.shape
@@ -103,7 +74,35 @@ def _run(
     tiles = s // queries
     _prefix[(rows * heads * tiles,)](
         q, k, v, out, math.log2(math.e) / math.sqrt(d), heads, tiles, *q.stride()[:3], o_row, o_head, o_token,
-        scale, amax, inverse,
-        FRAME=frame, D=d, BM=queries, BN=KEYS, LIMIT=limit, num_warps=4, num_stages=3,
+        *(low or (None, None, None)), FRAME=frame, D=d, BM=queries, BN=KEYS,
+        LIMIT=torch.finfo(out.dtype).max if low else 0.0, num_warps=4, num_stages=3,
     )  # fmt: skip
-    return out
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, frame: int, run: Callable[..., None] = _run) -> Tensor:
+    """[rows, A, s, d] from q, k, v of that shape, in whose memory `s` comes first: [s, rows, A, d].
+
+    frame: tokens of one, a multiple of KEYS; d is a power of two from 16 on. run: what launches the kernel.
+    """
+    rows, heads, s, d = q.shape
+    out = torch.empty(s, rows, heads, d, dtype=q.dtype, device=q.device)
+    run(q, k, v, out, frame)
+    return out.permute(1, 2, 0, 3)
+
+
+def attend_low(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    frame: int,
+    scale: Tensor,
+    amax: Tensor,
+    dtype: torch.dtype,
+    run: Callable[..., None] = _run,
+) -> Scaled:
+    """The same times `scale` in FP8, as rows [s * rows, A * d]; `amax` [1] grows to its largest value."""
+    rows, heads, s, d = q.shape
+    out = torch.empty(s, rows, heads, d, dtype=dtype, device=q.device)
+    inverse = torch.empty(1, dtype=torch.float32, device=q.device)
+    run(q, k, v, out, frame, scale, amax, inverse)
+    return Scaled(out.view(s * rows, heads * d), None, inverse)
