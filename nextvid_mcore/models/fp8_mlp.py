@@ -3,8 +3,8 @@ gradient.
 
 The two linears are Transformer Engine's; their products are called here (models/fp8_products.py), since a
 linear of Transformer Engine takes an input that is already quantised, but not a gradient: it would lose the
-copy in the other direction. Everything else (other recipes, tensor
-parallelism, recomputed layers, `model.compile` off) takes the linears as they are: `FusedMLP`.
+copy in the other direction. Everything else (other recipes, tensor parallelism, recomputed layers,
+`model.compile` off) takes the linears as they are: `FusedMLP`.
 """
 
 from __future__ import annotations

@@ -238,13 +238,9 @@ def unrecordable(config: RunConfig, placement: Placement) -> str | None:
     return None
 
 
-def shown_on_gpus(config: RunConfig, placement: Placement) -> bool:
-    """Whether `cuda_graphs auto` records what can be: FP8 over tensor ranks has run eagerly alone."""
-    return placement.encoder.layout.tensor == 1 or not config.fp8.used
-
-
 def recorded(config: RunConfig, placement: Placement) -> bool:
     """Whether micro-batches are CUDA graphs on a GPU that has the memory for it."""
     if config.train.cuda_graphs == "off" or unrecordable(config, placement) is not None:
         return False
-    return config.train.cuda_graphs == "on" or shown_on_gpus(config, placement)
+    # `auto` is what was seen on GPUs: FP8 over tensor ranks has run eagerly alone
+    return config.train.cuda_graphs == "on" or placement.encoder.layout.tensor == 1 or not config.fp8.used

@@ -31,7 +31,7 @@ from nextvid_mcore.config import ConfigError, RunConfig
 from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.models import fp8
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch
-from nextvid_mcore.parallel.placement import Placement, shown_on_gpus, unrecordable
+from nextvid_mcore.parallel.placement import Placement, recorded, unrecordable
 from nextvid_mcore.training import microbatch, monitors
 
 if TYPE_CHECKING:
@@ -55,13 +55,10 @@ def wanted(config: RunConfig, placement: Placement) -> bool:
     Raises:
         ConfigError: they shall be (`on`) and can't.
     """
-    choice = config.train.cuda_graphs
-    reason = refusal(config, placement) if choice != "off" else None
-    if choice == "auto" and not shown_on_gpus(config, placement):
-        return False
-    if choice == "on" and reason is not None:
+    reason = refusal(config, placement)
+    if config.train.cuda_graphs == "on" and reason is not None:
         raise ConfigError(f"train cuda_graphs on: {reason}; use --train.cuda-graphs auto or off")
-    return choice != "off" and reason is None
+    return reason is None and recorded(config, placement)
 
 
 @dataclass(frozen=True)
