@@ -138,7 +138,7 @@ def one_micro_batch(config: RunConfig) -> RunConfig:
     found = {config.micro_batch(stage) for stage in config.stages}
     if len(found) > 1:
         return config
-    stages = tuple(dataclasses.replace(stage, micro_batch=1) for stage in config.stages)
+    stages = tuple(dataclasses.replace(stage, micro_batch=None, max_micro_batch=1) for stage in config.stages)
     return config.altered(stages=stages, train={"micro_batch": None if found == {1} else found.pop()})
 
 

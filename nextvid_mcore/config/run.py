@@ -77,7 +77,11 @@ class RunConfig:
         return self.train.global_batch or stage.batch
 
     def micro_batch(self, stage: StageConfig) -> int:
-        """Clips of one encoder replica in one forward pass of a stage."""
+        """Clips of one encoder replica in one forward pass of a stage (parallel/placement.py: settled)."""
+        return self.given_micro_batch(stage) or stage.max_micro_batch
+
+    def given_micro_batch(self, stage: StageConfig) -> int | None:
+        """The same where somebody said it, else None."""
         return self.train.micro_batch or stage.micro_batch
 
     def micro_batch_flag(self, stage: StageConfig) -> str:

@@ -20,12 +20,15 @@ class StageConfig:
     lr_end: float
     tau_samples: int = 1  # K
     flow_lr: float | None = None  # of the decoder; None: follows the main learning rate
-    micro_batch: int = 1  # clips of one encoder replica in one forward pass
+    # clips of one encoder replica in one forward pass; None: max_micro_batch, or as many fewer as the ranks'
+    # shares of a step ask for
+    micro_batch: int | None = None
+    max_micro_batch: int = 1  # what fits a GPU
 
     def __post_init__(self) -> None:
-        for name in ("steps", "frames", "batch", "tau_samples", "micro_batch"):
+        for name in ("steps", "frames", "batch", "tau_samples", "micro_batch", "max_micro_batch"):
             value = getattr(self, name)
-            require(value > 0, f"stage {self.name}: {name} must be positive, got {value}")
+            require(value is None or value > 0, f"stage {self.name}: {name} must be positive, got {value}")
         require(self.lr_start >= 0 and self.lr_end >= 0, f"stage {self.name}: negative learning rate")
 
 

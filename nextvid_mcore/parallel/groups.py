@@ -9,6 +9,7 @@ so several layouts can live in one run. Rank order, fastest first: tensor, data,
 from __future__ import annotations
 
 import datetime
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -149,8 +150,19 @@ def resolve_layout(config: RunConfig, world_size: int, roles: Sequence[str] = EV
     layout = Layout(tensor, pipeline, data, sequence=config.parallel.sequence and tensor > 1)
     check_layout(config, layout, roles)
     for stage in config.stages:
+        batch, micro = config.batch(stage), config.given_micro_batch(stage)
+        if micro is None:
+            every = math.gcd(*(config.batch(each) for each in config.stages))
+            most = max(n for n in range(1, data + 1) if every % n == 0)
+            require(
+                batch % data == 0,
+                f"stage {stage.name}: global batch {batch} can't be shared equally by data parallel {data}; "
+                f"use data parallel {most} ({most * model} rank{'s' if most * model > 1 else ''}), the most "
+                "below that every stage's batch admits, or another batch",
+            )
+            continue
         try:
-            layout.micro_batches(config.batch(stage), config.micro_batch(stage))
+            layout.micro_batches(batch, micro)
         except ConfigError as error:
             flag = config.micro_batch_flag(stage)
             raise ConfigError(f"stage {stage.name}: {error}, such as {flag}") from None

@@ -13,10 +13,11 @@ micro x encoder data / its own data of them. The global sample indices are the s
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 
-from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig, require
+from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig, StageConfig, require
 from nextvid_mcore.parallel.groups import Layout, check_layout, resolve_layout
 
 SEPARATE = ("two-groups", "three-groups")
@@ -96,7 +97,7 @@ def resolve_placement(config: RunConfig, world_size: int) -> Placement:
         placement = _separate(config, world_size)
     encoder = placement.encoder.layout
     for seat, stage in itertools.product(placement.seats[1:], config.stages):
-        micro = config.micro_batch(stage)
+        micro = config.given_micro_batch(stage) or _most(config, placement, stage) or stage.max_micro_batch
         total = micro * encoder.data
         require(
             total % seat.layout.data == 0,
@@ -113,6 +114,35 @@ def resolve_placement(config: RunConfig, world_size: int) -> Placement:
                 "exchange whole tensors, so one number must be a multiple of the other",
             )
     return placement
+
+
+def _most(config: RunConfig, placement: Placement, stage: StageConfig) -> int | None:
+    """The largest micro-batch up to the stage's own limit that makes equal passes of a step in every seat."""
+    share = config.batch(stage) // placement.encoder.layout.data
+    wave = placement.encoder.layout.data
+    for micro in range(min(stage.max_micro_batch, share), 0, -1):
+        if share % micro == 0 and all(micro * wave % seat.layout.data == 0 for seat in placement.seats):
+            return micro
+    return None
+
+
+def settled(config: RunConfig, world_size: int) -> tuple[RunConfig, list[str]]:
+    """The run with a micro-batch in every stage, and what to say where it is less than fits a GPU.
+
+    Without a micro-batch of its own a stage takes `max_micro_batch`, or the most below it that divides a step
+    among the ranks. One that was asked for stays, and is refused where it can't be.
+    """
+    placement = resolve_placement(config, world_size)
+    data, stages, notes = placement.encoder.layout.data, [], []
+    for stage in config.stages:
+        micro = config.given_micro_batch(stage) or _most(config, placement, stage)
+        stages.append(dataclasses.replace(stage, micro_batch=micro))
+        if config.given_micro_batch(stage) is None and micro != stage.max_micro_batch:
+            notes.append(
+                f"stage {stage.name}: micro-batches of {micro}, not {stage.max_micro_batch}: a step has "
+                f"{config.batch(stage):,} clips for data parallel {data}"
+            )
+    return config.altered(stages=tuple(stages)), notes
 
 
 def _check_settings(config: RunConfig) -> None:

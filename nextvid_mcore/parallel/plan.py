@@ -13,7 +13,7 @@ from nextvid_mcore import flops
 from nextvid_mcore.config import RunConfig, TransformerShape, require
 from nextvid_mcore.parallel import memory, seating
 from nextvid_mcore.parallel.fp8_shapes import check_fp8
-from nextvid_mcore.parallel.placement import Placement, resolve_placement, unrecordable
+from nextvid_mcore.parallel.placement import Placement, resolve_placement, settled, unrecordable
 from nextvid_mcore.parallel.stages import last_stage_layers
 from nextvid_mcore.schedule import Schedule
 
@@ -27,6 +27,7 @@ def check(config: RunConfig, world_size: int, dry_run: bool = False) -> Placemen
     """
     from nextvid_mcore.targets import target_channels
 
+    config, _ = settled(config, world_size)
     placement = resolve_placement(config, world_size)
     last_stage_layers(config, placement.encoder.layout.pipeline)
     check_fp8(config, placement)
@@ -76,9 +77,10 @@ def _check_machine(config: RunConfig) -> None:
 def describe(config: RunConfig, world_size: int) -> str:
     """The plan in at most 100 columns."""
     placement = check(config, world_size, dry_run=True)
+    config, notes = settled(config, world_size)
     parts = [
         _model(config),
-        _schedule(config, placement),
+        _schedule(config, placement, notes),
         seating.seats(config, placement),
         seating.holdings(config, placement),
         seating.waiting(config, placement, WIDTH),
@@ -138,7 +140,7 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield f"  masks: {config.mask.mode}, {len(config.mask.blocks)} a clip"
 
 
-def _schedule(config: RunConfig, placement: Placement) -> Iterator[str]:
+def _schedule(config: RunConfig, placement: Placement, notes: list[str]) -> Iterator[str]:
     schedule = Schedule(config)
     yield "Schedule"
     yield (
@@ -163,6 +165,7 @@ def _schedule(config: RunConfig, placement: Placement) -> Iterator[str]:
         f"  in all {schedule.schedule_steps:,} steps, {_count(samples)} clips, {_count(tokens)} tokens, "
         f"{work:.3g} FLOP"
     )
+    yield from (f"  {note}" for note in notes)
     start, end = schedule.first_step_of_run, schedule.total_steps
     if (start, end) != (0, schedule.schedule_steps):
         yield f"  this run takes steps {start + 1:,} to {end:,}"

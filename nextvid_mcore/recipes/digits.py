@@ -44,7 +44,7 @@ def stages(
 ) -> tuple[StageConfig, ...]:
     """Warm-up, stable and cool-down over `steps` (10 or more): Table 8's shape, a fifth of it up."""
     up, down = max(1, steps // 5), max(1, 3 * steps // 10)
-    common = {"frames": frames, "batch": batch, "micro_batch": batch, "flow_lr": peak_flow}
+    common = {"frames": frames, "batch": batch, "max_micro_batch": batch, "flow_lr": peak_flow}
     return (
         StageConfig("warmup", up, lr_start=peak / 100, lr_end=peak, **common),
         StageConfig("stable", max(1, steps - up - down), lr_start=peak, lr_end=peak, **common),

@@ -31,12 +31,13 @@ SETS = (
 
 
 def _paper(name: str, encoder: TransformerShape, micro_batches: tuple[int, ...]) -> RunConfig:
-    """micro_batches: what fills an 80 GB GPU in bf16 in each stage, over 8 or more of them."""
+    """micro_batches: what fills an 80 GB GPU in bf16 in each stage, over 8 or more of them; where so many
+    GPUs share a step that it is less, each takes its share."""
     stages = zip(STAGES, micro_batches, strict=True)
     return RunConfig(
         recipe=name,
         model=ModelConfig(encoder=encoder, backend="auto"),
-        stages=tuple(dataclasses.replace(stage, micro_batch=micro) for stage, micro in stages),
+        stages=tuple(dataclasses.replace(stage, max_micro_batch=micro) for stage, micro in stages),
         data=DataConfig(sets=SETS),
     )
 

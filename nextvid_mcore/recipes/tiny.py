@@ -15,8 +15,8 @@ from nextvid_mcore.config import (
     TransformerShape,
 )
 
-SHORT = {"frames": 8, "batch": 8, "micro_batch": 4}
-LONG = {"frames": 16, "batch": 4, "micro_batch": 4}
+SHORT = {"frames": 8, "batch": 8, "max_micro_batch": 4}
+LONG = {"frames": 16, "batch": 4, "max_micro_batch": 4}
 
 
 def tiny() -> RunConfig:

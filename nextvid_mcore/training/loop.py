@@ -38,7 +38,7 @@ from nextvid_mcore.models import fp8
 from nextvid_mcore.models.specs import backend_note
 from nextvid_mcore.parallel import watchdog
 from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
-from nextvid_mcore.parallel.placement import resolve_placement
+from nextvid_mcore.parallel.placement import resolve_placement, settled
 from nextvid_mcore.parallel.seats import build_seats
 from nextvid_mcore.schedule import Schedule, StagePoint
 from nextvid_mcore.targets import width_note
@@ -72,10 +72,11 @@ class Trainer:
 
     def __init__(self, config: RunConfig, out: Path) -> None:
         """Join the other processes, build everything, and stand where the run left off."""
-        self.config, self.out = config, out
-        self.schedule = Schedule(config)
         patience = watchdog.collective_timeout(config.parallel.timeout)
         init_distributed(patience)
+        config, self.notes = settled(config, dist.get_world_size())
+        self.config, self.out = config, out
+        self.schedule = Schedule(config)
         self.rank = dist.get_rank()
         self.placement = resolve_placement(config, dist.get_world_size())
         self.seats = build_seats(self.placement, patience)
@@ -105,7 +106,7 @@ class Trainer:
         self.progress = Progress(
             self.schedule.total_steps, self.step, config.train.log_every, config.train.progress, self.rank
         )
-        for note in notes:
+        for note in (*self.notes, *notes):
             self.progress.say(note)
         self.evaluators = self._evaluators()
         self.metrics, self.evals, self.wandb = self._sinks()

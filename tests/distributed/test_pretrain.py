@@ -170,7 +170,7 @@ def test_a_run_leaves_what_it_says(whole: Path):
 
 def test_layouts_agree_and_a_resumed_run_is_the_unbroken_one(data: Path, whole: Path, tmp_path: Path):
     split = "--parallel.encoder.tensor 2 --parallel.sequence"
-    by_stage = micro_batches(2, 1, 1, 2)
+    by_stage = "--train.micro-batch None"  # as many as share a step: 2, 1, 1, 2
     starts = [
         words(data, tmp_path / "tensor", split),
         words(data, tmp_path / "again", split + " --train.steps 3"),  # ends inside a stage
@@ -238,7 +238,7 @@ def test_how_runs_end(data: Path, whole: Path, tmp_path: Path):
 
 def test_killed_at_any_moment_the_same_command_goes_on(data: Path, tmp_path: Path):
     """As a program with a loader process, ended by SIGKILL: nothing is left behind, and no number changes."""
-    extra = "--data.workers 1 --checkpoint.every 1 --checkpoint.keep 2"
+    extra = "--data.workers 1 --checkpoint.every 1 --checkpoint.keep 2 --train.micro-batch None"
     command = [sys.executable, "-m", "nextvid_mcore.pretrain", *words(data, tmp_path / "killed", extra)]
     log = tmp_path / "killed" / "metrics.jsonl"
     process = subprocess.Popen(
@@ -260,7 +260,8 @@ def test_killed_at_any_moment_the_same_command_goes_on(data: Path, tmp_path: Pat
         time.sleep(0.05)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "stage stable1: micro-batches of 2, not 4: a step has 2 clips" in done.stdout
     assert "going on after step" in done.stdout and "finished: 6 of 6 steps" in done.stdout
     assert len(list((tmp_path / "killed" / "checkpoints").iterdir())) == 2
-    assert shared(1).run(pretrain, [words(data, tmp_path / "unbroken")]) == [[0]]
+    assert shared(1).run(pretrain, [words(data, tmp_path / "unbroken", "--train.micro-batch None")]) == [[0]]
     same_run(tmp_path / "unbroken", tmp_path / "killed")

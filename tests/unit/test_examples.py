@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nextvid_mcore import cli, pretrain, recipes
+from nextvid_mcore.parallel.placement import settled
 from nextvid_mcore.parallel.plan import check
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,10 +128,10 @@ def test_micro_batches_are_the_recipes_and_fp8_is_a_word(script: Path, tmp_path:
     """Without a setting a GPU gets micro-batches that fill it, each stage its own."""
     plain = launch(script, tmp_path)
     config, _ = cli.parse([*plain.arguments, "--dry-run"])
-    assert [config.micro_batch(stage) for stage in config.stages] == [
-        stage.micro_batch for stage in recipes.get(recipe_of(script)).stages
-    ]
-    assert config.stages[2].micro_batch >= 16 and config.fp8.used == {}
+    config = settled(config, plain.world_size)[0]
+    most = [stage.max_micro_batch for stage in recipes.get(recipe_of(script)).stages]
+    assert [config.micro_batch(stage) for stage in config.stages] == most
+    assert most[2] >= 16 and config.fp8.used == {}
     low = launch(script, tmp_path, FP8="delayed")
     config, _ = cli.parse([*low.arguments, "--dry-run"])
     assert config.fp8.used == {"student": "delayed", "reference": "delayed"}

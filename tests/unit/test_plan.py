@@ -14,7 +14,7 @@ from nextvid_mcore import cli, flops, recipes
 from nextvid_mcore.config import ConfigError, RoleParallel
 from nextvid_mcore.parallel.groups import Layout
 from nextvid_mcore.parallel.memory import rank_memory
-from nextvid_mcore.parallel.placement import resolve_placement
+from nextvid_mcore.parallel.placement import resolve_placement, settled
 from nextvid_mcore.parallel.plan import WIDTH, check, describe
 
 
@@ -32,15 +32,21 @@ def plan(line: str, world: int, dry_run: bool = True):
         ("vit_l --parallel.encoder.tensor 2", 7, "7 ranks can't be divided into groups of tensor 2"),
         ("vit_l --parallel.encoder.data 3", 4, "needs 3 ranks, but 4 were started"),
         (
-            "vit_l --train.global-batch 100",
+            "vit_l --train.global-batch 100 --stages.0.micro-batch 16",
             8,
             "stage warmup: global batch 100 is not divisible by micro batch 16 x data parallel 8",
         ),
         (
-            "vit_l",
+            "vit_l --stages.2.micro-batch 32",
             192,
             "32 x data parallel 192 = 6144; change one of the three, such as --stages.2.micro-batch",
         ),
+        (
+            "vit_g --parallel.encoder.tensor 2",
+            1000,
+            "batch 3072 can't be shared equally by data parallel 500; use data parallel 384 (768 ranks)",
+        ),
+        ("vit_l --train.global-batch 100", 8, "equally by data parallel 8; use data parallel 5 (5 ranks)"),
         ("vit_l --train.micro-batch 3 --train.global-batch 4", 1, "such as --train.micro-batch"),
         ("tiny --parallel.encoder.pipeline 5", 5, "4 encoder layers can't be split over 5 pipeline stages"),
         ("tiny --train.start-stage nowhere", 1, "no stage 'nowhere'"),
@@ -91,6 +97,37 @@ def test_the_text_has_the_papers_numbers(name: str, said: tuple[str, ...]):
     for stage, each in zip(("warmup", "stable2", "cooldown"), (*passes, "2 x 4"), strict=True):
         assert re.search(rf"{stage} .* {each} ", text), text
     assert "96 ranks" in text and f"{passes[0][0]} micro-batches x " in text
+
+
+@pytest.mark.parametrize("line", ["vit_l", "vit_h", "vit_g", "vit_g --parallel.encoder.tensor 2"])
+@pytest.mark.parametrize("world", [8, 96, 192, 384, 768])
+def test_without_a_setting_stages_take_the_largest_micro_batches_that_share_a_step(line: str, world: int):
+    config, _ = cli.parse([*line.split(), "--dry-run"])
+    found, notes = settled(config, world)
+    text, data = describe(config, world), check(config, world, dry_run=True).encoder.layout.data
+    assert max(map(len, text.splitlines())) <= WIDTH
+    for before, stage in zip(config.stages, found.stages, strict=True):
+        fits = [m for m in range(1, before.max_micro_batch + 1) if stage.batch % (m * data) == 0]
+        assert stage.micro_batch == found.micro_batch(stage) == max(fits)
+        assert f"{stage.batch // data // max(fits)} x {max(fits)} " in text
+        named, less = (
+            f"stage {stage.name}: micro-batches of {max(fits)}, not ",
+            max(fits) < before.max_micro_batch,
+        )
+        assert (named in text) == less == any(note.startswith(named) for note in notes)
+
+
+def test_micro_batches_that_are_asked_for_stay_and_separate_seats_share_them():
+    asked, _ = cli.parse("vit_l --dry-run --stages.2.micro-batch 8 --stages.3.max-micro-batch 2".split())
+    found, notes = settled(asked, 96)
+    assert [stage.micro_batch for stage in found.stages] == [16, 16, 8, 2] and notes == []
+    assert settled(found, 96) == (found, [])
+    every = settled(asked.altered(train={"micro_batch": 2}), 96)[0]
+    assert [every.micro_batch(stage) for stage in every.stages] == [2, 2, 2, 2]
+    # an encoder's 3 clips would not be shared by a generator's two replicas
+    split = "tiny --dry-run --train.global-batch 6 --parallel.placement two-groups"
+    found, notes = settled(cli.parse([*split.split(), "--parallel.generator.data", "2"])[0], 3)
+    assert {stage.micro_batch for stage in found.stages} == {2} and len(notes) == 4
 
 
 def test_memory_adds_up_over_the_ranks():
