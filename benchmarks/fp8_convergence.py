@@ -9,7 +9,8 @@ the compiled pieces, another rounding of the same sums. Data: moving digits (pac
 with --manifest DIR. Workers share one GPU (CUDA MPS helps) and take run after run, so that few start; one
 compiles, and the others begin with runs that need no compiler. Results are lines of fp8_convergence.jsonl in
 --out: the same command goes on where one was cut off, and started beside, with another GPU in
-CUDA_VISIBLE_DEVICES, it shares the runs. What they mean: fp8_verdict.py.
+CUDA_VISIBLE_DEVICES, it shares the runs. What they mean: fp8_verdict.py. A line has the steps' loss terms and
+gradient norms by network; a pass that stands out is made again (watched_step.py).
 """
 
 from __future__ import annotations
@@ -125,12 +126,12 @@ def seats(placement: Any) -> Any:
 def train(args: argparse.Namespace, run: str, warm: Callable[[], None]) -> dict[str, Any]:
     """One run in this process, from new weights; `warm` is called when all is compiled."""
     import torch
+    from watched_step import WatchedStep
 
     from nextvid_mcore.data.loader import build_dataset, iterate
     from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
     from nextvid_mcore.parallel.plan import check
     from nextvid_mcore.schedule import Schedule
-    from nextvid_mcore.training.step import TrainStep
 
     begin, config = time.perf_counter(), make_config(args, run)
     if config.fp8.used:
@@ -141,7 +142,7 @@ def train(args: argparse.Namespace, run: str, warm: Callable[[], None]) -> dict[
     init_distributed()
     mine = seats(placement)
     seed_trackers(config.train.seed, mine.home)
-    step = TrainStep(config, mine)
+    step = WatchedStep(config, mine)
     points = [Schedule(config).at(i) for i in range(args.steps)]
     dataset = build_dataset(config)
     if not args.manifest:
@@ -169,7 +170,11 @@ def train(args: argparse.Namespace, run: str, warm: Callable[[], None]) -> dict[
         "seconds": round(time.perf_counter() - begin, 2),
         "skipped": sum(not x.applied for x in results),
         "losses": [round(x.loss, 6) for x in results],
+        "flow": [round(x.loss_flow, 5) for x in results],
+        "align": [round(x.loss_align, 5) for x in results],
         "norms": [float(f"{x.grad_norm:.4g}") for x in results],
+        "networks": {role: [float(f"{x:.4g}") for x in norms] for role, norms in step.norms.items()},
+        "again": step.again,
     }
 
 

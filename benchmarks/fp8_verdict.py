@@ -10,6 +10,7 @@ Student's t. `plain`, bf16 of uncompiled kernels, shows what rounding alone does
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ SPIKE, ROUND = (
     1.5,
     5,
 )  # a loss so many times the median of so many on either side; none in a run's first tenth
+NEAR = 0.02  # of a pass made again: FP8 with delayed scales comes so near, others give every digit
 # Student's t that 95% lie within, for 1, 2, ... degrees of freedom
 T95 = (
     12.706,
@@ -142,7 +144,32 @@ def spikes(runs: Runs) -> list[str]:
             if losses[i] > SPIKE * usual:
                 norm = line.get("norms")
                 told = f", gradient's norm {norm[i]:.3g}, before it {norm[i - 1]:.3g}" if norm else ""
+                parts = {name: line[name] for name in ("flow", "align") if name in line} | line.get(
+                    "networks", {}
+                )
+                told += "".join(f"; {name} {x[i]:.3g}, before {x[i - 1]:.3g}" for name, x in parts.items())
                 out.append(f"{run}: loss {losses[i]:.4f} at step {i}, round it {usual:.4f}{told}")
+    return out
+
+
+def alike(x: float, y: float) -> bool:
+    """Whether two passes gave the same; what isn't finite in both is the same."""
+    return math.isclose(x, y, rel_tol=NEAR) or not (math.isfinite(x) or math.isfinite(y))
+
+
+def made_again(runs: Runs) -> list[str]:
+    """Passes that stood out: whether their second, from the same weights and samples, gave the same."""
+    out, same = [], 0
+    found = [(run, each) for run, line in runs.items() for each in line.get("again", ())]
+    for run, each in found:
+        pairs = {name: (x, each["second"][name]) for name, x in each["first"].items()}
+        apart = {name: pair for name, pair in pairs.items() if not alike(*pair)}
+        same += not apart
+        if apart:
+            told = ", ".join(f"{name} {x:.4g} then {y:.4g}" for name, (x, y) in apart.items())
+            out.append(f"{run}: another pass at step {each['step']} gave other numbers: {told}")
+    if found:
+        out.append(f"{len(found)} passes stood out and were made again: {same} gave the same numbers")
     return out
 
 
@@ -192,7 +219,8 @@ def summarise(found: Runs) -> tuple[list[str], list[Comparison]]:
     recorded = sum(line.get("recorded", False) for line in runs.values())
     skipped = sum(line.get("skipped", 0) for line in runs.values())
     lines += ["", f"{places}: {len(runs)} runs, {recorded} of them recorded; {skipped} steps skipped"]
-    lines += [*repeats(runs), *(spikes(runs) or [f"no loss {SPIKE} times its neighbours"]), *missing]
+    lines += [*repeats(runs), *(spikes(runs) or [f"no loss {SPIKE} times its neighbours"])]
+    lines += [*made_again(runs), *missing]
     lines += [str(each) for each in compared]
     medians = by_recipe(runs, statistics.median)
     for recipe in values:

@@ -7,10 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from nextvid_mcore.data import ClipBatch
+from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
+from nextvid_mcore.parallel.plan import check
+from nextvid_mcore.parallel.seats import build_seats
+from nextvid_mcore.recipes import tiny
+from nextvid_mcore.schedule import Schedule
+from nextvid_mcore.training.step import TrainStep
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import fp8_verdict
+import watched_step
 from shared_runs import Board
 
 
@@ -94,3 +104,64 @@ def test_picture(tmp_path: Path) -> None:
     assert not math.isnan(compared[0].half)
     fp8_verdict.plot(json.loads(json.dumps(found)), compared, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_a_faulty_pass_is_told_from_a_sound_one() -> None:
+    found = {f"bf16:{s}": line(f"bf16:{s}", 0.4) for s in range(3)}
+    for run, second in (("bf16:0", 1.2), ("bf16:1", 0.2)):
+        first = {"flow": 1.2, "align": 0.2, "student": math.nan}
+        found[run]["again"] = [{"step": 97, "first": first, "second": first | {"flow": second}}]
+    first = {"flow": 1.0, "student": math.nan}
+    found["bf16:2"]["again"] = [{"step": 5, "first": first, "second": {"flow": 1.0, "student": 2.0}}]
+    lines, _ = fp8_verdict.summarise(found)
+    assert "bf16:1: another pass at step 97 gave other numbers: flow 1.2 then 0.2" in lines
+    assert "bf16:2: another pass at step 5 gave other numbers: student nan then 2" in lines
+    assert "3 passes stood out and were made again: 1 gave the same numbers" in lines
+
+
+def test_a_pass_that_stands_out_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the weights go where they would go without it."""
+    config = tiny.tiny().altered(train={"init_noise": 0.05})
+    init_distributed()
+    seats = build_seats(check(config, 1))
+    seed_trackers(0, seats.home)
+    point, size = Schedule(config).at(0), config.model.image_size
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 3, point.stage.frames, size, size)
+    clip = ClipBatch(
+        video=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+        index=torch.tensor([0]),
+        label=torch.tensor([0]),
+        static=torch.tensor([False]),
+        items=["x"],
+    )
+    monkeypatch.setattr(watched_step, "EARLY", 2)
+
+    def run(kind: type[TrainStep]) -> TrainStep:
+        step, calls = kind(config, seats), []
+        inner = step.engine.gradients
+
+        def faulty(*args: object) -> None:
+            inner(*args)
+            calls.append(0)
+            if len(calls) == 4:  # one network goes wrong in one pass
+                step.roles["decoder"].buffers[0].grad_data[7] = 1e3
+
+        monkeypatch.setattr(step.engine, "gradients", faulty)
+        for _ in range(5):
+            step.run(point, [clip])
+        return step
+
+    expected, step = run(TrainStep), run(watched_step.WatchedStep)
+    for x, y in zip(step.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(x, y)
+    (each,) = step.again
+    first, second = each["first"], each["second"]
+    assert first["decoder"] > 999 > second["decoder"]
+    assert [name for name, x in first.items() if x == second[name]] == [
+        "flow",
+        "align",
+        "student",
+        "predictor",
+    ]
+    assert {role: len(x) for role, x in step.norms.items()} == {"student": 5, "predictor": 5, "decoder": 5}
