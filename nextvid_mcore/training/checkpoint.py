@@ -126,14 +126,17 @@ def _flat(prefix: str, value: Any) -> dict[str, Any]:
     return {k: v for name, inner in value.items() for k, v in _flat(f"{prefix}.{name}", inner).items()}
 
 
-def _completed(saved: dict[str, Any], like: Any) -> dict[str, Any]:
+def completed(saved: dict[str, Any], like: Any) -> dict[str, Any]:
     """The saved fields of a configuration like `like`; one that was added since has its default."""
-    found = {}
+    found = dict(saved)
     for field in dataclasses.fields(like):
         here = getattr(like, field.name)
         if field.name in saved:
             there = saved[field.name]
-            found[field.name] = _completed(there, here) if dataclasses.is_dataclass(here) else there
+            if isinstance(here, tuple) and here and dataclasses.is_dataclass(here[0]):
+                found[field.name] = [completed(each, here[0]) for each in there]
+            else:
+                found[field.name] = completed(there, here) if dataclasses.is_dataclass(here) else there
         elif field.default is not dataclasses.MISSING:
             value = field.default
             found[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
@@ -148,7 +151,7 @@ def check_model(path: Path | str, config: RunConfig, weights_only: bool = False)
     """
     there = read_state(path)["config"]
     here = json.loads(json.dumps(dataclasses.asdict(config)))
-    saved = _completed(there["model"], config.model)
+    saved = completed(there["model"], config.model)
     pairs = [(name, saved.get(name), here["model"][name]) for name in here["model"]]
     pairs = [
         (f"model.{n}", a, b) for n, a, b in pairs if n not in _HOW and (not weights_only or n in _SHAPES)

@@ -11,25 +11,45 @@ from nextvid_mcore.training import checkpoint
 
 
 def changes(old: dict[str, Any], config: RunConfig) -> list[str]:
-    """What this start sets otherwise than the checkpoint's run, a line each; how it is logged aside."""
+    """What this start sets otherwise than the checkpoint's run, a line each; how it is logged aside.
+
+    A setting that is newer than the checkpoint had its default there.
+    """
     quiet = ("checkpoint.", "eval.", "wandb.", "profile.", "parallel.timeout")
     quiet += ("train.steps", "train.log_every", "train.progress")
+    then = _flat(_in_force(checkpoint.completed(old, config)))
+    now = _flat(_in_force(json.loads(config.to_json())))
+    notes = []
+    for name in sorted(then.keys() | now.keys()):
+        if name.startswith(quiet) or (name in then and name in now and then[name] == now[name]):
+            continue
+        if name not in now:
+            notes.append(f"note: {name} was {then[name]} and is gone")
+        else:
+            was = f"was {then[name]} and" if name in then else "wasn't there and"
+            notes.append(f"note: {name} {was} is now {now[name]}")
+    return notes
 
-    def flat(value: Any, name: str = "") -> dict[str, Any]:
-        if isinstance(value, list):
-            value = {str(i): each for i, each in enumerate(value)}
-        if not isinstance(value, dict):
-            return {name: value}
-        parts = (flat(each, f"{name}.{key}" if name else key) for key, each in value.items())
-        return {key: each for part in parts for key, each in part.items()}
 
-    then, now = flat(old), flat(json.loads(config.to_json()))
-    names = [name for name in sorted(then.keys() | now.keys()) if not name.startswith(quiet)]
-    return [
-        f"note: {name} was {then.get(name)} and is now {now.get(name)}"
-        for name in names
-        if then.get(name) != now.get(name)
-    ]
+def _in_force(config: dict[str, Any]) -> dict[str, Any]:
+    """With every stage's batches as they are, whichever setting says it."""
+    train, stages = dict(config["train"]), []
+    batch, micro = train.pop("global_batch", None), train.pop("micro_batch", None)
+    for stage in config["stages"]:
+        most = stage.get("max_micro_batch", 1)
+        own = {"batch": batch or stage["batch"], "micro_batch": micro or stage.get("micro_batch") or most}
+        stages.append({k: v for k, v in stage.items() if k != "max_micro_batch"} | own)
+    return config | {"train": train, "stages": stages}
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Values by dotted name: stages.0.batch."""
+    if isinstance(value, list):
+        value = {str(i): each for i, each in enumerate(value)}
+    if not isinstance(value, dict):
+        return {name: value}
+    parts = (_flat(each, f"{name}.{key}" if name else key) for key, each in value.items())
+    return {key: each for part in parts for key, each in part.items()}
 
 
 def find_checkpoint(source: Path) -> Path:

@@ -1,0 +1,52 @@
+"""What a start sets otherwise than the checkpoint it goes on from is said, and nothing else."""
+
+from __future__ import annotations
+
+import json
+
+from nextvid_mcore import recipes
+from nextvid_mcore.config import RunConfig
+from nextvid_mcore.parallel.placement import settled
+from nextvid_mcore.training.start import changes
+
+
+def saved(config: RunConfig, micro: int | None = None) -> dict:
+    """As a checkpoint has it; with `micro` as it was when that was one number in `train`."""
+    there = json.loads(config.to_json())
+    if micro is not None:
+        there["train"]["micro_batch"] = micro
+        for stage in there["stages"]:
+            del stage["micro_batch"], stage["max_micro_batch"]
+        there["data"]["former"] = 3
+        del there["fp8"]["fused"], there["model"]["compile"], there["profile"]
+    return there
+
+
+def test_a_run_that_goes_on_as_it_was_says_nothing() -> None:
+    config = settled(recipes.get("vit_g"), 96)[0]
+    assert changes(saved(config), config) == []
+    assert changes(saved(recipes.get("vit_g")), config) == []
+    every = settled(recipes.get("vit_g").altered(train={"micro_batch": 4}), 96)[0]
+    former = ["note: data.former was 3 and is gone"]
+    assert changes(saved(every, micro=4), every) == former
+    assert changes(saved(every, micro=4), every.altered(train={"micro_batch": None})) == former
+    whole = every.altered(train={"global_batch": 3072}, stages=every.stages[:3])
+    assert changes(saved(whole), whole.altered(train={"global_batch": None})) == []
+
+
+def test_what_differs_is_said_as_it_is() -> None:
+    config = settled(recipes.get("vit_g"), 96)[0]
+    found = changes(saved(config, micro=4), config)
+    assert found == [
+        "note: data.former was 3 and is gone",
+        "note: stages.0.micro_batch was 4 and is now 8",
+        "note: stages.1.micro_batch was 4 and is now 8",
+        "note: stages.2.micro_batch was 4 and is now 16",
+    ]
+    other = config.altered(fp8={"fused": False}, stages=config.stages[:3], data={"sets": ()})
+    found = changes(saved(config), other)
+    assert "note: fp8.fused was True and is now False" in found
+    assert "note: stages.3.name was cooldown and is gone" in found
+    assert "note: data.sets.0.name was imagenet and is gone" in found
+    assert "note: stages.3.name wasn't there and is now cooldown" in changes(saved(other), config)
+    assert changes(saved(config), config.altered(train={"log_every": 5}, eval={"every": 3})) == []
