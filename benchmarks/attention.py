@@ -55,13 +55,19 @@ def flex_of(block: int) -> Callable:
     return call
 
 
+def triton_stairs(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+    from nextvid_mcore.models import triton_stairs  # Triton isn't there without a GPU
+
+    return triton_stairs.attend(q, k, v, pattern.stairs)
+
+
 def kernels_of(case: tuple, searched: bool) -> dict[str, Callable]:
     pattern = case[6]
     if not torch.cuda.is_available():
         return {"sdpa": kernels.plain} if pattern is None else {"masked": kernels.masked}
     if pattern is None:
-        return {"sdpa": kernels.plain, "cudnn": by_cudnn}
-    tried = {"stairs": kernels.stairs} if pattern.stairs else {}
+        return {"stairs": kernels.whole, "sdpa": kernels.plain, "cudnn": by_cudnn}
+    tried = {"stairs": kernels.stairs, "stairs, Triton": triton_stairs} if pattern.stairs else {}
     tried |= {"flex": kernels.flex, "masked": kernels.masked}
     if searched:
         tried |= {"flex 128 searched": flex_of(128), "flex 64 searched": flex_of(64)}

@@ -18,22 +18,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nextvid_mcore.models import triton_prefix
+from nextvid_mcore.models.gluon_tiles import invalidate, load
 from nextvid_mcore.models.triton_fp8 import ROUND_E4M3
 
 QUERIES = 64  # of a program: what a warpgroup multiplies at once
-
-
-@gluon.jit
-def _load(of, first, column, ready, to, wanted):
-    mbarrier.expect(ready, of.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(of, [first, column], ready, to, pred=wanted)
 
 
 @gluon.jit
@@ -53,26 +47,26 @@ def _prefix(
     q_at = gl.allocate_shared_memory(q.dtype, [BM, D], q.layout)
     k_at = gl.allocate_shared_memory(k.dtype, [2, BN, D], k.layout)
     v_at = gl.allocate_shared_memory(v.dtype, [2, BN, D], v.layout)
-    q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_ready, count=1)
+    mbarrier.init(q_ready.index(0), count=1)
     for i in gl.static_range(2):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(v_ready.index(i), count=1)
     fence_async_shared()  # copies by TMA must see the barriers as they were made
-    _load(q, start, column, q_ready, q_at, True)
+    load(q, start, column, q_ready.index(0), q_at, True)
     for i in gl.static_range(2):
-        _load(k, i * BN, column, k_ready.index(i), k_at.index(i), i < blocks)
-        _load(v, i * BN, column, v_ready.index(i), v_at.index(i), i < blocks)
+        load(k, i * BN, column, k_ready.index(i), k_at.index(i), i < blocks)
+        load(v, i * BN, column, v_ready.index(i), v_at.index(i), i < blocks)
 
     none = gl.zeros([BM, BN], gl.float32, scored)
-    mbarrier.wait(q_ready, 0)
+    mbarrier.wait(q_ready.index(0), 0)
     mbarrier.wait(k_ready.index(0), 0)
     scores = warpgroup_mma(q_at, k_at.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     gl.thread_barrier()
-    _load(k, 2 * BN, column, k_ready.index(0), k_at.index(0), blocks > 2)
+    load(k, 2 * BN, column, k_ready.index(0), k_at.index(0), blocks > 2)
     top = gl.max(scores, 1) * scale  # of the scores so far, as exponents of 2
     p = gl.exp2(scores * scale - top[:, None])
     total = gl.sum(p, 1)
@@ -95,8 +89,8 @@ def _prefix(
         mbarrier.wait(v_ready.index(there), ((j + 1) // 2) & 1)
         found = warpgroup_mma_wait(0, deps=[found])
         gl.thread_barrier()
-        _load(k, (j + 3) * BN, column, k_ready.index(there), k_at.index(there), j + 3 < blocks)
-        _load(v, (j + 2) * BN, column, v_ready.index(here), v_at.index(here), j + 2 < blocks)
+        load(k, (j + 3) * BN, column, k_ready.index(there), k_at.index(there), j + 3 < blocks)
+        load(v, (j + 2) * BN, column, v_ready.index(here), v_at.index(here), j + 2 < blocks)
         found = found * gl.convert_layout(shrink, gl.SliceLayout(1, summed))[:, None]
         weights = gl.convert_layout(p.to(v.dtype), weighing)
     found = warpgroup_mma(weights, v_at.index((blocks - 1) % 2), found, is_async=True)
@@ -117,6 +111,9 @@ def _prefix(
     tokens = (start + gl.arange(0, BM, gl.SliceLayout(1, stored))).to(gl.int64)[:, None]
     c = gl.arange(0, D, gl.SliceLayout(0, stored))[None, :]
     gl.store(out + row.to(gl.int64) * o_row + head * o_head + tokens * o_token + c, found)
+    invalidate(q_ready, 1)
+    invalidate(k_ready, 2)
+    invalidate(v_ready, 2)
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, frame: int, *low: Tensor) -> None:

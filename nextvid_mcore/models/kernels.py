@@ -5,12 +5,13 @@
     prefix  the same where whole frames see themselves and all before and no gradient is wanted, as in the
             reference's passes: kernels of ours (models/gluon_prefix.py and, for other versions of Triton,
             triton_prefix.py). Hopper, half precision.
-    stairs  the same for stretches of frames that see themselves or all before, forward and backward, in
-            Triton (models/triton_stairs.py). Hopper, half precision.
+    stairs  the same for stretches of frames that see themselves or all before, forward and backward: kernels
+            of ours (models/gluon_stairs.py or triton_stairs.py). Hopper, half precision.
     flex    FlexAttention, all stretches in one call: no mask in memory, blocks that nobody sees are not
             computed. CUDA, half precision, patterns that hold for every row.
     padded  the stretches of packed masks in one call, padded to the longest (models/padded.py).
-    plain   scaled_dot_product_attention without a mask, where every query sees every key.
+    whole   stairs of one step, where every query sees every key. Hopper with this Triton's Gluon.
+    plain   scaled_dot_product_attention without a mask, for the same.
 
 torch's own attention is called by models/sdpa.py, without cuDNN.
 
@@ -54,9 +55,10 @@ HOPPER, HOPPER_TILES = (
     },
 )
 PREFIX_TOKENS, PREFIX_HEADS = 64, (32, 64)  # tokens of a frame: a multiple; the widths that were tried
-GLUON = "3.6."  # the Triton whose Gluon models/gluon_prefix.py was tried with: it changes with every version
-STAIRS_SHORTEST = 4096  # queries from which on a pattern with stairs gets `stairs`
+GLUON = "3.6."  # the Triton whose Gluon models/gluon_*.py were tried with: it changes with every version
+STAIRS_SHORTEST = 4096  # queries from which on triton_stairs.py is faster than FlexAttention
 STAIRS_HEADS = (32, 64)
+STAIRS_TOKENS = 16  # of a frame: a multiple. Others ended in an illegal instruction, or now and then in NaN
 SPAN = 1 << 16  # frame numbers lie below it
 
 
@@ -108,10 +110,16 @@ def prefix_low(
 
 
 @functools.cache
-def _prefix_kernel() -> ModuleType:
+def _gluon() -> bool:
+    """Whether this Triton's Gluon is the one that our kernels are written in."""
     import triton  # which is not there without a GPU
 
-    if triton.__version__.startswith(GLUON) and not triton.knobs.runtime.interpret:
+    return triton.__version__.startswith(GLUON) and not triton.knobs.runtime.interpret
+
+
+@functools.cache
+def _prefix_kernel() -> ModuleType:
+    if _gluon():
         from nextvid_mcore.models import gluon_prefix as made
     else:
         from nextvid_mcore.models import triton_prefix as made
@@ -120,9 +128,21 @@ def _prefix_kernel() -> ModuleType:
 
 def stairs(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     """The same by Triton, for patterns that have `stairs`."""
-    from nextvid_mcore.models import triton_stairs
+    return _stairs_kernel().attend(q, k, v, pattern.stairs)
 
-    return triton_stairs.attend(q, k, v, pattern.stairs)
+
+def whole(q: Tensor, k: Tensor, v: Tensor, pattern: None = None) -> Tensor:
+    """The same as `plain` by the kernels of `stairs`."""
+    return _stairs_kernel().attend(q, k, v, ((0, 0, 1, q.shape[2], k.shape[2]),))
+
+
+@functools.cache
+def _stairs_kernel() -> ModuleType:
+    if _gluon():
+        from nextvid_mcore.models import gluon_stairs as made
+    else:
+        from nextvid_mcore.models import triton_stairs as made
+    return made
 
 
 def flex_blocks(stretches: Sequence[Stretch], block: int | None = None) -> BlockMask:
@@ -158,22 +178,27 @@ def prefix_takes(frame: int, width: int, device: torch.device) -> bool:
     return _hopper(device) and frame % PREFIX_TOKENS == 0 and width in PREFIX_HEADS
 
 
-def _stairs_fit(q: Tensor, pattern: AttentionPattern) -> bool:
-    if pattern.stairs is None or not _hopper(q.device):
+def _stairs_fit(q: Tensor, pattern: AttentionPattern | None) -> bool:
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if not (half and fused.compiles(q) and _hopper(q.device) and q.shape[-1] in STAIRS_HEADS):
         return False
-    return q.shape[2] >= STAIRS_SHORTEST and q.shape[-1] in STAIRS_HEADS
+    if pattern is None:
+        return q.shape[2] >= SHORTEST and q.shape[2] % STAIRS_TOKENS == 0 and _gluon()
+    if pattern.stairs is None or any(x % STAIRS_TOKENS for *_, n, m in pattern.stairs for x in (n, m)):
+        return False
+    return q.shape[2] >= (SHORTEST if _gluon() else STAIRS_SHORTEST)
 
 
 def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]:
     """The kernel for queries [rows, A, s, d]."""
     if pattern is None:
-        return plain
+        return whole if _stairs_fit(q, None) else plain
     half = q.dtype in (torch.bfloat16, torch.float16)
     if pattern.padded is not None:
         return padded.attend
     if half and fused.compiles(q) and _prefix_fits(q, pattern):
         return prefix
-    if half and fused.compiles(q) and _stairs_fit(q, pattern):
+    if _stairs_fit(q, pattern):
         return stairs
     fits = q.shape[-1] >= MIN_HEAD and q.shape[2] >= SHORTEST
     if pattern.blocks is not None and half and fits and fused.compiles(q):

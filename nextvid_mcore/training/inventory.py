@@ -27,7 +27,7 @@ def _sdpa_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pa
     """What torch chooses for these [s, rows, A, d]; with a pattern, for its first stretch."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     kernel = kernels.choose(q, pattern)
-    if kernel in (kernels.flex, kernels.prefix, kernels.stairs):
+    if kernel in (kernels.flex, kernels.prefix, kernels.stairs, kernels.whole):
         return f"{kernel.__name__} ({q.shape[2]} x {k.shape[2]} tokens, {q.shape[1]} heads of {q.shape[3]})"
     mask = None
     if kernel is padded.attend:

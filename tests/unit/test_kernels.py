@@ -89,6 +89,7 @@ def test_choice(monkeypatch) -> None:
 def test_hopper_has_its_own_choices(monkeypatch) -> None:
     from nextvid_mcore.models import inductor
 
+    monkeypatch.setattr(kernels, "_gluon", lambda: False)
     monkeypatch.setattr(kernels, "_hopper", lambda device: True)
     monkeypatch.setattr(fused, "compiles", lambda x: True)
     kernels.tiles.cache_clear()
@@ -137,12 +138,23 @@ def test_patterns_with_stairs(monkeypatch) -> None:
         assert regular_pattern(queries, VISIBLE, rule, CPU).stairs is None
     fewer = (Frames(1, 2, 5),) * 2
     assert regular_pattern(fewer, VISIBLE, "autoregressive", CPU).stairs is None
+    monkeypatch.setattr(kernels, "_gluon", lambda: False)
     monkeypatch.setattr(kernels, "_hopper", lambda device: True)
     monkeypatch.setattr(fused, "compiles", lambda x: True)
     half = torch.zeros(1, 2, 128, 32, dtype=torch.bfloat16)
+    assert kernels.choose(half, student) is kernels.masked  # frames of 6 and 4 tokens
+    even = (Frames(0, 3, 32), Frames(0, 2, 16))
+    student = regular_pattern(even, even, "causal", CPU)
     for shortest, kernel in ((129, kernels.masked), (128, kernels.stairs)):
         monkeypatch.setattr(kernels, "STAIRS_SHORTEST", shortest)
         assert kernels.choose(half, student) is kernel
+    monkeypatch.setattr(kernels, "STAIRS_SHORTEST", 129)
+    monkeypatch.setattr(kernels, "_gluon", lambda: True)
+    assert kernels.choose(half, student) is kernels.stairs
+    assert kernels.choose(half[:, :, :100], student) is kernels.masked
+    assert kernels.choose(half, None) is kernels.whole
+    assert kernels.choose(half[:, :, :100], None) is kernels.choose(half.float(), None) is kernels.plain
+    assert kernels.choose(half[..., :8], None) is kernels.plain
     assert kernels.choose(half.float(), student) is kernels.masked
     assert kernels.choose(half[..., :24], student) is kernels.masked
 
