@@ -7,7 +7,7 @@ whose torchrun dies save and end as on SIGTERM.
 A process ends with one of these codes (torchrun itself answers 1 when one of its processes fails):
 
     0    the run is complete
-    2    the settings can't work; nothing was started or changed
+    2    the settings can't work; nothing was started or changed, or a GPU's memory is full
     3    too many non-finite steps in a row (optim.max_skipped)
     4    the data can't be read: too many bad files, or a loader failed
     5    a checkpoint can't be read or written, or another program is in the folder

@@ -27,6 +27,12 @@ class Seats:
         """The groups of this rank's first seat."""
         return self.groups[self.mine[0].name]
 
+    @property
+    def apart(self) -> bool:
+        """Whether every rank is a replica by itself, whose passes wait for no other rank."""
+        layout = self.placement.encoder.layout
+        return len(self.placement.seats) == 1 and layout.tensor == layout.pipeline == 1
+
     def of(self, role: str) -> RoleGroups | None:
         """The groups in which this rank works on `role` (student, reference, predictor, decoder)."""
         for seat in self.mine:

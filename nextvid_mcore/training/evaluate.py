@@ -24,6 +24,7 @@ from nextvid_mcore.models.nextvid import LossTerms
 from nextvid_mcore.parallel import watchdog
 from nextvid_mcore.parallel.seats import Seats
 from nextvid_mcore.rng import key
+from nextvid_mcore.training import full_memory
 from nextvid_mcore.training.feed import blank, share
 from nextvid_mcore.training.step import TrainStep
 
@@ -140,22 +141,35 @@ class Evaluator:
         if loader is not None:
             loader.close()
 
-    @torch.no_grad()
-    def run(self) -> dict[str, Any]:
-        """The row of eval.jsonl without its step, the same on every rank."""
-        if self._clips is None:
-            self._clips = list(self._load())
-        tables: dict[str, list[Table]] = {name: [] for name in WEIGHTS}
-        engine, bins = self.train_step.engine, self.config.eval.tau_bins
-        for clip in self._clips:
-            watchdog.progress()
-            for name in WEIGHTS:
-                for index, terms in engine.held_out(clip, bins, SEED, ema=name == "ema"):
-                    tables[name].append(Table.of(index, terms, bins))
+    def run(self, training: str = full_memory.TRAINING) -> dict[str, Any]:
+        """The row of eval.jsonl without its step, the same on every rank.
+
+        Args:
+            training: the setting that holds the training's memory, to be named where there is none left.
+        """
+        tables = full_memory.agreed(lambda: self._tables(training), self.seats.apart)
         row: dict[str, Any] = {"samples": self.config.eval.samples, "frames": self.frames}
         for name in WEIGHTS:
             row[name] = self._gather(tables[name]).summary(self.config.loss)
         return row
+
+    @torch.no_grad()
+    def _tables(self, training: str) -> dict[str, list[Table]]:
+        """Of this rank's clips."""
+        if self._clips is None:
+            self._clips = list(self._load())
+        tables: dict[str, list[Table]] = {name: [] for name in WEIGHTS}
+        engine, bins, size = self.train_step.engine, self.config.eval.tau_bins, self.config.eval.batch
+        own = "--eval.batch" if size > 1 else "--eval.tau-bins"
+        with full_memory.told(
+            "held-out loss", f"with {size} clip{'s' if size > 1 else ''} a pass; lower {own}, or {training}"
+        ):
+            for clip in self._clips:
+                watchdog.progress()
+                for name in WEIGHTS:
+                    for index, terms in engine.held_out(clip, bins, SEED, ema=name == "ema"):
+                        tables[name].append(Table.of(index, terms, bins))
+        return tables
 
     def summary(self, row: dict[str, Any]) -> str:
         """A line for the log."""

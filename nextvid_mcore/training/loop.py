@@ -26,11 +26,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-import psutil
-import torch
 import torch.distributed as dist
 
-from nextvid_mcore.config import ConfigError, RunConfig
+from nextvid_mcore.config import RunConfig
 from nextvid_mcore.data.guard import BadShareGuard, DataError
 from nextvid_mcore.data.loader import ClipBatch, build_dataset, build_loader
 from nextvid_mcore.data.sampler import rank_batches
@@ -42,9 +40,10 @@ from nextvid_mcore.parallel.placement import resolve_placement, settled
 from nextvid_mcore.parallel.seats import build_seats
 from nextvid_mcore.schedule import Schedule, StagePoint
 from nextvid_mcore.targets import width_note
-from nextvid_mcore.training import checkpoint, lock
+from nextvid_mcore.training import checkpoint, full_memory, lock
 from nextvid_mcore.training.evaluate import Evaluator
 from nextvid_mcore.training.feed import Feed, LoaderError, StepData, blank
+from nextvid_mcore.training.full_memory import FullMemory
 from nextvid_mcore.training.inventory import Inventory
 from nextvid_mcore.training.manifest import CheckpointError
 from nextvid_mcore.training.metrics import MetricsFile
@@ -70,6 +69,7 @@ TOGETHER = (DataError, LoaderError, NonFiniteError, CheckpointError)  # what all
 class Trainer:
     """One run in one directory. Every rank makes one and calls `run`."""
 
+    @full_memory.told("setting up", full_memory.SETTING_UP)
     def __init__(self, config: RunConfig, out: Path) -> None:
         """Join the other processes, build everything, and stand where the run left off."""
         patience = watchdog.collective_timeout(config.parallel.timeout)
@@ -98,6 +98,7 @@ class Trainer:
             self._leave()
             raise
 
+    @full_memory.told("setting up", full_memory.SETTING_UP)  # here too: before anybody is blamed
     def _build(self, config: RunConfig, out: Path) -> None:
         self.train_step = TrainStep(config, self.seats)
         watchdog.enter("loading a checkpoint")
@@ -209,7 +210,8 @@ class Trainer:
             code = self._run(loader)
         except BaseException as error:
             self._blame(error)  # before the signals: a launcher sends SIGTERM when a rank dies
-            if isinstance(error, (DataError, LoaderError, NonFiniteError)):
+            alone = isinstance(error, FullMemory) and dist.get_world_size() == 1
+            if alone or isinstance(error, (DataError, LoaderError, NonFiniteError)):
                 self.saver.wait()
             raise
         finally:
@@ -266,15 +268,11 @@ class Trainer:
         return 0
 
     def _step(self, point: StagePoint, data: StepData) -> StepResult:
-        try:
+        flag, clips = self.config.micro_batch_flag(point.stage), point.micro_batch
+        ways = full_memory.training_ways(self.config, flag, clips)
+        where = f"step {self.step + 1}, stage {point.stage.name}"
+        with full_memory.told(where, f"with micro-batches of {clips}; {ways}"):
             return self.train_step.run(point, data.batches)
-        except torch.OutOfMemoryError as error:
-            setting = self.config.micro_batch_flag(point.stage)
-            raise ConfigError(
-                f"step {self.step + 1}, stage {point.stage.name}: the GPU's memory is full with "
-                f"micro-batches of {point.micro_batch}; lower {setting}, or try --parallel.recompute pieces "
-                f"({str(error).partition('. ')[0]})"
-            ) from error
 
     def _row(self, point: StagePoint, data: StepData, result: StepResult, seconds: float) -> dict[str, Any]:
         """One line of metrics.jsonl. `skipped` counts the steps skipped in a row up to this one."""
@@ -298,7 +296,7 @@ class Trainer:
             "clips_per_s": point.batch / seconds,
             "step_time": seconds,
             "data_time": data.seconds,
-            "memory_gib": memory_gib(),
+            "memory_gib": full_memory.most_gib(),
         }
         if not result.applied:  # the step's samples: from the first up to, not including, the second
             row["skipped_indices"] = [point.samples_before, point.samples_before + point.batch]
@@ -319,9 +317,13 @@ class Trainer:
     def _evaluate(self, due: list[Evaluator | OnlineKnn]) -> None:
         watchdog.enter("evaluation")
         row: dict[str, Any] = {"step": self.step}
-        with fp8.scales_kept(self.train_step.model.children()):
-            for each in due:
-                row |= each.run()
+        flag = self.config.micro_batch_flag(self.schedule.at(self.step - 1).stage)
+        try:
+            with fp8.scales_kept(self.train_step.model.children()):
+                for each in due:
+                    row |= each.run(flag)
+        except FullMemory as error:
+            raise self._saved_despite(error) from None
         if self.rank == 0:
             self.evals.write(row)
             self.wandb.write({"step": self.step, "eval": row})
@@ -340,6 +342,18 @@ class Trainer:
             extra={"bad_window": self.guard.state_dict(), "skipped": self.skipped},
             note=None if self.metrics is None else self.metrics.amend,
         )
+
+    def _saved_despite(self, error: FullMemory) -> FullMemory:
+        """An evaluation has failed, which takes nothing from the weights: save if all ranks are here."""
+        said = f"step {self.step}, {error}"
+        if not error.everywhere:
+            return FullMemory(said)
+        try:
+            self._save()
+            self._wait_for_save()
+        except CheckpointError as failed:
+            return FullMemory(f"{said}; and {failed}")
+        return FullMemory(f"{said}; saved after step {self.step}, from where the run goes on")
 
     def _wait_for_save(self) -> None:
         watchdog.enter("saving")
@@ -379,10 +393,3 @@ class Trainer:
             f"  {self.out}/metrics.jsonl   a line a step, plots/loss.png   the same as a picture",
         ]
         print("\n".join(where), flush=True)
-
-
-def memory_gib() -> float:
-    """The most memory this process has had: of its GPU, or of the machine without one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return psutil.Process().memory_info().rss / 2**30

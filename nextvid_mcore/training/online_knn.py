@@ -25,6 +25,7 @@ from nextvid_mcore.evaluation.knn import classify
 from nextvid_mcore.models import fp8
 from nextvid_mcore.parallel import watchdog
 from nextvid_mcore.parallel.seats import Seats
+from nextvid_mcore.training import full_memory
 from nextvid_mcore.training.evaluate import decoded
 from nextvid_mcore.training.feed import share
 from nextvid_mcore.training.step import TrainStep
@@ -42,15 +43,19 @@ class OnlineKnn:
         self.clips = build_labelled(config)
         self.groups = seats.of("student")  # None: this rank has no encoder
         # a forward pass takes less than a step
-        size = max(config.eval.batch, config.micro_batch(config.stages[0]))
+        self.size = size = max(config.eval.batch, config.micro_batch(config.stages[0]))
         numbers = range(len(self.clips))
         self._all = [tuple(numbers[i : i + size]) for i in range(0, len(numbers), size)]
         self._kept: list[ClipBatch | None] | None = None
         self._since = time.perf_counter()
         say(flops.knn_note(config))
 
-    def run(self) -> dict[str, Any]:
-        """Its part of a row of eval.jsonl: top-1 in percent by task, the same on every rank; and its cost."""
+    def run(self, training: str = full_memory.TRAINING) -> dict[str, Any]:
+        """Its part of a row of eval.jsonl: top-1 in percent by task, the same on every rank; and its cost.
+
+        Args:
+            training: the setting that holds the training's memory, to be named where there is none left.
+        """
         if self._kept is None:
             begin = time.perf_counter()
             self._kept = list(self._load())
@@ -58,7 +63,7 @@ class OnlineKnn:
             self.say(f"online kNN: {len(self.clips):,} clips read in {took:.1f} s, once a start")
             self._since += took
         begin = time.perf_counter()
-        numbers, features = self.features()
+        numbers, features = self.features(training)
         row: dict[str, Any] = {f"knn_{k}": v for k, v in self._top1(numbers, features).items()}
         end = time.perf_counter()
         row |= {
@@ -75,13 +80,24 @@ class OnlineKnn:
         cost = f"{row['knn_time']:.2g} s, {row['knn_share']:.2%} of the time since the last"
         return f"kNN {found} ({row['knn_clips']:,} clips, {cost})"
 
-    @torch.no_grad()
-    def features(self) -> tuple[Tensor, Tensor]:
+    def features(self, training: str = full_memory.TRAINING) -> tuple[Tensor, Tensor]:
         """Numbers int64 [N] of the readable clips, rising, and features float32 [N, D]; on all ranks."""
+        mine = full_memory.agreed(lambda: self._features(training), self.seats.apart)
+        everyones: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyones, mine)
+        index, rows = (torch.cat(part) for part in zip(*sum(everyones, []), strict=True))
+        order = index.argsort()
+        return index[order], rows[order]
+
+    @torch.no_grad()
+    def _features(self, training: str) -> list[tuple[Tensor, Tensor]]:
+        """Of this replica's clips, on the rank that speaks for it."""
         mine: list[tuple[Tensor, Tensor]] = []
-        if self.groups is not None:
-            fp8.quantise_again([self.train_step.model.reference])  # the step has changed its weights
-            speaks = self.groups.last_stage and self.groups.tensor_rank == 0
+        if self.groups is None:
+            return mine
+        fp8.quantise_again([self.train_step.model.reference])  # the step has changed its weights
+        speaks = self.groups.last_stage and self.groups.tensor_rank == 0
+        with full_memory.told("online kNN", f"with {self.size} clips a pass; lower {self._lower(training)}"):
             for indices, kept in zip(self._requests(), self._kept, strict=True):
                 watchdog.progress()
                 batch = share(kept, len(indices), self.frames, self.config.model.image_size, self.groups)
@@ -89,11 +105,14 @@ class OnlineKnn:
                 if speaks:
                     good = batch.label.cpu() >= 0
                     mine.append((batch.index.cpu()[good], found[0].float().mean(0).cpu()[good]))
-        everyones: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyones, mine)
-        index, rows = (torch.cat(part) for part in zip(*sum(everyones, []), strict=True))
-        order = index.argsort()
-        return index[order], rows[order]
+        return mine
+
+    def _lower(self, training: str) -> str:
+        """The settings that make a pass smaller, and the training's."""
+        config, first = self.config, self.config.stages[0]
+        of = {"--eval.batch": config.eval.batch, config.micro_batch_flag(first): config.micro_batch(first)}
+        held = " and ".join(flag for flag, clips in of.items() if clips == self.size > 1)
+        return training if held in ("", training) else f"{held}, or {training}"
 
     def _requests(self) -> list[tuple[int, ...]]:
         """This replica's share of the clips."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
+from nextvid_mcore.training import full_memory
 from nextvid_mcore.training.manifest import CheckpointError
 
 
@@ -32,4 +33,6 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         told = [str(exception) for exception, _ in error.failures.values()]
         return "; ".join(told) or "the tensors could not be written"
+    if full_memory.is_full(error):
+        return f"the GPU's memory is full ({full_memory.account(error)})"
     return str(error) if isinstance(error, CheckpointError) else repr(error).splitlines()[0]

@@ -55,8 +55,8 @@ def train(data: Path, folder: Path, runs: dict[str, str]) -> dict[str, list[tupl
     found: dict[str, list[tuple]] = {}
     plain = OnlineKnn.features
 
-    def features(self: OnlineKnn) -> tuple:
-        out = plain(self)
+    def features(self: OnlineKnn, training: str) -> tuple:
+        out = plain(self, training)
         found[name].append(out)
         return out
 
@@ -109,3 +109,25 @@ def test_its_line_in_eval_jsonl(data: Path, tmp_path: Path, capfd: pytest.Captur
     first, second = read(tmp_path / "one" / "eval.jsonl")
     assert first["knn_clips"] == 12 and 0 <= first["knn_pictures"] <= 100 and "ema" not in first
     assert second["ema"]["loss"] > 0 and second["knn_share"] > 0
+
+
+def without_memory(data: Path, out: Path) -> tuple[tuple[int, str], int]:
+    """How a run ends whose GPU is full in the first kNN, and the same run again."""
+    from unittest import mock
+
+    from test_pretrain import pretrain, told
+
+    words = f"{SMALL} --data.manifest {data} --data.eval-manifest {data} --out {out}".split()
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+    with mock.patch("nextvid_mcore.training.online_knn.share", side_effect=full):
+        ends = told(words)
+    return ends, *pretrain([words])
+
+
+def test_full_memory_names_the_setting_and_saves(data: Path, tmp_path: Path) -> None:
+    (code, said), again = shared(1).run(without_memory, data, tmp_path / "run", timeout=300)[0]
+    assert (code, again) == (2, 0) and [row["step"] for row in read(tmp_path / "run" / "eval.jsonl")] == [2]
+    assert said == (
+        "step 1, online kNN: the GPU's memory is full with 2 clips a pass; lower --eval.batch, or "
+        "--train.micro-batch (2.00 GiB more asked for); saved after step 1, from where the run goes on"
+    )

@@ -94,27 +94,40 @@ def pretrain_with_signals(data: Path, out: Path) -> list[int]:
         TrainStep.run = take
 
 
-def full_memory(data: Path, out: Path, extra: str = "") -> tuple[int, str]:
-    """The exit code and the sentence of a run whose second stage does not fit."""
-    import torch
-
+def told(line: list[str]) -> tuple[int, str]:
+    """The exit code of a run, and the sentence with which it ends."""
     from nextvid_mcore import cli
-    from nextvid_mcore.training.step import TrainStep
 
-    take, said = TrainStep.run, []
-
-    def step(self, point, clips):
-        if point.stage_index == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
-        return take(self, point, clips)
+    said: list[str] = []
 
     def fail(error, code=cli.EXIT_CONFIG, everywhere=False):
         said.append(str(error))
         raise SystemExit(code)
 
-    with mock.patch.object(TrainStep, "run", step), mock.patch.object(cli, "fail", fail):
-        (code,) = pretrain([words(data, out, extra)])
+    with mock.patch.object(cli, "fail", fail):
+        (code,) = pretrain([line])
     return code, said[0]
+
+
+def full_memory(line: list[str], where: str, ranks: tuple[int, ...] = (0, 1)) -> tuple[int, str]:
+    """How a run ends that finds no memory on `ranks`: in the step of its second stage (`run`), in another
+    method of `TrainStep`, or in one of `Engine`.
+    """
+    import torch
+
+    from nextvid_mcore.training.engine import Engine
+    from nextvid_mcore.training.step import TrainStep
+
+    owner = TrainStep if hasattr(TrainStep, where) else Engine
+    take = getattr(owner, where)
+
+    def full(self, *given, **named):
+        if int(os.environ["RANK"]) in ranks and (where != "run" or given[0].stage_index == 1):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        return take(self, *given, **named)
+
+    with mock.patch.object(owner, where, full):
+        return told(line)
 
 
 def rows(path: Path) -> list[dict]:
@@ -202,13 +215,45 @@ def test_a_signal_to_one_rank_saves_and_ends_all(data: Path, tmp_path: Path):
 
 
 def test_full_memory_ends_with_the_setting_to_lower(data: Path, tmp_path: Path):
-    code, said = shared(1).run(full_memory, data, tmp_path / "full", timeout=120)[0]
-    assert code == 2 and len(read(tmp_path / "full" / "metrics.jsonl")) == 2
-    assert said.startswith("step 3, stage stable1: the GPU's memory is full with micro-batches of 1; lower")
-    assert "--train.micro-batch" in said and said.endswith("(CUDA out of memory)")  # which overrides stages'
-    given = data, tmp_path / "again", micro_batches(1, 1, 1, 1)
-    code, said = shared(1).run(full_memory, *given, timeout=120)[0]
-    assert code == 2 and "lower --stages.1.micro-batch, or" in said
+    two = micro_batches(2, 2, 1, 1)
+    lines = {
+        "--train.micro-batch 2": "full with micro-batches of 2; lower --train.micro-batch, or try "
+        "--parallel.recompute pieces (2.00 GiB more asked for)",  # which overrides the stages'
+        f"{two} --parallel.recompute pieces": "--stages.1.micro-batch, or try --parallel.recompute full (",
+        "--parallel.recompute full": "micro-batches of 1; split the networks over more ranks",
+    }
+    for i, (extra, ends) in enumerate(lines.items()):
+        out = tmp_path / str(i)
+        line = words(data, out, f"{extra} --checkpoint.asynchronous")
+        code, said = shared(1).run(full_memory, line, "run", timeout=120)[0]
+        assert code == 2 and len(read(out / "metrics.jsonl")) == 2
+        assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000002"]  # was under way
+        assert said.startswith("step 3, stage stable1: the GPU's memory is full with") and ends in said
+    code, said = shared(1).run(full_memory, words(data, tmp_path / "new"), "_reference_edge")[0]
+    assert code == 2 and said.startswith(
+        "setting up: the GPU's memory is full before the first clip; end what"
+    )
+    assert not (tmp_path / "new").exists() or not list((tmp_path / "new").glob("metrics*"))
+
+
+def test_full_memory_in_the_held_out_loss_saves_first(data: Path, whole: Path, tmp_path: Path):
+    line = words(data, tmp_path / "run", "--checkpoint.every 100 --checkpoint.keep 0")
+    ends = shared(2).run(full_memory, line, "held_out", (1,), timeout=300)  # rank 0 has all it needs
+    said = (
+        "step 2, rank 1, held-out loss: the GPU's memory is full with 2 clips a pass; lower --eval.batch, or "
+        "--train.micro-batch (2.00 GiB more asked for); saved after step 2, from where the run goes on"
+    )
+    assert ends == [(2, said)] * 2
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert shared(2).run(pretrain, [line], timeout=300) == [[0]] * 2
+    found, expected = rows(tmp_path / "run" / "metrics.jsonl"), rows(whole / "metrics.jsonl")
+    assert all(close(a, b) for a, b in zip(found, expected, strict=True))
+    assert [row["step"] for row in read(tmp_path / "run" / "eval.jsonl")] == [4, 6]
+    # ranks that wait for each other inside a pass can't be told: each raises as it is
+    split = words(data, tmp_path / "split", "--parallel.encoder.tensor 2 --eval.batch 1")
+    for code, said in shared(2).run(full_memory, split, "held_out", timeout=300):
+        assert code == 2 and said.startswith("step 2, held-out loss: the GPU's memory is full with 1 clip")
+        assert "lower --eval.tau-bins, or" in said and "saved" not in said
 
 
 def test_how_runs_end(data: Path, whole: Path, tmp_path: Path):
