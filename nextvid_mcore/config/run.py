@@ -67,6 +67,10 @@ class RunConfig:
             f"fp8 ({named}) goes with --train.precision bf16, not {self.train.precision}",
         )
         require(
+            not self.parallel.tensor_overlap,
+            f"fp8 ({named}): --parallel.tensor-overlap cuts bf16 products; leave it off or use --fp8.all none",
+        )
+        require(
             self.mask.static,
             f"fp8 ({named}) needs sequences of one length, a multiple of 16, and mask mode {self.mask.mode} "
             "changes it from clip to clip; use --mask.mode fixed",

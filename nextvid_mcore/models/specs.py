@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from nextvid_mcore.config import ConfigError, ModelConfig, TransformerShape
-from nextvid_mcore.models import fp8
+from nextvid_mcore.models import fp8, overlapped
 from nextvid_mcore.models.adaln import AdaLNLayer, CrossAdaLNLayer
 from nextvid_mcore.models.attention import PatternAttention
 from nextvid_mcore.models.layers import (
@@ -64,12 +64,18 @@ def backend_note(name: str) -> str:
     return f"backend: {chosen}" if chosen == name else f"backend: auto, which is {chosen} ({why})"
 
 
-def get_backend(name: str) -> Backend:
+def get_backend(name: str, overlap: bool = False) -> Backend:
     """`local`, `te` or `auto`.
+
+    Args:
+        overlap: with linears that exchange rows beside their products.
 
     Raises:
         ConfigError: `te` where Transformer Engine or CUDA is missing.
     """
+    if overlap:
+        plain = get_backend(name)
+        return Backend(overlapped.column(plain.column), overlapped.row(plain.row), plain.norm)
     name, _ = resolve(name)
     if name == "local":
         return Backend(ColumnParallelLinear, RowParallelLinear, local_norm())
@@ -174,6 +180,7 @@ class Split:
     last_stage_layers: int | None = None  # encoder layers on the last of several pipeline stages
     dtype: torch.dtype = torch.float32
     exchange: bool = False  # its sequences cross to ranks of another layout
+    overlap: bool = False  # of its linears' rows with their products, under sequence parallelism
     fp8: dict[str, Any] = field(default_factory=dict)  # models/fp8.py: settings of the role
 
 

@@ -95,6 +95,11 @@ def resolve_placement(config: RunConfig, world_size: int) -> Placement:
         placement = _colocated(config, world_size)
     else:
         placement = _separate(config, world_size)
+    require(
+        not parallel.tensor_overlap or any(seat.layout.sequence for seat in placement.seats),
+        "--parallel.tensor-overlap is about what sequence parallelism exchanges, and no group here has it; "
+        "add --parallel.sequence and a tensor size of 2 or more, such as --parallel.encoder.tensor 2",
+    )
     encoder = placement.encoder.layout
     for seat, stage in itertools.product(placement.seats[1:], config.stages):
         micro = config.given_micro_batch(stage) or _most(config, placement, stage) or stage.max_micro_batch

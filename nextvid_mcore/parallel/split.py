@@ -28,6 +28,7 @@ def make_split(config: RunConfig, layout: Layout, role: str, exchange: bool = Fa
         last_stage_layers=last_stage_layers(config, layout.pipeline),
         dtype=DTYPES[config.train.precision],
         exchange=exchange,
+        overlap=config.parallel.tensor_overlap and layout.sequence,
         fp8=fp8.settings(config.fp8, role),
     )
 

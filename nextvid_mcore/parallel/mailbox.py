@@ -1,0 +1,157 @@
+"""What tensor ranks put into each other's memory while they compute.
+
+A collective of NCCL is a kernel: it waits for the products before it and those after wait for it. Here a rank
+copies rows to the others itself, from a stream of its own. On GPUs these are copies by the copy engines over
+NVLink into memory that torch maps for all of them (`torch.distributed._symmetric_memory`), so that all
+multiprocessors go on with products; a flag follows the rows, and a one-warp kernel waits for it where they
+are read. All of it can be recorded: kernels, copies and events, at addresses that stay. Elsewhere the rows go
+by the group's own sends and receives, which is the reference.
+
+One exchange is open, push ..., take ..., close, the same on every rank of the group and in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nextvid_mcore.config import ConfigError
+
+ALIGNED = 256  # bytes, to which slots are rounded up: products read what lies there
+
+
+class SentMailbox:
+    """By sends and receives of the group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.size = group, group.rank(), group.size()
+        self.others = [(self.rank + step) % self.size for step in range(1, self.size)]
+        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self._coming: dict[tuple[int, int], tuple[dist.Work, Tensor]] = {}
+
+    def open(self, shapes: Sequence[torch.Size], like: Tensor) -> None:
+        """Slot i of the exchange has `shapes[i]`, one for every other rank, with the dtype of `like`."""
+        for slot, shape in enumerate(shapes):
+            for source in self.others:
+                space = like.new_empty(shape)
+                work = dist.irecv(space, group=self.group, group_src=source, tag=slot)
+                self._coming[slot, source] = work, space
+
+    def push(self, slot: int, to: int, parts: Iterable[Tensor]) -> None:
+        """Send the rows of `parts`, one part below the other, to rank `to` of the group."""
+        rows = torch.cat(list(parts))
+        self._sent.append((dist.isend(rows, group=self.group, group_dst=to, tag=slot), rows))
+
+    def take(self, slot: int, source: int) -> Tensor:
+        """What rank `source` of the group has pushed; to be read before `close`."""
+        work, rows = self._coming.pop((slot, source))
+        work.wait()
+        return rows
+
+    def close(self) -> None:
+        """What was pushed may be overwritten."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
+
+
+class CopiedMailbox:
+    """By copies into the others' memory, on one host's GPUs."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # it is not used
+        self.group, self.rank, self.size = group, group.rank(), group.size()
+        self.others = [(self.rank + step) % self.size for step in range(1, self.size)]
+        self._stream = torch.cuda.Stream()
+        self._one = torch.tensor([1], dtype=torch.int32, device="cuda")
+        self._sent: list[Tensor] = []
+        self._slots: list[tuple[torch.Size, int]] = []
+        self._all = []  # recorded passes go on using the memory they were recorded with
+        self._grow(1 << 20)
+
+    def _grow(self, size: int) -> None:
+        """Memory of `size` bytes that every rank of the group maps; all ranks call this."""
+        from torch._C._distributed_c10d import _SymmetricMemory
+
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"tensor ranks exchange {size} bytes for the first time while a pass is recorded"
+            )
+        device, name = torch.device("cuda", torch.cuda.current_device()), self.group.group_name
+        try:
+            memory = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device, name)
+            self._here = _SymmetricMemory.rendezvous(memory)
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"parallel tensor-overlap on: tensor ranks can't map {size} bytes of each other's memory, "
+                f"which takes one host's GPUs with NVLink ({reason}); leave it off"
+            ) from error
+        self._all.append((memory, self._here))
+        self._size = size
+
+    def open(self, shapes: Sequence[torch.Size], like: Tensor) -> None:
+        """Slot i of the exchange has `shapes[i]`, one for every other rank, with the dtype of `like`."""
+        self._dtype, width, place = like.dtype, like.element_size(), 0
+        self._slots.clear()
+        for shape in shapes:
+            self._slots.append((shape, place))
+            place += _rounded(math.prod(shape) * width) // width * (self.size - 1)
+        if place * width > self._size:
+            self._grow(place * width)
+        self._here.barrier(channel=0)  # all have read what lay there
+
+    def _space(self, slot: int, source: int, rank: int) -> tuple[Tensor, torch.Size]:
+        """Where in `rank`'s memory `source` puts slot `slot`, flat."""
+        shape, place = self._slots[slot]
+        size = math.prod(shape)
+        number = (source - rank) % self.size - 1
+        place += number * (_rounded(size * self._dtype.itemsize) // self._dtype.itemsize)
+        return self._here.get_buffer(rank, (size,), self._dtype, place), shape
+
+    def push(self, slot: int, to: int, parts: Iterable[Tensor]) -> None:
+        """Copy the rows of `parts`, one part below the other, to rank `to`, beside what is computed next."""
+        space, _ = self._space(slot, self.rank, to)
+        done = 0
+        for part in parts:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                space[done : done + part.numel()].copy_(part.reshape(-1))
+            self._sent.append(part)
+            done += part.numel()
+        flag = self._here.get_signal_pad(to, (1,), torch.int32, (slot + 1) * self.size + self.rank)
+        with torch.cuda.stream(self._stream):
+            flag.copy_(self._one)  # as a copy it needs no multiprocessor, which products may hold for long
+
+    def take(self, slot: int, source: int) -> Tensor:
+        """What rank `source` of the group has pushed; to be read before `close`."""
+        self._here.wait_signal(source, channel=slot + 1)
+        space, shape = self._space(slot, source, self.rank)
+        return space.view(shape)
+
+    def close(self) -> None:
+        """What was pushed may be overwritten."""
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._sent.clear()
+
+
+Mailbox = SentMailbox | CopiedMailbox
+_mailboxes: dict[str, Mailbox] = {}
+
+
+def of(group: dist.ProcessGroup) -> Mailbox:
+    """The group's; every rank of it calls this when it first does."""
+    found = _mailboxes.get(group.group_name)
+    if found is None or found.group is not group:  # names come again after the groups were destroyed
+        kind = CopiedMailbox if dist.get_backend(group) == "nccl" else SentMailbox
+        found = _mailboxes[group.group_name] = kind(group)
+    return found
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
