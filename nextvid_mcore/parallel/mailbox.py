@@ -70,6 +70,7 @@ class CopiedMailbox:
         self._stream = torch.cuda.Stream()
         self._one = torch.tensor([1], dtype=torch.int32, device="cuda")
         self._sent: list[Tensor] = []
+        self._pushed: dict[int, torch.cuda.Event] = {}
         self._slots: list[tuple[torch.Size, int]] = []
         self._all = []  # recorded passes go on using the memory they were recorded with
         self._grow(1 << 20)
@@ -127,9 +128,12 @@ class CopiedMailbox:
         flag = self._here.get_signal_pad(to, (1,), torch.int32, (slot + 1) * self.size + self.rank)
         with torch.cuda.stream(self._stream):
             flag.copy_(self._one)  # as a copy it needs no multiprocessor, which products may hold for long
+        self._pushed[slot] = self._stream.record_event()
 
     def take(self, slot: int, source: int) -> Tensor:
         """What rank `source` of the group has pushed; to be read before `close`."""
+        # first what the others wait for: a recorded pass may put branches that it could run together in a row
+        torch.cuda.current_stream().wait_event(self._pushed[slot])
         self._here.wait_signal(source, channel=slot + 1)
         space, shape = self._space(slot, source, self.rank)
         return space.view(shape)
