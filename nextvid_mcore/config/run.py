@@ -68,7 +68,7 @@ class RunConfig:
         )
         require(
             not self.parallel.tensor_overlap,
-            f"fp8 ({named}): --parallel.tensor-overlap cuts bf16 products; leave it off or use --fp8.all none",
+            f"fp8 ({named}): --parallel.tensor-overlap cuts products of bf16; leave it or FP8 off",
         )
         require(
             self.mask.static,

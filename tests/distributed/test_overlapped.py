@@ -1,0 +1,70 @@
+"""Linears whose rows travel beside their products, over four ranks, against one product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from launch import shared
+
+from nextvid_mcore.config import ModelConfig
+from nextvid_mcore.models import specs
+from nextvid_mcore.parallel import mailbox
+from nextvid_mcore.parallel.groups import Layout, build_groups, init_distributed
+from nextvid_mcore.recipes import get
+
+RANKS, TOKENS, CLIPS, WIDTH = 4, 12, 1, 16  # three rows a rank: parts of unequal size
+WEIGHTS = {"column": (24, WIDTH), "row": (WIDTH, 24)}
+
+
+def whole(kind: str) -> tuple[torch.Tensor, ...]:
+    """Input, weight, bias and the output's gradient, the same everywhere."""
+    generator = torch.Generator().manual_seed(3)
+    out, into = WEIGHTS[kind]
+    shapes = (TOKENS, CLIPS, into), (out, into), (out,), (TOKENS, CLIPS, out)
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+
+
+def on_rank(kind: str, later: bool) -> dict[str, torch.Tensor]:
+    init_distributed()
+    group = build_groups(Layout(RANKS, sequence=True)).collection.tp
+    model: ModelConfig = get("tiny").model
+    split = specs.Split(tensor=RANKS, sequence=True, dtype=torch.float64)
+    config = specs.transformer_config(model.encoder, model, split)
+    backend, (out, into) = specs.get_backend("local", overlap=True), WEIGHTS[kind]
+    common = {"config": config, "init_method": None, "bias": True, "skip_bias_add": later, "tp_group": group}
+    x, weight, bias, dy = whole(kind)
+    r = group.rank()
+    if kind == "column":
+        linear = backend.column(into, out, gather_output=False, **common)
+        x, dy = x.chunk(RANKS)[r], dy.chunk(RANKS, dim=2)[r]
+        weight, bias = weight.chunk(RANKS)[r], bias.chunk(RANKS)[r]
+    else:
+        linear = backend.row(into, out, input_is_parallel=True, is_expert=False, **common)
+        x, dy, weight = x.chunk(RANKS, dim=2)[r], dy.chunk(RANKS)[r], weight.chunk(RANKS, dim=1)[r]
+    linear.weight.data.copy_(weight)
+    linear.bias.data.copy_(bias)
+    x = x.clone().requires_grad_()
+    y, left = linear(x)
+    assert (left is linear.bias) == later
+    if later:
+        y = y + left
+    y.backward(dy)
+    box = mailbox.of(group)
+    return {"y": y.detach(), "x": x.grad, "weight": linear.weight.grad, "bias": linear.bias.grad,
+            "waits": torch.tensor(len(box._coming) + len(box._sent))}  # fmt: skip
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_equals_one_product(kind: str, later: bool) -> None:
+    x, weight, bias, dy = (t.requires_grad_() for t in whole(kind))
+    y = x @ weight.t() + bias
+    y.backward(dy)
+    found = shared(RANKS).run(on_rank, kind, later)
+    split = {"column": {"y": 2, "x": 0, "weight": 0, "bias": 0}, "row": {"y": 0, "x": 2, "weight": 1}}[kind]
+    got = {name: torch.cat([each[name] for each in found], dim) for name, dim in split.items()}
+    if kind == "row":  # each rank has added it to its own rows
+        got["bias"] = sum(each["bias"] for each in found)
+    for name, want in {"y": y, "x": x.grad, "weight": weight.grad, "bias": bias.grad}.items():
+        torch.testing.assert_close(got[name], want)
+    assert not any(each["waits"] for each in found)
