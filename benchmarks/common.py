@@ -129,6 +129,8 @@ class Bench:
         seats = build_seats(self.placement)
         seed_trackers(0, seats.home)
         self.step = TrainStep(config, seats)
+        if self.step.engine.graphs is not None and dist.get_rank() == 0:
+            self.step.engine.graphs.say = print
         self.point = Schedule(config).at(0)
         self.cuda = self.step.device.type == "cuda"
         self.clips = self._clips(config)
@@ -172,7 +174,7 @@ class Bench:
         `ready` is called in between.
         """
         if self.step.engine.graphs is not None:
-            warmup = max(warmup, graphs.WARM // len(self.clips) + 1)
+            warmup = max(warmup, -(-graphs.WARM // len(self.clips)) + 1)
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(warmup):

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -154,6 +154,15 @@ def update_scales(network: MegatronModule) -> None:
 @contextlib.contextmanager
 def scales_kept(networks: Iterable[MegatronModule]) -> Iterator[None]:
     """What is run inside leaves `delayed`'s scales and histories of largest values as they were."""
+    put_back = keep_scales(networks)
+    try:
+        yield
+    finally:
+        put_back()
+
+
+def keep_scales(networks: Iterable[MegatronModule]) -> Callable[[], None]:
+    """What makes `delayed`'s scales and histories of largest values again what they are now."""
     states = [
         module.fp8_meta[key]
         for network in networks
@@ -164,11 +173,12 @@ def scales_kept(networks: Iterable[MegatronModule]) -> Iterator[None]:
     ]
     tensors = [x for state in states for x in (state.scale, state.amax_history)]
     before = [x.clone() for x in tensors]
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         if tensors:
             torch._foreach_copy_(tensors, before)
+
+    return put_back
 
 
 def _delayed(network: MegatronModule) -> bool:

@@ -88,8 +88,9 @@ class Engine:
         latents = [self.latents(clip) for clip in clips]
         if self.graphs is not None:
             watchdog.enter("forward and backward")
-            for clip, made in zip(clips, latents, strict=True):
-                self.graphs.run(clip, made() if made else None, point.stage.tau_samples, len(clips), watch)
+            for i, (clip, made) in enumerate(zip(clips, latents, strict=True)):
+                ready = made() if made else None
+                self.graphs.run(clip, ready, point.stage.tau_samples, len(clips), watch, first=i == 0)
             return
         watchdog.enter("reference pass")
         features = self.reference_features(clips)

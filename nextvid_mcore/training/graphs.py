@@ -2,13 +2,14 @@
 
 A ViT-G step launches some ten thousand kernels, and issuing them from Python takes longer than running
 them. Masks keep the same number of tokens in every clip, so all shapes of a stage are known: after `WARM`
-eager passes the next one is recorded (reference, student, predictor, decoder, losses, backward), and then
-replayed on new clips, masks, latents and noise, which are copied to where it reads. What goes round it stays
-eager: random draws, the target's encoder, gradient reduction, the update, logs. Under tensor parallelism the
-collectives inside the pass are recorded with it.
+eager passes the next step's first one is recorded (reference, student, predictor, decoder, losses, backward),
+and then replayed on new clips, masks, latents and noise, which are copied to where it reads. What goes round
+it stays eager: random draws, the target's encoder, gradient reduction, the update, logs. Under tensor
+parallelism the collectives inside the pass are recorded with it.
 
-The eager pass is the same function; a test compares the two. Where a pass can't be recorded (memory, a
-kernel that waits for the host) the step begins anew without graphs: training/step.py.
+The eager pass is the same function, and what is recorded is compared with it before it is used
+(training/replay_check.py). Where a pass can't be recorded (memory, a kernel that waits for the host) or comes
+out different, the step begins anew without graphs: training/step.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import contextlib
 import dataclasses
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from nextvid_mcore.models import fp8
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch
 from nextvid_mcore.parallel.placement import Placement, recorded, unrecordable
 from nextvid_mcore.training import microbatch, monitors
+from nextvid_mcore.training.replay_check import ReplayCheck
 
 if TYPE_CHECKING:
     from nextvid_mcore.training.engine import Engine, Watch
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WARM = 2  # eager passes of a shape before it is recorded: they compile, and reserve workspaces
+CHECK = False  # whether what is recorded is compared with an eager pass; no GPU has seen it yet
 
 
 def refusal(config: RunConfig, placement: Placement) -> str | None:
@@ -88,9 +91,16 @@ class Recorded:
     """The passes of one shape so far, and the graph once there is one."""
 
     passes: int = 0
+    earlier: tuple[MicroBatch, MicroBatch] | None = None  # of the last eager pass: the batch and the share
     graph: torch.cuda.CUDAGraph | None = None
+    pool: Any = None
     inputs: Inputs | None = None
     terms: LossTerms | None = None
+
+    def replay(self) -> LossTerms:
+        self.graph.replay()
+        seen = tuple(x.clone() for x in self.terms.moments)  # the next replay writes others there
+        return dataclasses.replace(self.terms, moments=seen)
 
 
 class NotRecorded(RuntimeError):
@@ -106,14 +116,23 @@ class Graphs:
         self._recorded: dict[tuple, Recorded] = {}
         self._seen: set[tuple] = set()
         self._said = False
+        self.say: Callable[[str], None] = log.info
+        self._rehearsed = fp8.rehearsals(self.config.fp8)  # passes, before which gradients vanish
         fp8.cache_weights(self.model.children(), False)
 
     def run(
-        self, clip: ClipBatch, latents: Tensor | None, tau_samples: int, count: int, watch: Watch
+        self,
+        clip: ClipBatch,
+        latents: Tensor | None,
+        tau_samples: int,
+        count: int,
+        watch: Watch,
+        first: bool,
     ) -> None:
         """Add the gradient of a micro-batch's loss over `count`; `watch` sees its loss terms.
 
         latents: of the predicted frames of this rank's share, [B, p, n, C]; None without generation.
+        first: all gradients are zero, as the comparison of a recorded pass wants them.
         """
         batch = microbatch.make_micro_batch(self.config, clip, tau_samples, self.device)
         share = batch
@@ -127,17 +146,15 @@ class Graphs:
             self._say_again(key)
             self.clear()  # another stage's graph keeps all its activations
         here = self._recorded.setdefault(key, Recorded())
-        if here.graph is None and here.passes < WARM:
-            here.passes += 1
-            terms = self.pass_(batch, share, inputs, count)
+        if here.graph is not None:
+            here.inputs.fill(inputs)
+            terms = here.replay()
+        elif first and here.passes >= max(WARM, self._rehearsed):
+            terms = self._record(here, batch, share, inputs, count)
         else:
-            if here.graph is None:
-                self._record(here, batch, share, inputs, count)
-            else:
-                here.inputs.fill(inputs)
-            here.graph.replay()
-            seen = tuple(x.clone() for x in here.terms.moments)  # the next replay writes others there
-            terms = dataclasses.replace(here.terms, moments=seen)
+            here.passes += 1
+            here.earlier = batch, share
+            terms = self.pass_(batch, share, inputs, count)
         watch(terms, share)
 
     def _say_again(self, key: tuple) -> None:
@@ -202,32 +219,68 @@ class Graphs:
 
     def _record(
         self, here: Recorded, batch: MicroBatch, share: MicroBatch, inputs: Inputs, count: int
-    ) -> None:
+    ) -> LossTerms:
+        """Record the pass, compare a replay with an eager pass, and leave the gradients of one replay.
+
+        The eager pass comes first: the recording takes its memory for good.
+        """
+        if not CHECK:
+            self._capture(here, inputs, count)
+            return here.replay()
+        check, renew = ReplayCheck(self.model.named_parameters()), fp8.keep_scales(self.model.children())
+        terms = self.pass_(batch, share, inputs, count)
+        if self._agreed(None if check.eager() else "a gradient is not finite") is not None:
+            return terms  # of a step that is skipped: another one will do
+        del terms
+        check.turn()
+        renew()
+        self._capture(here, inputs, count)
+        here.replay()
+        check.replayed()
+        renew()
+        terms = here.replay()
+        found = check.again()
+        self.say(f"a recorded pass was compared with an eager one; largest differences: {found}")
+        self._unless(found.reason(), here)
+        return terms
+
+    def _capture(self, here: Recorded, inputs: Inputs, count: int) -> None:
         here.inputs = inputs.copy()
         gc.collect()
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        here.graph, here.pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         # other threads (loader, watchdog) go on calling CUDA meanwhile
         record = torch.cuda.graph(
-            graph, pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+            here.graph, here.pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
         )
         reason = None
         try:
             with recordable(), record:
-                here.terms = self.pass_(batch, share, here.inputs, count)
+                # an earlier pass's masks: if more is read of them than `inputs`, the comparison shows it
+                here.terms = self.pass_(*here.earlier, here.inputs, count)
         except Exception as error:
             reason = _first_reason(error)
-        reason = self._agreed(reason)  # here, where the error's frames no longer hold the pass's memory
-        if reason is not None:
-            here.terms = None
-            gc.collect()
-            free(graph, pool, self.device)
-            if self.config.train.cuda_graphs == "on":
-                raise ConfigError(
-                    f"train cuda_graphs on: a micro-batch could not be recorded ({reason}); "
-                    "use --train.cuda-graphs auto or off"
-                )
-            raise NotRecorded(reason)
-        here.graph = graph
+        here.earlier = None
+        self._unless(reason, here)  # here, where the error's frames no longer hold the pass's memory
+
+    def _unless(self, reason: str | None, here: Recorded) -> None:
+        """Keep what was recorded, unless this rank or another of its tensor ranks has a reason not to.
+
+        Raises:
+            NotRecorded, ConfigError: there is one; which of the two is `train.cuda_graphs`' choice.
+        """
+        reason = self._agreed(reason)
+        if reason is None:
+            return
+        here.terms = None
+        gc.collect()
+        free(here.graph, here.pool, self.device)
+        here.graph = None
+        if self.config.train.cuda_graphs == "on":
+            raise ConfigError(
+                f"train cuda_graphs on: a micro-batch could not be recorded ({reason}); "
+                "use --train.cuda-graphs auto or off"
+            )
+        raise NotRecorded(reason)
 
     def _agreed(self, reason: str | None) -> str | None:
         """Why this rank or another of its tensor ranks could not record: they go on in the same way."""

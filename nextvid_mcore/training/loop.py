@@ -109,6 +109,8 @@ class Trainer:
         )
         for note in (*self.notes, *notes):
             self.progress.say(note)
+        if self.train_step.engine.graphs is not None:
+            self.train_step.engine.graphs.say = self.progress.say
         self.evaluators = self._evaluators()
         self.metrics, self.evals, self.wandb = self._sinks()
         saving = config.checkpoint

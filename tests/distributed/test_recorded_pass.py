@@ -1,7 +1,14 @@
-"""What is recorded as a CUDA graph is one function; run eagerly on a CPU it equals the engine's passes."""
+"""What is recorded as a CUDA graph is one function; run eagerly on a CPU it equals the engine's passes.
+
+Recorded without CUDA (`Recorder`), it is compared with an eager pass, and left where a replay differs.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
 from unittest import mock
 
 import parity
@@ -87,28 +94,95 @@ def test_shapes_that_take_turns_are_said_once() -> None:
     assert again == last and len(again) == 1 and "(video 1 x 3 x " in again[0]
 
 
-class FailingRecord:
-    """Stands for torch.cuda.graph: the recording's end raises, after all or a part of the pass was done."""
+class Graph:
+    """Stands for torch.cuda.CUDAGraph: to replay it is to run the pass once more, on the recorded inputs."""
 
-    def __init__(self, graph: object, pool: object, **settings: object) -> None: ...
-    def __enter__(self) -> None: ...
-    def __exit__(self, *error: object) -> None:
-        raise RuntimeError("capture was invalidated\nand some more lines")
+    def reset(self) -> None: ...
 
 
-class FailingOnRank1(FailingRecord):
-    def __exit__(self, *error: object) -> None:
-        if torch.distributed.get_rank() == 1:
-            super().__exit__(*error)
+class Recorder:
+    """Stands for torch.cuda.graph and its surroundings; has a `fault` on `rank`, or on all.
 
-
-def failed_recording(
-    choice: str, early: bool, parallel: dict | None = None, recording: type = FailingRecord
-) -> tuple[list, list[str], bool]:
-    """Of an eager step and two that can't be recorded: what `gradients` gives, warnings, and what is left.
-
-    early: the pass raises when the student's gradient is half done.
+    raises: amid the recorded backward pass. end: when the recording ends.
+    overflow: in the eager pass that is to be compared. old masks: the pass reads others than its inputs.
+    The rest: in replays.
     """
+
+    def __init__(self, fault: str, rank: int | None) -> None:
+        here = rank in (None, torch.distributed.get_rank())
+        self.fault, self.pass_ = fault if here else "", graphs.Graphs.pass_
+        self.eager = self.replays = 0
+        self.recording: Graph | None = None
+
+    @contextlib.contextmanager
+    def record(self, graph: Graph, pool: object, **settings: object) -> Iterator[None]:
+        self.recording = graph
+        try:
+            yield
+        finally:
+            self.recording = None
+        if self.fault == "end":
+            raise RuntimeError("capture was invalidated\nand some more lines")
+
+    def run(self, recorder: graphs.Graphs, *args: object) -> graphs.LossTerms:
+        """In the place of `Graphs.pass_`."""
+        named = recorder.model.named_parameters()
+        grads = {name: p.main_grad for name, p in named if p.requires_grad}
+        before = {name: x.clone() for name, x in grads.items()}
+        if self.fault == "old masks":
+            batch, share, inputs, count = args
+            args = batch, share, dataclasses.replace(inputs, tokens=batch.masks.tokens), count
+        terms = self.pass_(recorder, *args)
+        if self.recording is None:
+            self.eager += 1
+            if self.fault == "overflow" and self.eager == 5:
+                next(iter(grads.values())).fill_(math.inf)
+            return terms
+        for name, x in before.items():  # CUDA runs nothing while it records
+            grads[name].copy_(x)
+
+        def replay() -> None:
+            self.replays += 1
+            before = {name: x.clone() for name, x in grads.items()}
+            new = self.pass_(recorder, *args)
+            for name in ("flow", "align"):
+                getattr(terms, name).copy_(getattr(new, name))
+            for x, y in zip(terms.moments, new.moments, strict=True):
+                x.copy_(y)
+            self.spoil(grads, before)
+
+        self.recording.replay = replay
+        return terms
+
+    def spoil(self, grads: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> None:
+        name = next(x for x in grads if x.startswith("predictor.") and x.endswith("bias"))
+        if self.fault == "garbled" or (self.fault == "garbled later" and self.replays > 1):
+            grads[name].add_(grads[name] - before[name], alpha=0.2)
+        elif self.fault == "not a number":
+            grads[name][3] = math.nan
+        elif self.fault == "left out":
+            grads[name].copy_(before[name])
+        elif self.fault == "not added":
+            grads[name].sub_(before[name])
+
+    @contextlib.contextmanager
+    def set_up(self) -> Iterator[mock.Mock]:
+        with (
+            mock.patch.object(torch.cuda, "CUDAGraph", Graph),
+            mock.patch.object(torch.cuda, "graph_pool_handle"),
+            mock.patch.object(torch.cuda, "graph", self.record),
+            mock.patch.object(torch._C, "_cuda_endAllocateToPool"),
+            mock.patch.object(torch._C, "_cuda_releasePool") as released,
+            mock.patch.object(graphs.Graphs, "pass_", lambda *args: self.run(*args)),
+            mock.patch.object(graphs, "CHECK", True),
+        ):
+            yield released
+
+
+def recording(
+    fault: str = "", choice: str = "auto", parallel: dict | None = None, rank: int | None = None
+) -> dict:
+    """Of an eager step and three that are to be recorded: what `gradients` gives, and what was said."""
     config = parity.small(**parallel or {}).altered(train={"cuda_graphs": choice})
     with (
         mock.patch.object(plan, "_check_machine"),
@@ -116,56 +190,99 @@ def failed_recording(
         mock.patch.object(graphs, "own_stream"),
     ):
         step = parity.built(config)
-    recorder, step.engine.graphs = step.engine.graphs or graphs.Graphs(step.engine), None
-    found, passes, warnings = [gradients(step)], [], []
+    mine, step.engine.graphs = step.engine.graphs or graphs.Graphs(step.engine), None
+    found, warnings, said, recorder = [gradients(step)], [], [], Recorder(fault, rank)
 
     def fail(*_: object) -> None:
-        passes.append(len(passes))
-        if len(passes) == graphs.WARM + 1:
+        if recorder.recording is not None and recorder.fault == "raises":
             raise RuntimeError("out of memory")
 
-    if early:
-        step.model.student.encoder.block.layers[2].register_full_backward_hook(fail)
-    step.engine.graphs = recorder
+    step.model.student.encoder.block.layers[2].register_full_backward_hook(fail)
+    step.engine.graphs, mine.say = mine, said.append
     with (
-        mock.patch.object(torch.cuda, "CUDAGraph"),
-        mock.patch.object(torch.cuda, "graph_pool_handle"),
-        mock.patch.object(torch._C, "_cuda_endAllocateToPool"),
-        mock.patch.object(torch._C, "_cuda_releasePool") as released,
-        mock.patch.object(torch.cuda, "graph", recording),
+        recorder.set_up() as released,
         mock.patch.object(training_step.log, "warning", lambda text, *args: warnings.append(text % args)),
     ):
-        found += [gradients(step), gradients(step)]
-    assert released.call_count == 1
-    return found, warnings, step.engine.graphs is not None
+        found += [gradients(step) for _ in range(3)]
+    left = step.engine.graphs is not None
+    assert released.call_count == (not left)
+    return {
+        "steps": found,
+        "warnings": warnings,
+        "said": said,
+        "recorded": left,
+        "passes": (recorder.eager, recorder.replays),
+    }
 
 
-@pytest.mark.parametrize(("early", "reason"), [(False, "capture was invalidated"), (True, "out of memory")])
-def test_a_step_that_cannot_be_recorded_is_done_again_eagerly(early: bool, reason: str) -> None:
-    assert graphs.WARM < parity.BATCH // parity.MICRO  # some passes are done before it fails
-    (eager, *again), warnings, left = shared(1).run(failed_recording, "auto", early)[0]
-    assert len(warnings) == 1 and f"(RuntimeError: {reason});" in warnings[0]
-    assert "--train.cuda-graphs off" in warnings[0] and not left
-    for each in again:
-        same(each, eager)
+STEP = parity.BATCH // parity.MICRO  # passes
 
 
-def test_tensor_ranks_go_on_in_the_same_way() -> None:
-    """The second fails to record, and the first leaves its recording too."""
-    every = shared(2).run(failed_recording, "auto", False, LAYOUTS["tp2-sp"], FailingOnRank1)
-    for reason, ((eager, *again), warnings, left) in zip(
-        ("another tensor rank failed", "RuntimeError: capture was invalidated"), every, strict=True
-    ):
-        assert len(warnings) == 1 and f"({reason});" in warnings[0] and not left
-        for each in again:
-            same(each, eager)
+def test_a_right_recording_is_kept_and_leaves_what_eager_passes_leave() -> None:
+    assert graphs.WARM < STEP  # and yet nothing is recorded before all gradients are zero
+    found = shared(1).run(recording)[0]
+    engine, eager, *recorded = found["steps"]
+    assert found["recorded"] and not found["warnings"]
+    assert found["passes"] == (STEP + 1, 1 + 2 * STEP)
+    (said,) = found["said"]
+    assert said.endswith("largest differences: student 0.0e+00, predictor 0.0e+00, decoder 0.0e+00")
+    same(eager, engine)
+    for each in recorded:
+        assert all(torch.equal(each[2][name], grad) for name, grad in eager[2].items())
+        assert each[:2] == eager[:2]
+
+
+FAULTS = {
+    "raises": "RuntimeError: out of memory",
+    "end": "RuntimeError: capture was invalidated",
+    "garbled": "bias is off by 2.0e-01 of its norm, 1 of ",
+    "garbled later": "bias is off by 2.0e-01 of its norm, 1 of ",
+    "not a number": "bias is off by inf of its norm, 1 of ",
+    "left out": "bias is off by 1.0e+00 of its norm, 1 of ",
+    "not added": "bias is off by 1.0e+00 of its norm, 1 of ",
+    "old masks": " tensors by more than 0.05",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_step_that_cannot_be_recorded_is_done_again_eagerly(fault: str) -> None:
+    found = shared(1).run(recording, fault)[0]
+    engine, *others = found["steps"]
+    (warning,) = found["warnings"]
+    assert FAULTS[fault] in warning and "--train.cuda-graphs off" in warning and not found["recorded"]
+    assert ("those of an eager pass" in warning) == (fault not in ("raises", "end"))
+    for each in others:
+        same(each, engine)
+
+
+def test_a_pass_that_is_not_finite_is_compared_with_nothing() -> None:
+    """It is recorded a step later."""
+    found = shared(1).run(recording, "overflow")[0]
+    engine, eager, skipped, recorded = found["steps"]
+    assert found["recorded"] and not found["warnings"] and len(found["said"]) == 1
+    assert found["passes"] == (2 * STEP + 1, 1 + STEP)
+    assert any(grad.isinf().any() for grad in skipped[2].values())
+    same(eager, engine)
+    same(recorded, engine)
+
+
+@pytest.mark.parametrize("fault", ["end", "garbled"])
+def test_tensor_ranks_go_on_in_the_same_way(fault: str) -> None:
+    """The second fails, and the first leaves its recording too."""
+    every = shared(2).run(recording, fault, "auto", LAYOUTS["tp2-sp"], 1)
+    for reason, found in zip(("(another tensor rank failed);", FAULTS[fault]), every, strict=True):
+        (warning,) = found["warnings"]
+        assert reason in warning and not found["recorded"]
+        for each in found["steps"][1:]:
+            same(each, found["steps"][0])
 
 
 def test_what_was_asked_for_and_fails_ends_the_run() -> None:
-    with pytest.raises(RankFailure, match=r"ConfigError: train cuda_graphs on: .*\(RuntimeError: out of mem"):
-        shared(1).run(failed_recording, "on", True)
+    for fault, words in (("raises", "RuntimeError: out of mem"), ("left out", ".*is off by 1.0e")):
+        with pytest.raises(RankFailure, match=rf"ConfigError: train cuda_graphs on: .*\({words}"):
+            shared(1).run(recording, fault, "on")
     with pytest.raises(RankFailure, match=r"rank 0(.|\n)*cuda_graphs on: .*\(another tensor rank failed\)"):
-        shared(2).run(failed_recording, "on", False, LAYOUTS["tp2-sp"], FailingOnRank1)
+        shared(2).run(recording, "end", "on", LAYOUTS["tp2-sp"], 1)
 
 
 FP8 = {"model": {"backend": "te"}, "train": {"precision": "bf16"}}

@@ -42,12 +42,15 @@ def small(backend: str, compile: bool, recorded: str, recompute: str = "none", i
 
 def steps(*way: object) -> dict:
     """Losses and norms of five steps, and two later gradients of the same weights and clips."""
+    graphs.CHECK = True
     config = small(*way)
     step = parity.built(config)
     assert (step.engine.graphs is not None) == (way[2] == "on")
     point = parity.schedule(config).at(0)
     clips = parity.clips(config, point, 0, 1)
-    losses, norms, grads = [], [], []
+    losses, norms, grads, said = [], [], [], []
+    if step.engine.graphs is not None:
+        step.engine.graphs.say = said.append
     for _ in range(5):
         result = step.run(point, clips)
         losses.append(result.loss)
@@ -55,7 +58,7 @@ def steps(*way: object) -> dict:
     for _ in range(2):  # with graphs these passes are replays
         step.gradients(point, clips)
         grads.append(parity.gradients(step))
-    return {"losses": losses, "norms": norms, "grads": grads}
+    return {"losses": losses, "norms": norms, "grads": grads, "said": said}
 
 
 def all_ways() -> dict:
@@ -90,6 +93,8 @@ def test_compiled_equals_eager(found: dict, backend: str) -> None:
 def test_recorded_equals_eager(found: dict, way: str, other: str) -> None:
     """And what makes norms and GELUs again equals what keeps them."""
     eager, recorded = found[way], found[other]
+    print(f"\n{other}: {recorded['said']}")
+    assert len(recorded["said"]) == 1  # it was compared when it was recorded, too
     assert recorded["losses"] == pytest.approx(eager["losses"], rel=1e-3)
     assert recorded["norms"] == pytest.approx(eager["norms"], rel=1e-3)
     for name, grad in eager["grads"][0].items():
@@ -101,18 +106,24 @@ def broken(way: str | None) -> dict:
     """Losses and gradients of two passes; with a `way`, one of them is to be recorded and breaks off.
 
     error: by an exception in the backward pass. wait: by a wait for the device, which CUDA doesn't record.
+    garble: it doesn't, but works on the gradient of other tokens, as a wrong kernel would.
     """
+    graphs.CHECK = True
     step = parity.built(small("te", False, "auto" if way else "off"))
     warnings: list[str] = []
     training_step.log.warning = lambda text, *args: warnings.append(text % args)
 
-    def break_off(module: torch.nn.Module, given: object, grads: tuple[torch.Tensor, ...]) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            if way == "error":
-                raise RuntimeError("broken off")
-            grads[0].sum().item()
+    def break_off(module: torch.nn.Module, grads: tuple[torch.Tensor, ...]) -> tuple | None:
+        if not torch.cuda.is_current_stream_capturing():
+            return None
+        if way == "garble":
+            return tuple(None if grad is None else grad.flip(0) for grad in grads)
+        if way == "error":
+            raise RuntimeError("broken off")
+        grads[0].sum().item()
+        return None
 
-    step.model.student.encoder.block.layers[2].register_full_backward_hook(break_off)
+    step.model.student.encoder.block.layers[2].register_full_backward_pre_hook(break_off)
     point = parity.schedule(step.config).at(0)
     clips = parity.clips(step.config, point, 0, 1)
     assert (step.engine.graphs is not None) == (way is not None) and len(clips) > graphs.WARM
@@ -128,11 +139,12 @@ def unbroken() -> dict:
     return run(broken, 1, None)[0]
 
 
-@pytest.mark.parametrize("way", ["error", "wait"])
+@pytest.mark.parametrize("way", ["error", "wait", "garble"])
 def test_a_step_whose_recording_breaks_off_is_done_again_eagerly(unbroken: dict, way: str) -> None:
     eager, again = unbroken, run(broken, 1, way)[0]
     print(f"{way}: {again['warnings']}, {again['reserved']} bytes reserved; eager {eager['reserved']}")
     assert len(again["warnings"]) == 1 and not eager["warnings"]
+    assert ("not those of an eager pass" in again["warnings"][0]) == (way == "garble")
     for (losses, grads), (wanted, exact) in zip(again["passes"], eager["passes"], strict=True):
         assert losses == pytest.approx(wanted, rel=1e-3)
         for name, grad in exact.items():
