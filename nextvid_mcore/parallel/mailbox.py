@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,28 @@ class SentMailbox:
         self._sent.clear()
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Where rows lie in a rank's memory: slot by slot, and in each by who pushes; in elements."""
+
+    shapes: tuple[torch.Size, ...]
+    width: int  # bytes of an element
+    ranks: int
+
+    def _step(self, slot: int) -> int:
+        return -(-math.prod(self.shapes[slot]) * self.width // ALIGNED) * ALIGNED // self.width
+
+    def start(self, slot: int, source: int, rank: int) -> int:
+        """Of what `source` pushes to `rank`."""
+        before = sum(self._step(other) for other in range(slot)) * (self.ranks - 1)
+        return before + ((source - rank) % self.ranks - 1) * self._step(slot)
+
+    @property
+    def size(self) -> int:
+        """Bytes of them all."""
+        return sum(self._step(slot) for slot in range(len(self.shapes))) * (self.ranks - 1) * self.width
+
+
 class CopiedMailbox:
     """By copies into the others' memory, on one host's GPUs."""
 
@@ -71,7 +94,6 @@ class CopiedMailbox:
         self._one = torch.tensor([1], dtype=torch.int32, device="cuda")
         self._sent: list[Tensor] = []
         self._pushed: dict[int, torch.cuda.Event] = {}
-        self._slots: list[tuple[torch.Size, int]] = []
         self._all = []  # recorded passes go on using the memory they were recorded with
         self._grow(1 << 20)
 
@@ -94,37 +116,32 @@ class CopiedMailbox:
                 f"which takes one host's GPUs with NVLink ({reason}); leave it off"
             ) from error
         self._all.append((memory, self._here))
-        self._size = size
+        self._bytes = size
 
     def open(self, shapes: Sequence[torch.Size], like: Tensor) -> None:
         """Slot i of the exchange has `shapes[i]`, one for every other rank, with the dtype of `like`."""
-        self._dtype, width, place = like.dtype, like.element_size(), 0
-        self._slots.clear()
-        for shape in shapes:
-            self._slots.append((shape, place))
-            place += _rounded(math.prod(shape) * width) // width * (self.size - 1)
-        if place * width > self._size:
-            self._grow(place * width)
+        self._sent.clear()  # of a recording that broke off
+        self._dtype = like.dtype
+        self._slots = Slots(tuple(shapes), like.element_size(), self.size)
+        if self._slots.size > self._bytes:
+            self._grow(self._slots.size)
         self._here.barrier(channel=0)  # all have read what lay there
 
-    def _space(self, slot: int, source: int, rank: int) -> tuple[Tensor, torch.Size]:
-        """Where in `rank`'s memory `source` puts slot `slot`, flat."""
-        shape, place = self._slots[slot]
-        size = math.prod(shape)
-        number = (source - rank) % self.size - 1
-        place += number * (_rounded(size * self._dtype.itemsize) // self._dtype.itemsize)
-        return self._here.get_buffer(rank, (size,), self._dtype, place), shape
+    def _space(self, slot: int, source: int, rank: int) -> Tensor:
+        """Where in `rank`'s memory `source` puts slot `slot`."""
+        place = self._slots.start(slot, source, rank)
+        return self._here.get_buffer(rank, self._slots.shapes[slot], self._dtype, place)
 
     def push(self, slot: int, to: int, parts: Iterable[Tensor]) -> None:
         """Copy the rows of `parts`, one part below the other, to rank `to`, beside what is computed next."""
-        space, _ = self._space(slot, self.rank, to)
+        space = self._space(slot, self.rank, to)
         done = 0
         for part in parts:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                space[done : done + part.numel()].copy_(part.reshape(-1))
+                space[done : done + len(part)].copy_(part)
             self._sent.append(part)
-            done += part.numel()
+            done += len(part)
         flag = self._here.get_signal_pad(to, (1,), torch.int32, (slot + 1) * self.size + self.rank)
         with torch.cuda.stream(self._stream):
             flag.copy_(self._one)  # as a copy it needs no multiprocessor, which products may hold for long
@@ -135,8 +152,7 @@ class CopiedMailbox:
         # first what the others wait for: a recorded pass may put branches that it could run together in a row
         torch.cuda.current_stream().wait_event(self._pushed[slot])
         self._here.wait_signal(source, channel=slot + 1)
-        space, shape = self._space(slot, source, self.rank)
-        return space.view(shape)
+        return self._space(slot, source, self.rank)
 
     def close(self) -> None:
         """What was pushed may be overwritten."""
@@ -155,7 +171,3 @@ def of(group: dist.ProcessGroup) -> Mailbox:
         kind = CopiedMailbox if dist.get_backend(group) == "nccl" else SentMailbox
         found = _mailboxes[group.group_name] = kind(group)
     return found
-
-
-def _rounded(size: int) -> int:
-    return -(-size // ALIGNED) * ALIGNED
