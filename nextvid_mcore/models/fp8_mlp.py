@@ -44,16 +44,20 @@ def on() -> bool:
     return _state["on"]
 
 
-def fits(config: TransformerConfig, x: Tensor) -> bool:
-    """Whether an MLP of `config` goes this way with the input `x`."""
+def meant(config: TransformerConfig) -> bool:
+    """Whether MLPs of `config` go this way on a GPU."""
     return (
         _state["on"]
         and config.fp8 is not None
         and config.fp8_recipe == "delayed"
         and config.tensor_model_parallel_size == 1
         and config.recompute_granularity != "full"
-        and x.is_cuda
     )
+
+
+def fits(config: TransformerConfig, x: Tensor) -> bool:
+    """Whether an MLP of `config` goes this way with the input `x`."""
+    return x.is_cuda and meant(config)
 
 
 def mlp(module: MLP, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,8 +69,6 @@ class TrainStep:
         )
         fused.use(config.model.compile)
         fp8_mlp.use(config.model.compile and config.fp8.fused)
-        if cuda:
-            fp8_check.check(config, device)
         recorded = graphs.wanted(config, seats.placement)
         if recorded:
             graphs.own_stream()
@@ -82,6 +80,8 @@ class TrainStep:
         self.target = build_target(config, device, dtype) if decodes else None
         channels = target_channels(config) if generate else 0
         self.model = NextVid(config, places, channels).to(device)
+        if cuda:
+            fp8_check.check(config, {n: each.config for n, each in self.model.named_children()}, device)
         self.model.reset_parameters()
         self.model.train()
         groups = {role: seats.of(role) for role in self.model.roles()}

@@ -64,13 +64,23 @@ def test_gelu_kernels(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_kernels_pass_their_check(monkeypatch) -> None:
     """At ViT-G's widths, as a run calls it before it starts."""
     from nextvid_mcore import recipes
+    from nextvid_mcore.config.fp8 import ROLES
     from nextvid_mcore.models import fp8_check, fp8_layer, fp8_mlp
+    from nextvid_mcore.models.specs import transformer_config
+    from nextvid_mcore.parallel.groups import Layout
+    from nextvid_mcore.parallel.split import make_split
 
     fp8_mlp.use(True)
     monkeypatch.setattr(fp8_layer, "_SWITCHES", dict.fromkeys(fp8_layer._SWITCHES, True))
     for form in ("hybrid", "e4m3"):
-        config = recipes.get("vit_g").altered(fp8={"all": "delayed", "format": form})
-        fp8_check.check(config, torch.device("cuda", 0))
+        for recompute in ("none", "pieces"):
+            config = recipes.get("vit_g").altered(
+                fp8={"all": "delayed", "format": form}, parallel={"recompute": recompute}
+            )
+            splits = {role: make_split(config, Layout(), role) for role in ROLES}
+            shapes = {role: config.model.shape(role) for role in ROLES}
+            networks = {r: transformer_config(shapes[r], config.model, splits[r]) for r in ROLES}
+            fp8_check.check(config, networks, torch.device("cuda", 0))
 
 
 def test_attention_writes_fp8() -> None:

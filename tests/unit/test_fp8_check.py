@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError
+from nextvid_mcore.config.fp8 import ROLES
 from nextvid_mcore.models import fp8_check, fp8_layer, fp8_mlp
+from nextvid_mcore.models.specs import transformer_config
+from nextvid_mcore.parallel.groups import Layout
+from nextvid_mcore.parallel.split import make_split
 
 CPU = torch.device("cpu")
 KERNELS = {"gelu": "GELU's kernel", "gelu_backward": "GELU's derivative", "norm": "the norm's kernel",
@@ -22,13 +27,20 @@ def switches(monkeypatch) -> None:
     fp8_mlp.use(True)
 
 
-def config(**fp8: str):
-    return recipes.get("tiny").altered(model={"backend": "te"}, train={"precision": "bf16"}, fp8=fp8)
+def check(tensor: int = 1, recompute: str = "none", roles: tuple[str, ...] = ROLES, **fp8: str) -> None:
+    """What a rank with `roles` does before it starts."""
+    config = recipes.get("tiny").altered(
+        model={"backend": "te"}, train={"precision": "bf16"}, fp8=fp8, parallel={"recompute": recompute}
+    )
+    local = dataclasses.replace(config.model, backend="local")  # what a CPU has
+    splits = {role: make_split(config, Layout(tensor), role) for role in roles}
+    networks = {r: transformer_config(config.model.shape(r), local, splits[r]) for r in roles}
+    fp8_check.check(config, networks, CPU)
 
 
-def broken(monkeypatch, kernel: str) -> None:
+def broken(monkeypatch, kernel: str, way: dict | None = None) -> None:
     """Half of the bytes wrong in the last direction that it writes, as a compiler once made them; every other
-    call is the reference's."""
+    call is the reference's. `way`: only where it is called so, by position."""
     from nextvid_mcore.models import triton_fp8
     from nextvid_mcore.models.triton_fp8 import Scaled
 
@@ -37,7 +49,8 @@ def broken(monkeypatch, kernel: str) -> None:
     def wrong(*args: object) -> object:
         found = right(*args)
         (low,) = (x for x in (found if isinstance(found, tuple) else (found,)) if isinstance(x, Scaled))
-        if next(calls) % 2 == 0:
+        asked = all(args[at] == value for at, value in (way or {}).items())
+        if next(calls) % 2 == 0 and asked:
             (low.rows if low.columns is None else low.columns).view(torch.uint8)[::2] = 0x60
         return found
 
@@ -45,20 +58,40 @@ def broken(monkeypatch, kernel: str) -> None:
 
 
 def test_kernels_that_are_right() -> None:
-    fp8_check.check(config(all="delayed"), CPU)
-    fp8_check.check(config(all="delayed", format="e4m3"), CPU)
+    check(all="delayed")
+    check(all="delayed", format="e4m3", recompute="pieces")
 
 
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_kernels_are_checked_before_a_run(monkeypatch, kernel: str) -> None:
     broken(monkeypatch, kernel)
     with pytest.raises(ConfigError, match=rf"{KERNELS[kernel]}.* values wrong on .* use --no-fp8\.fused"):
-        fp8_check.check(config(all="delayed"), CPU)
-    fp8_check.check(config(student="current"), CPU)
+        check(all="delayed")
+    check(student="current")
     if kernel in ("norm_both", "turn_backward"):  # nobody calls them
-        fp8_check.check(config(reference="delayed"), CPU)
+        check(reference="delayed")
+        check(all="delayed", roles=("predictor", "decoder"))
         fp8_layer.use(trained=False)
-        fp8_check.check(config(all="delayed"), CPU)
+        check(all="delayed")
+    check(all="delayed", tensor=2)
+    check(all="delayed", recompute="full")
     fp8_mlp.use(False)
-    fp8_check.check(config(all="delayed"), CPU)
+    check(all="delayed")
     fp8_mlp.use(True)
+
+
+def test_gelu_is_checked_in_the_directions_that_a_run_asks_for(monkeypatch) -> None:
+    from nextvid_mcore.models import triton_fp8
+
+    columns, rows, right = 5, 6, triton_fp8.gelu
+    both, alone = "GELU's kernel .* in both directions", "GELU's kernel .* for its gradient"
+    broken(monkeypatch, "gelu", {columns: True, rows: True})
+    with pytest.raises(ConfigError, match=both):
+        check(all="delayed", recompute="core_attn")
+    check(all="delayed", recompute="pieces")
+    check(reference="delayed")
+    monkeypatch.setattr(triton_fp8, "gelu", right)
+    broken(monkeypatch, "gelu", {columns: True, rows: False})
+    with pytest.raises(ConfigError, match=alone):
+        check(all="delayed", recompute="pieces")
+    check(all="delayed")
