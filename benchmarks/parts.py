@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,8 +101,21 @@ def shares(step: TrainStep, take: Callable[[], Any]) -> dict[str, float]:
     return {part: found.get(part, 0.0) / total for part in (*PARTS, "other")}
 
 
-def kernels(take: Callable[[], Any], steps: int = 2) -> tuple[float, list[tuple[str, float, int]]]:
-    """Share of the time in which nothing ran, and (kernel, ms a step, calls a step), longest first."""
+@dataclass(frozen=True)
+class Activity:
+    """What the device did in some steps.
+
+    idle: share of the time in which nothing ran. kernels: (name, ms a step, calls a step), longest first.
+    waits: (ms a step, times a step, kernel before, kernel after) where nothing ran, longest first.
+    """
+
+    idle: float
+    kernels: list[tuple[str, float, int]]
+    waits: list[tuple[float, float, str, str]]
+
+
+def activity(take: Callable[[], Any], steps: int = 2) -> Activity:
+    """Of `steps` calls of `take`, which need not wait for the device."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recording:
         for _ in range(steps):
             take()
@@ -110,13 +124,21 @@ def kernels(take: Callable[[], Any], steps: int = 2) -> tuple[float, list[tuple[
     for event in recording.profiler.kineto_results.events():
         if event.device_type() != torch.autograd.DeviceType.CUDA or event.duration_ns() == 0:
             continue
-        spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+        spans.append((event.start_ns(), event.start_ns() + event.duration_ns(), event.name()))
         times[event.name()] += event.duration_ns() / 1e6 / steps
         calls[event.name()] += 1
     spans.sort()
-    busy, end = 0, spans[0][0]
-    for start, stop in spans:
-        busy += max(0, stop - max(start, end))
-        end = max(end, stop)
-    idle = 1 - busy / (end - spans[0][0])
-    return idle, [(name, ms, calls[name] // steps) for name, ms in times.most_common()]
+    idle, waits, often = 0, Counter(), Counter()
+    end, last = spans[0][0], ""
+    for start, stop, name in spans:
+        if start > end:
+            idle += start - end
+            waits[last, name] += (start - end) / 1e6 / steps
+            often[last, name] += 1
+        if stop > end:
+            end, last = stop, name
+    return Activity(
+        idle / (end - spans[0][0]),
+        [(name, ms, calls[name] // steps) for name, ms in times.most_common()],
+        [(ms, often[pair] / steps, *pair) for pair, ms in waits.most_common()],
+    )

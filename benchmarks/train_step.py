@@ -30,7 +30,7 @@ import common
 import torch
 import torch.distributed as dist
 from common import PEAK_BF16, Bench, quick_start
-from parts import PARTS, kernels, shares
+from parts import PARTS, Activity, activity, shares
 from world import first_says, join, leave
 
 from nextvid_mcore import cli, flops, recipes
@@ -59,6 +59,8 @@ KEYS = {
     "vae": int,  # 1: VA-VAE of random weights encodes the clips in every step
     "shares": int,  # 0: without the parts' shares, an eager step
 }
+
+WAITS = 8  # printed beside the kernels
 
 
 def fp8_config(text: str, fused: int) -> Fp8Config:
@@ -155,7 +157,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     parser.add_argument("--vae", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--kernels", type=int, default=0, help="print so many kernels of every case")
+    parser.add_argument(
+        "--kernels", type=int, default=0, help="print so many kernels of every case, and its gaps"
+    )
     parser.add_argument("--shares", type=int, default=1, help="0: without the parts' shares, an eager step")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no case begins")
     args = parser.parse_args(argv)
@@ -191,7 +195,7 @@ def measure(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[
     found["flops"] = flops.clip_flops(config, config.stages[0], executed=True).total
     if bench.cuda:
         with contextlib.suppress(RuntimeError):  # a profiler that cannot record costs the gaps alone
-            found["idle"], found["kernels"] = kernels(bench.take)
+            found["activity"] = activity(lambda: bench.step.run(bench.point, bench.clips))
     bench.step.close()
     if bench.cuda and case["shares"]:  # parts are told apart in an eager step
         torch.cuda.empty_cache()
@@ -256,7 +260,8 @@ def main() -> int:
         measured = found["measured"]
         rate = case["micro_batch"] * case["accumulate"] / measured.seconds / case["tensor"]
         first = first or rate
-        share = {**found.get("shares", {}), "gaps": found.get("idle", float("nan"))}
+        seen = found.get("activity", Activity(math.nan, [], []))
+        share = {**found.get("shares", {}), "gaps": seen.idle}
         lines.append(
             f"{rate:>8.2f} {1e3 * measured.seconds:>8.1f} {rate * found['flops'] / PEAK_BF16:>6.1%} "
             f"{measured.gib:>6.1f} {rate / first:>6.2f} "
@@ -265,8 +270,10 @@ def main() -> int:
         )
         if rank == 0:
             print(lines[-1], f"loss {measured.loss:.4f}, {time.perf_counter() - begun:.0f} s", flush=True)
-            for name, ms, calls in found.get("kernels", [])[: args.kernels]:
+            for name, ms, calls in seen.kernels[: args.kernels]:
                 print(f"    {ms:>8.2f} ms {calls:>5} x  {name[:110]}")
+            for ms, times, before, after in seen.waits[: min(args.kernels, WAITS)]:
+                print(f"    {ms:>8.2f} ms {times:>5.1f} x  nothing, from {before[:48]} to {after[:48]}")
     if rank == 0:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         print(f"\n{world} x {name}, torch {torch.__version__}; {args.steps} steps after {args.warmup}")

@@ -1,7 +1,9 @@
-"""Work without gradient that runs beside the step's own, on a CUDA stream of its own.
+"""What keeps the device busy while it would wait: work beside the step's own, and numbers on their way.
 
 The target's encoder waits for memory in its norms where the ViTs keep the tensor cores busy, and nobody
-needs its latents before the flow loss: so they are begun before the reference pass.
+needs its latents before the flow loss: so they are begun before the reference pass, on a CUDA stream of
+their own. And a step's losses are copied to the host before the update, so that who reads them does not
+wait for it, but prepares the next step meanwhile.
 """
 
 from __future__ import annotations
@@ -36,3 +38,20 @@ class Ahead:
             return made
 
         return result
+
+
+class Report:
+    """A few numbers on the way to the host, from when it is made."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.copied = values, None
+        if values.is_cuda:
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.copied = torch.cuda.current_stream().record_event()
+
+    def read(self) -> list[float]:
+        """Waits for the copy, not for what the device was given since."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.values.tolist()

@@ -41,13 +41,13 @@ class Moments:
         spread = (deviations + count * (mean - middle).square()).sum(0)
         return cls(torch.cat([total, middle, spread]))
 
-    def variance(self) -> float:
-        """Variance over the tokens, averaged over the channels."""
+    def variance(self) -> Tensor:
+        """Variance over the tokens, averaged over the channels, []."""
         count, spread = self.packed[0], self.packed[1:].chunk(2)[1]
-        return (spread / count).mean().item()
+        return (spread / count).mean()
 
-    def mean(self) -> float:
-        return self.packed[1:].chunk(2)[0].mean().item()
+    def mean(self) -> Tensor:
+        return self.packed[1:].chunk(2)[0].mean()
 
 
 def moments(z: Tensor, reference: Tensor | None = None, aligned: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -85,8 +85,8 @@ class Collapse:
         for name, part in zip(self.names, packed, strict=True):
             self._parts[name].append(Moments(part))
 
-    def result(self, groups: Sequence[dist.ProcessGroup] = ()) -> dict[str, float]:
-        """The monitors over everything added on all ranks of `groups`; empties the collection."""
+    def result(self, groups: Sequence[dist.ProcessGroup] = ()) -> Tensor:
+        """The monitors over everything added on all ranks of `groups`, as `names`; empties the collection."""
         merged = [Moments.merged(self._parts[name]) for name in self.names]
         sizes = [part.packed.numel() for part in merged]
         for group in groups:
@@ -98,7 +98,9 @@ class Collapse:
             columns = zip(*(each.split(sizes) for each in gathered), strict=True)
             merged = [Moments.merged([Moments(part) for part in column]) for column in columns]
         self.__init__(self.align)
-        return {
-            name: part.mean() if name == "align_cos" else part.variance()
-            for name, part in zip(self.names, merged, strict=True)
-        }
+        return torch.stack(
+            [
+                part.mean() if name == "align_cos" else part.variance()
+                for name, part in zip(self.names, merged, strict=True)
+            ]
+        )

@@ -25,6 +25,7 @@ from nextvid_mcore.parallel.stages import stage_layers
 from nextvid_mcore.schedule import StagePoint
 from nextvid_mcore.targets import build_target, target_channels
 from nextvid_mcore.training import graphs
+from nextvid_mcore.training.ahead import Report
 from nextvid_mcore.training.engine import Engine
 from nextvid_mcore.training.monitors import Collapse
 from nextvid_mcore.training.optimizer import RoleOptimizers, finalize_grads, wrap_roles
@@ -128,10 +129,10 @@ class TrainStep:
         self.engine.traffic.reset()
         means, collapse = self.accumulate(point, clips)
         named = dict(zip(self.losses, means, strict=True))
+        report = Report(torch.cat([means, self._monitors(collapse)]))
         watchdog.enter("optimizer step")
         outcome = self.optimizers.step(self.config.loss.total(named.get("flow"), named.get("align")))
-        # read only now, so that the device has the update to do meanwhile
-        losses, monitors = self._named(means), self._monitors(collapse)
+        losses, monitors = self._named(report.read(), collapse)
         crossed = self._crossed(point.batch) if self.seats.placement.separate else {}
         flow, align = losses.get("flow"), losses.get("align")
         loss = self.config.loss.total(flow, align)
@@ -146,7 +147,7 @@ class TrainStep:
             The losses that there are (flow, align), means over the step, and the monitors; on every rank.
         """
         means, collapse = self.accumulate(point, clips)
-        return self._named(means), self._monitors(collapse)
+        return self._named(torch.cat([means, self._monitors(collapse)]).tolist(), collapse)
 
     def accumulate(self, point: StagePoint, clips: Sequence[ClipBatch]) -> tuple[torch.Tensor, Collapse]:
         """The mean gradient in the roles' buffers, the mean losses on the device; waits for nothing."""
@@ -190,8 +191,13 @@ class TrainStep:
         finalize_grads(self.roles, {role: self.seats.of(role) for role in self.roles})
         return self._mean_losses(found), collapse
 
-    def _named(self, means: torch.Tensor) -> dict[str, float]:
-        return dict(zip(self.losses, means.tolist(), strict=True))
+    def _named(self, values: list[float], collapse: Collapse) -> tuple[dict[str, float], dict[str, float]]:
+        """Losses and monitors by name, which stand one after the other in `values`."""
+        losses, monitors = values[: len(self.losses)], values[len(self.losses) :]
+        return (
+            dict(zip(self.losses, losses, strict=True)),
+            dict(zip(collapse.names, monitors, strict=True)),
+        )
 
     def _mean_losses(self, found: dict[str, list[torch.Tensor]]) -> torch.Tensor:
         """Means over all replicas of the seat that has a loss, in the order of `losses`, on every rank."""
@@ -214,14 +220,13 @@ class TrainStep:
         per_clip = {"forward": forward / clips, "backward": backward / clips}
         return {"edge_bytes_per_clip": per_clip, "reference_bytes": reference}
 
-    def _monitors(self, collapse: Collapse) -> dict[str, float]:
-        """Over all tokens that the predictor's seat saw, on every rank."""
+    def _monitors(self, collapse: Collapse) -> torch.Tensor:
+        """Over all tokens that the predictor's seat saw, on every rank, float64 [len(collapse.names)]."""
         seat, groups = self.seats.placement.seat_of("predictor"), self.seats.of("predictor")
         packed = torch.zeros(len(collapse.names), dtype=torch.float64, device=self.device)
         if groups is not None:
             over = [groups.collection.tp] if groups.layout.sequence else []
-            values = collapse.result([*over, groups.collection.dp])
-            packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+            packed = collapse.result([*over, groups.collection.dp])
         if dist.get_world_size() > 1:
             dist.broadcast(packed, seat.first_rank)
-        return dict(zip(collapse.names, packed.tolist(), strict=True))
+        return packed
