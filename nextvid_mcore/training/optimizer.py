@@ -178,8 +178,11 @@ class RoleOptimizers:
         norm = float(clip_grads.get_grad_norm_fp32(grads))  # over the whole world
         if not math.isfinite(norm):
             return StepOutcome(False, norm)
+        factor = self.config.clip / (norm + 1e-6)
+        if factor < 1:
+            for optimizer in self.optimizers.values():
+                optimizer.scale_grads(factor)
         for optimizer in self.optimizers.values():
-            clip_grads.clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self.config.clip, norm)
             optimizer.step_with_ready_grads()
         self.updates += 1
         if self.ema is not None:

@@ -126,6 +126,14 @@ class ShardedAdamW(DistributedOptimizer):
         return self.buffers[index].buckets[bucket].param_data.view(-1)[place.start : place.end]
 
     @torch.no_grad()
+    def scale_grads(self, factor: float) -> None:
+        """A launch a bucket: megatron-core's clipping lists parameter by parameter while the GPU waits."""
+        for buffer in self.buffers:
+            for bucket in buffer.buckets:
+                mine = bucket.grad_data.view(-1).chunk(self.data_parallel_group.size())[self.data_rank]
+                mine.mul_(factor)
+
+    @torch.no_grad()
     def _copy_main_params_to_model_params(self) -> None:
         """In one launch what megatron-core does one by one."""
         if self._weights:

@@ -107,9 +107,12 @@ def test_norm_weights_and_ema_with_drawn_gradients(layout, ddp):
 def test_one_step_is_adamw_with_table_8():
     """The first update by hand: clipped gradient, decay on matrices alone, the decoder's own rate."""
     _, _, start, *_ = drawn_on_one_rank()
-    _, end, *_ = shared(1).run(drawn_steps, Layout(), 1)[0]
+    (norm,), end, *_ = shared(1).run(drawn_steps, Layout(), 1)[0]
     start, end = assemble([start]), assemble([end])
     optim = config().optim
+    moments = [x for (key, _), x in end.items() if key.startswith("optimizer.state.exp_avg.")]
+    clipped = torch.stack([x.norm() for x in moments]).norm() / (1 - optim.beta1)
+    assert norm > 1.5 * optim.clip and clipped.item() == pytest.approx(optim.clip, rel=1e-4)
     for (key, layer), before in start.items():
         if key.startswith("optimizer."):
             continue
