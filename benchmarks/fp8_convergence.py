@@ -173,6 +173,7 @@ def train(args: argparse.Namespace, run: str, warm: Callable[[], None]) -> dict[
         "flow": [round(x.loss_flow, 5) for x in results],
         "align": [round(x.loss_align, 5) for x in results],
         "norms": [float(f"{x.grad_norm:.4g}") for x in results],
+        **{k: [float(f"{x.monitors[k]:.3g}") for x in results] for k in ("z_var", "reference_var")},
         "networks": {role: [float(f"{x:.4g}") for x in norms] for role, norms in step.norms.items()},
         "again": step.again,
     }

@@ -96,14 +96,14 @@ def complete(found: Runs) -> dict[str, Mapping[str, Any]]:
 
 
 def by_recipe(
-    runs: Runs, of: Callable[[Sequence[float]], float] = statistics.fmean
+    runs: Runs, of: Callable[[Sequence[float]], float] = statistics.fmean, what: str = "losses"
 ) -> dict[str, dict[int, float]]:
-    """recipe -> seed -> mean (or what `of` makes) of the last losses; without repeated runs."""
+    """recipe -> seed -> mean (or what `of` makes) of the last of `what`, where it is; without second runs."""
     out: dict[str, dict[int, float]] = {}
     for run in sorted(runs, key=lambda run: (list(COLOURS).index(run.split(":")[0]), run)):
         recipe, seed, *again = run.split(":")
-        if not again:
-            out.setdefault(recipe, {})[int(seed)] = of(runs[run]["losses"][-LAST:])
+        if not again and what in runs[run]:
+            out.setdefault(recipe, {})[int(seed)] = of(runs[run][what][-LAST:])
     return out
 
 
@@ -191,6 +191,24 @@ def repeats(runs: Runs) -> list[str]:
     return out
 
 
+def otherwise(runs: Runs) -> list[str]:
+    """The same comparison of other numbers, and how alive the features were."""
+    out = []
+    for said, of, what in (
+        ("by medians, which a spike leaves alone", statistics.median, "losses"),
+        ("flow loss alone, whose target is the same in every run", statistics.fmean, "flow"),
+    ):
+        values = by_recipe(runs, of, what)
+        bf16 = values.pop("bf16", {})
+        if len(bf16) > 1:
+            out += [f"{said}: {compare(recipe, each, bf16)}" for recipe, each in values.items()]
+    for what, said in (("z_var", "predictions"), ("reference_var", "the reference's features")):
+        found = [x for each in by_recipe(runs, what=what).values() for x in each.values()]
+        if found:
+            out.append(f"variance of {said} over tokens, last {LAST}: {min(found):.2g} to {max(found):.2g}")
+    return out
+
+
 def summarise(found: Runs) -> tuple[list[str], list[Comparison]]:
     """Lines to print, and every recipe against bf16."""
     runs = complete(found)
@@ -222,12 +240,7 @@ def summarise(found: Runs) -> tuple[list[str], list[Comparison]]:
     lines += [*repeats(runs), *(spikes(runs) or [f"no loss {SPIKE} times its neighbours"])]
     lines += [*made_again(runs), *missing]
     lines += [str(each) for each in compared]
-    medians = by_recipe(runs, statistics.median)
-    for recipe in values:
-        if recipe != "bf16":
-            lines.append(
-                f"by medians, which a spike leaves alone: {compare(recipe, medians[recipe], medians['bf16'])}"
-            )
+    lines += otherwise(runs)
     return lines, compared
 
 

@@ -119,6 +119,19 @@ def test_a_faulty_pass_is_told_from_a_sound_one() -> None:
     assert "3 passes stood out and were made again: 1 gave the same numbers" in lines
 
 
+def test_flow_alone_is_compared_where_it_was_written() -> None:
+    found = {f"{r}:{s}": line(f"{r}:{s}", 0.4) for r in ("bf16", "delayed") for s in range(3)}
+    lines, _ = fp8_verdict.summarise(found)
+    assert not any("flow loss alone" in x or "variance" in x for x in lines)  # a file of before
+    for run, each in found.items():
+        flow = 0.7 + 0.01 * int(run[-1]) + 0.05 * run.startswith("delayed")
+        each |= {"flow": [flow] * 100, "z_var": [0.0] * 50 + [0.1 * (1 + int(run[-1]))] * 50}
+    lines, _ = fp8_verdict.summarise(found)
+    (told,) = [x for x in lines if x.startswith("flow loss alone")]
+    assert "VERDICT delayed: 0.76000 over 3 seeds lies OUTSIDE bf16's 0.70000 to 0.72000" in told
+    assert "variance of predictions over tokens, last 50: 0.1 to 0.3" in lines
+
+
 def test_a_pass_that_stands_out_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the weights go where they would go without it."""
     config = tiny.tiny().altered(train={"init_noise": 0.05})
