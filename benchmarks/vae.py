@@ -1,11 +1,12 @@
 """VA-VAE online: what its encoder takes alone, and what the training step keeps of its rate with it.
 
-    python benchmarks/vae.py vit_g --model.backend te --train.micro-batch 16
+    python benchmarks/vae.py --accumulate 2 vit_g --model.backend te --train.micro-batch 16
 
 Random weights of the true shape, frames that lie on the device, the clips' predicted frames alone, as in
 the step. First the encoder by itself, eager and fused, with its kernels' time by kind; then whole steps
 with latents that lie on the device, with the encoder on the step's own stream, and beside it on its own
-(training/ahead.py). Everything after RECIPE is a setting of the run, as of nextvid_mcore.pretrain.
+(training/ahead.py), by frames that go through it at once. Everything after RECIPE is a setting of the run,
+as of nextvid_mcore.pretrain.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def alone(config: RunConfig, chunks: list[int], times: int) -> None:
             kernels(lambda target=target: target.latents(video, first=1))
 
 
-def in_the_step(config: RunConfig, steps: int, warmup: int) -> None:
+def in_the_step(config: RunConfig, chunks: list[int], steps: int, warmup: int) -> None:
     """Whole steps, one set of networks for all rows."""
     with quick_start(online_vae_target):
         bench = Bench(config)
@@ -115,13 +116,19 @@ def in_the_step(config: RunConfig, steps: int, warmup: int) -> None:
     model, frames = config.model, config.stages[0].frames
     resident = ResidentTarget(model, target.channels)
     rates = []
-    tau = config.stages[0].tau_samples
-    print(f"\n{config.recipe}, {frames} frames, tau {tau}, micro-batch {clips}, {model.backend}")
-    for name, beside in (("latents resident", False), ("VAE in line", False), ("VAE beside", True)):
-        engine.target = resident if name == "latents resident" else target
-        engine.ahead.stream = stream if beside else None
+    tau, size = config.stages[0].tau_samples, config.stages[0].batch
+    print(
+        f"\n{config.recipe}, {frames} frames, tau {tau}, {size // clips} x {clips}, {model.backend}, "
+        f"{'recorded' if engine.graphs else 'eager'}"
+    )
+    ways = [(f"VAE {way}, {c}", way, c) for c in chunks for way in ("in line", "beside")]
+    for name, way, chunk in [("latents resident", "", 1), *ways, ("resident again", "", 1)]:
+        engine.target = target if way else resident
+        engine.ahead.stream = stream if way == "beside" else None
+        target.chunk = chunk
+        torch.cuda.empty_cache()
         found = bench.measure(steps, warmup)
-        rates.append(clips / found.seconds)
+        rates.append(size / found.seconds)
         print(
             f"{name:<18} {rates[-1]:>7.2f} clips/s {1e3 * found.seconds:>8.1f} ms {found.gib:>6.1f} GiB  "
             f"kept {rates[-1] / rates[0]:.1%}  loss {found.loss:.4f}",
@@ -137,13 +144,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--chunks", type=least(1), nargs="+", default=[32])
     parser.add_argument("--frames", type=least(1), default=16)
     parser.add_argument("--tau", type=least(1), default=1)
+    parser.add_argument("--accumulate", type=least(1), default=1, help="micro-batches a step")
     parser.add_argument("--steps", type=least(1), default=6)
     parser.add_argument("--warmup", type=least(0), default=2)
     parser.add_argument("recipe", help="followed by its settings")
     args, settings = parser.parse_known_args(argv)
     try:
         config, _ = cli.parse([args.recipe, *settings, "--dry-run", "--world-size", "1"])
-        batch = config.micro_batch(config.stages[0])
+        batch = config.micro_batch(config.stages[0]) * args.accumulate
         stage = dataclasses.replace(config.stages[0], frames=args.frames, tau_samples=args.tau, batch=batch)
         config = dataclasses.replace(
             config, stages=(stage,), target=TargetConfig("va_vae", chunk=config.target.chunk)
@@ -160,7 +168,7 @@ def main(argv: list[str]) -> int:
             if part == "alone":
                 alone(config, args.chunks, args.steps)
             else:
-                in_the_step(config, args.steps, args.warmup)
+                in_the_step(config, args.chunks, args.steps, args.warmup)
         except Exception:  # the other part is still worth having
             traceback.print_exc()
             failed = 1
