@@ -42,7 +42,6 @@ def small(backend: str, compile: bool, recorded: str, recompute: str = "none", i
 
 def steps(*way: object) -> dict:
     """Losses and norms of five steps, and two later gradients of the same weights and clips."""
-    graphs.CHECK = True
     config = small(*way)
     step = parity.built(config)
     assert (step.engine.graphs is not None) == (way[2] == "on")
@@ -108,7 +107,6 @@ def broken(way: str | None) -> dict:
     error: by an exception in the backward pass. wait: by a wait for the device, which CUDA doesn't record.
     garble: it doesn't, but works on the gradient of other tokens, as a wrong kernel would.
     """
-    graphs.CHECK = True
     step = parity.built(small("te", False, "auto" if way else "off"))
     warnings: list[str] = []
     training_step.log.warning = lambda text, *args: warnings.append(text % args)
