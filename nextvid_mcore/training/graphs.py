@@ -103,7 +103,7 @@ class Recorded:
 
 
 class NotRecorded(RuntimeError):
-    """A recording failed, for the reason that is the message; a part of it may stand in the gradients."""
+    """A recording failed or differs, for the reason that is the message; the gradients may be anything."""
 
 
 class Graphs:
