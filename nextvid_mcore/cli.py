@@ -34,7 +34,7 @@ import tyro
 
 import nextvid_mcore
 from nextvid_mcore import recipes
-from nextvid_mcore.config import ConfigError, RunConfig, SetConfig, is_made, require
+from nextvid_mcore.config import MOVING_DIGITS, ConfigError, RunConfig, SetConfig, is_made, require
 
 EXIT_CONFIG = 2
 PATIENCE = 5.0  # seconds that other ranks give rank 0 to speak
@@ -70,6 +70,7 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, Options]:
     options = Options(Path(out) if out else None, dry_run, _world_size(world_size, dry_run))
     if not dry_run:
         require(out is not None, f"say where the run goes, for instance --out runs/{recipe}")
+        require(not Path(out).is_file(), f"--out {out} is a file; name a folder")
         config = with_demo_data(config)
     return config, options
 
@@ -192,7 +193,7 @@ def _unboxed(text: str) -> str:
         r"Error parsing (--\S+): no type matching (.*) could be instantiated from (\[.*?\])", complaint
     ):
         return f"{typed[1]} takes {typed[2]}, got {' '.join(ast.literal_eval(typed[3]))!r}"
-    return re.sub(r"^Error parsing ([^-]\S*): ", "", complaint).replace(" .", ".")
+    return re.sub(r"^Error parsing (?:[^-]\S*: )?", "", complaint).replace(" .", ".")
 
 
 def _switches(struct: type, prefix: str = "") -> Iterator[str]:
@@ -233,7 +234,7 @@ def _plain_switches(argv: list[str], settings_type: type) -> list[str]:
         if name.removeprefix("no-") in switches and name not in switches:
             out.append(flag(name.removeprefix("no-"), False))
         elif name in switches:
-            if not eq and rest and rest[0].lower() in words:
+            if not eq and rest and not rest[0].startswith("-"):
                 value = rest.pop(0)
             elif not eq:
                 value = "true"
@@ -285,8 +286,11 @@ def with_demo_data(config: RunConfig) -> RunConfig:
             eval_manifest=data.eval_manifest or (str(held_out) if held_out else None),
         )
     for flag, path in (("--data.manifest", data.manifest), ("--data.eval-manifest", data.eval_manifest)):
+        near = difflib.get_close_matches(path or "", [MOVING_DIGITS])
+        hint = f"; did you mean {near[0]}?" if near else ""
         require(
-            path is None or is_made(path) or Path(path).exists(), f"{flag} {path}: no such file or folder"
+            path is None or is_made(path) or Path(path).exists(),
+            f"{flag} {path}: no such file or folder{hint}",
         )
     return dataclasses.replace(config, data=data)
 

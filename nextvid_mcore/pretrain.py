@@ -42,6 +42,12 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def tell(text: str) -> None:
+    """Once, however many processes torchrun has started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, and print the plan or train. Returns the exit code."""
     quiet()
@@ -54,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from nextvid_mcore.parallel import plan
 
         if options.dry_run:
-            print(plan.describe(config, options.world_size))
+            tell(plan.describe(config, options.world_size))
             return 0
         plan.check(config, options.world_size)
     except cli.Help as text:
-        print(text)
+        tell(str(text))
         return 0
     except ConfigError as error:
         cli.fail(error)

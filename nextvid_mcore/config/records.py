@@ -30,7 +30,9 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"eval every must be 0 (never) or more, got {self.every}")
-        require(self.samples > 0 and self.batch > 0 and self.tau_bins > 0, "eval sizes must be positive")
+        for name in ("samples", "batch", "tau_bins"):
+            value = getattr(self, name)
+            require(value > 0, f"eval {name} must be positive, got {value}")
         require(self.knn_every >= 0, f"eval knn every must be 0 (never) or more, got {self.knn_every}")
         require(self.knn_samples >= 6, f"eval knn samples must be 6 or more, got {self.knn_samples}")
 

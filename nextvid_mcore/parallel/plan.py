@@ -8,6 +8,7 @@ GPU, data or a process group.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from nextvid_mcore import flops
 from nextvid_mcore.config import RunConfig, TransformerShape, require
@@ -55,6 +56,10 @@ def _check_machine(config: RunConfig) -> None:
         nvdec.check()
     if config.eval.knn_every:
         build_labelled(config)
+    require(
+        not config.wandb.enabled or find_spec("wandb") is not None,
+        "wandb is not installed: bash scripts/install.sh train,wandb (or pip install wandb), or --no-wandb",
+    )
     get_backend("te" if config.fp8.used else config.model.backend)  # raises if te can't run
     require(
         config.train.cuda_graphs != "on" or torch.cuda.is_available(),

@@ -79,13 +79,20 @@ def test_switch_spellings(words: str, value: bool):
         ("tiny --dry-run --mask.keep 0.3 0.2", "mask keep 0.3 of 64 tokens is 19.2"),
         ("tiny --dry-run --stages.2.frames 7", "7 frames: must be a multiple of the tubelet size 2"),
         ("tiny --dry-run --model.encoder.width 97", "width 97 is not divisible by 4 heads"),
-        ("tiny --dry-run --data.sets k400", "NAME=WEIGHT"),
+        (
+            "tiny --dry-run --data.sets k400",
+            "--data.sets: a data set is given as NAME=WEIGHT (k400=0.4), got",
+        ),
         ("tiny --dry-run --train.progress=maybe", "is a switch"),
+        ("tiny --wandb.enabled maybe --dry-run", "--wandb.enabled is a switch: True or False, got 'maybe'"),
+        ("tiny --dry-run --eval.tau-bins 0", "eval tau_bins must be positive, got 0"),
         ("tiny --dry-run --world-size 0", "--world-size must be 1 or more"),
         ("tiny --world-size 8 --out x", "--world-size 8 but 1 process was started"),
         ("tiny", "--out runs/tiny"),
         ("vit_l --out x", "--data.manifest"),
         ("tiny --out x --data.manifest nowhere.parquet", "nowhere.parquet: no such file"),
+        ("tiny --out x --data.manifest moving_digits", "moving_digits: no such file or folder; did you mean"),
+        (f"tiny --out {__file__}", "test_cli.py is a file; name a folder"),
     ],
 )
 def test_mistakes_name_the_value_and_the_way_out(line: str, said: str):

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from nextvid_mcore import cli, flops, recipes
+from nextvid_mcore import cli, flops, pretrain, recipes
 from nextvid_mcore.config import ConfigError, RoleParallel
 from nextvid_mcore.parallel.groups import Layout
 from nextvid_mcore.parallel.memory import rank_memory
@@ -167,6 +167,21 @@ def test_the_program_prints_its_plan_without_torchrun_data_or_gpu(tmp_path):
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "4 heads can't be split over tensor parallel 3; it can be 1, 2, 4" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--dry-run"], ["--help"]])
+def test_of_torchruns_processes_one_speaks(words: list[str], monkeypatch, capsys):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert pretrain.main(["tiny", *words]) == 0
+        assert bool(capsys.readouterr().out) == (rank == "0")
+
+
+def test_wandb_that_is_asked_for_is_there(monkeypatch):
+    monkeypatch.setattr("nextvid_mcore.parallel.plan.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="scripts/install.sh train,wandb"):
+        plan("tiny --wandb.enabled", 1, dry_run=False)
+    assert plan("tiny", 1, dry_run=False) and plan("tiny --wandb.enabled", 1)
 
 
 def test_recorded_passes_keep_the_features_of_one_micro_batch():
