@@ -83,9 +83,9 @@ def get_backend(name: str, overlap: bool = False) -> Backend:
         raise ConfigError(f"unknown backend {name!r}; there are local, te and auto")
     if not te.HAVE_TE:
         raise ConfigError(
-            "backend te needs Transformer Engine, which is not installed: in the clone, on a machine with CUDA, "
-            "pip install --no-build-isolation -c constraints.txt -e '.[train,gpu]' (see README.md), or use "
-            "--model.backend local"
+            "backend te needs Transformer Engine, which is not installed: on a machine with CUDA, in the "
+            "clone, pip install --no-build-isolation -c constraints.txt -e '.[train,gpu]' (README.md), or "
+            "use --model.backend local"
         )
     if not torch.cuda.is_available():
         raise ConfigError("backend te needs a CUDA GPU and none is visible; use --model.backend local")
