@@ -157,6 +157,20 @@ def alike(x: float, y: float) -> bool:
     return math.isclose(x, y, rel_tol=NEAR) or not (math.isfinite(x) or math.isfinite(y))
 
 
+def jump(each: Mapping[str, Any]) -> str:
+    """Where a loss that stood out came from, as watched_step.py found it."""
+
+    def terms(numbers: Mapping[str, float]) -> str:
+        return ", ".join(f"{name} {numbers[name]:.3g}" for name in ("flow", "align") if name in numbers)
+
+    told = [terms(each["first"])]
+    told += [f"with weights of before the update of {k}: {terms(x)}" for k, x in each["earlier"].items()]
+    norm, name = each["largest"][0]
+    changes = ", ".join(f"{role} {largest:.3g}" for role, (largest, _) in each["moved"].items())
+    told += [f"largest gradient {name} {norm:.3g}", f"largest change {changes}"]
+    return "; ".join([*told, f"weights astray {sum(each['astray'].values())}"])
+
+
 def made_again(runs: Runs) -> list[str]:
     """Passes that stood out: whether their second, from the same weights and samples, gave the same."""
     out, same = [], 0
@@ -168,6 +182,8 @@ def made_again(runs: Runs) -> list[str]:
         if apart:
             told = ", ".join(f"{name} {x:.4g} then {y:.4g}" for name, (x, y) in apart.items())
             out.append(f"{run}: another pass at step {each['step']} gave other numbers: {told}")
+        if "earlier" in each:
+            out.append(f"{run}: at step {each['step']} {jump(each)}")
     if found:
         out.append(f"{len(found)} passes stood out and were made again: {same} gave the same numbers")
     return out

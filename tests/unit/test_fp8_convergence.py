@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,18 @@ def test_a_faulty_pass_is_told_from_a_sound_one() -> None:
         found[run]["again"] = [{"step": 97, "first": first, "second": first | {"flow": second}}]
     first = {"flow": 1.0, "student": math.nan}
     found["bf16:2"]["again"] = [{"step": 5, "first": first, "second": {"flow": 1.0, "student": 2.0}}]
+    found["bf16:0"]["again"][0] |= {
+        "largest": [[12.0, "decoder.input.weight"]],
+        "astray": {"decoder": 0},
+        "moved": {"decoder": [0.001, 0.2]},
+        "earlier": {"decoder": {"flow": 0.7, "align": 0.2}},
+    }
     lines, _ = fp8_verdict.summarise(found)
+    assert (
+        "bf16:0: at step 97 flow 1.2, align 0.2; with weights of before the update of decoder: flow 0.7, "
+        "align 0.2; "
+        "largest gradient decoder.input.weight 12; largest change decoder 0.001; weights astray 0"
+    ) in lines
     assert "bf16:1: another pass at step 97 gave other numbers: flow 1.2 then 0.2" in lines
     assert "bf16:2: another pass at step 5 gave other numbers: student nan then 2" in lines
     assert "3 passes stood out and were made again: 1 gave the same numbers" in lines
@@ -132,13 +144,14 @@ def test_flow_alone_is_compared_where_it_was_written() -> None:
     assert "variance of predictions over tokens, last 50: 0.1 to 0.3" in lines
 
 
-def test_a_pass_that_stands_out_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the weights go where they would go without it."""
-    config = tiny.tiny().altered(train={"init_noise": 0.05})
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[TrainStep], Callable], TrainStep]:
+    """Five steps of a small network in bf16; `fault` gets the step before its fourth pass and after."""
+    config = tiny.tiny().altered(train={"init_noise": 0.05, "precision": "bf16"})
     init_distributed()
     seats = build_seats(check(config, 1))
     seed_trackers(0, seats.home)
-    point, size = Schedule(config).at(0), config.model.image_size
+    point, size = Schedule(config).at(10), config.model.image_size
     generator = torch.Generator().manual_seed(0)
     shape = (1, 3, point.stage.frames, size, size)
     clip = ClipBatch(
@@ -150,27 +163,43 @@ def test_a_pass_that_stands_out_is_made_again(monkeypatch: pytest.MonkeyPatch) -
     )
     monkeypatch.setattr(watched_step, "EARLY", 2)
 
-    def run(kind: type[TrainStep]) -> TrainStep:
+    def run(kind: type[TrainStep], fault: Callable[[TrainStep, bool], None]) -> TrainStep:
         step, calls = kind(config, seats), []
         inner = step.engine.gradients
 
         def faulty(*args: object) -> None:
-            inner(*args)
             calls.append(0)
-            if len(calls) == 4:  # one network goes wrong in one pass
-                step.roles["decoder"].buffers[0].grad_data[7] = 1e3
+            if len(calls) == 4:
+                fault(step, False)
+            inner(*args)
+            if len(calls) == 4:
+                fault(step, True)
 
         monkeypatch.setattr(step.engine, "gradients", faulty)
         for _ in range(5):
             step.run(point, [clip])
         return step
 
-    expected, step = run(TrainStep), run(watched_step.WatchedStep)
-    for x, y in zip(step.model.parameters(), expected.model.parameters(), strict=True):
-        assert torch.equal(x, y)
+    return run
+
+
+def same_weights(step: TrainStep, other: TrainStep) -> bool:
+    pairs = zip(step.model.parameters(), other.model.parameters(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_a_pass_that_stands_out_is_made_again(watched: Callable) -> None:
+    """And the weights go where they would go without it."""
+
+    def fault(step: TrainStep, after: bool) -> None:
+        if after:  # one network's gradient goes wrong in one pass
+            step.roles["decoder"].buffers[0].grad_data[7] = 1e3
+
+    expected, step = watched(TrainStep, fault), watched(watched_step.WatchedStep, fault)
+    assert same_weights(step, expected)
     (each,) = step.again
     first, second = each["first"], each["second"]
-    assert first["decoder"] > 999 > second["decoder"]
+    assert first["decoder"] > 999 > second["decoder"] and "earlier" not in each
     assert [name for name, x in first.items() if x == second[name]] == [
         "flow",
         "align",
@@ -178,3 +207,22 @@ def test_a_pass_that_stands_out_is_made_again(monkeypatch: pytest.MonkeyPatch) -
         "predictor",
     ]
     assert {role: len(x) for role, x in step.norms.items()} == {"student": 5, "predictor": 5, "decoder": 5}
+
+
+def test_a_jump_is_traced_to_a_network(watched: Callable) -> None:
+    def fault(step: TrainStep, after: bool) -> None:
+        if not after:  # weights that aren't what the optimizer has
+            step.model.decoder.output.weight.data += 1
+
+    expected, step = watched(TrainStep, fault), watched(watched_step.WatchedStep, fault)
+    assert same_weights(step, expected)
+    each = step.again[0]
+    usual = each["earlier"]["decoder"]["flow"]
+    assert each["first"]["flow"] == each["second"]["flow"] > 1.5 * usual
+    assert each["earlier"]["student"]["flow"] > 1.5 * usual
+    assert each["earlier"]["student and predictor and decoder"]["flow"] == pytest.approx(usual, rel=0.1)
+    wrong = step.model.decoder.output.weight.numel()
+    assert each["astray"] == {"student": 0, "predictor": 0, "decoder": wrong}
+    lr = Schedule(step.config).at(10).lr
+    assert all(0 < largest < 3 * lr for largest, _ in each["moved"].values())
+    assert all(name.startswith("decoder.") for _, name in each["largest"][:1])
