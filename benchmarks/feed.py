@@ -146,11 +146,11 @@ def from_files(bench: Bench, config: RunConfig, files: Files, seconds: float, re
     said = time.perf_counter()
     for number in range(ahead + max(5, round(seconds / resident))):
         if number == ahead:
+            bench.synchronize()
             start, cpu = time.perf_counter(), cpu_seconds()
         begin = time.perf_counter()
         batch = feed.next(point, 0)
         bench.step.run(point, batch.batches)
-        bench.synchronize()
         times.append(time.perf_counter() - begin)
         waits.append(batch.seconds)
         refused += batch.refused if number >= ahead else 0
@@ -158,6 +158,7 @@ def from_files(bench: Bench, config: RunConfig, files: Files, seconds: float, re
             said = time.perf_counter()
             kind = "from the queues" if number < ahead else "counted"
             say(f"step {number} ({kind}): {1e3 * times[-1]:.1f} ms, of it {1e3 * waits[-1]:.1f} waited")
+    bench.synchronize()
     passed = time.perf_counter() - start
     share = (cpu_seconds() - cpu) / passed / len(os.sched_getaffinity(0))
     counted = len(times) - ahead

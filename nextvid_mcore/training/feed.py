@@ -4,11 +4,13 @@ The first rank of a replica (tensor rank 0 of the first pipeline stage) runs the
 uint8 clips and their sample indices over the replica. With them goes one small all-gather over all ranks:
 how many samples met a bad file or one that NVDEC refuses, whether a loader failed, whether a signal asked
 for the end. So every rank stops at the same step, for the same reason. Seats of their own load the same
-samples; a seat whose roles see no video gets their indices alone.
+samples; a seat whose roles see no video gets their indices alone. On GPUs all of it happens on a stream of
+its own: the host waits for what the others say, and not for the last step's update.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
@@ -85,7 +87,8 @@ class Feed:
     """Hands out steps in order.
 
     Args:
-        loader: this replica's micro-batches, in a seat that sees video only on its replicas' first ranks.
+        loader: this replica's micro-batches, on the host; in a seat that sees video only on its replicas'
+            first ranks.
         size: height and width of a frame.
     """
 
@@ -94,6 +97,7 @@ class Feed:
     ) -> None:
         self._loader, self._groups, self._guard, self._size = loader, seats.home, guard, size
         self._placement, self._seat = seats.placement, seats.mine[0]
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self._shared, self._counts = self._seat.sees_video, "student" in self._seat.roles
         first = self._groups.collection.mp.rank() == 0
         assert (loader is not None) == (first or not self._shared)
@@ -118,7 +122,8 @@ class Feed:
         # every seat meets the same bad files: they count once
         bad = sum(batch.bad_samples for batch in mine) if self._counts else 0
         refused = sum(len(batch.refused) for batch in mine) if self._counts else 0
-        bad, refused, failed, signal = self._agree(bad, refused, error is not None, signal)
+        with self._beside():
+            bad, refused, failed, signal = self._agree(bad, refused, error is not None, signal)
         if error is not None:
             raise error
         if failed:
@@ -127,14 +132,31 @@ class Feed:
         self._guard.update(total, bad, files)
         batches = mine
         if self._shared:
-            batches = [
-                share(mine[i] if mine else None, clips, frames, self._size, self._groups)
-                for i in range(count)
-            ]
+            with self._beside():
+                batches = [
+                    share(mine[i] if mine else None, clips, frames, self._size, self._groups)
+                    for i in range(count)
+                ]
+            for batch in batches:
+                if batch.video.is_cuda:  # made there, and read on the step's own stream
+                    batch.video.record_stream(torch.cuda.current_stream())
         return StepData(batches, bad, refused, signal, time.perf_counter() - begin)
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """What follows waits for what is done inside; that waits for nothing before it."""
+        if self._stream is None:
+            yield
+            return
+        current = torch.cuda.current_stream()
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
 
     def _agree(self, bad: int, refused: int, failed: bool, signal: int) -> tuple[int, int, bool, int]:
         """(sum of bad, sum of refused, any failed, the highest signal) over all ranks."""
+        if dist.get_world_size() == 1:
+            return bad, refused, failed, signal
         mine = torch.tensor([bad, refused, int(failed), signal], dtype=torch.int64, device=device())
         rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, mine)
