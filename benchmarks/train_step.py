@@ -54,7 +54,7 @@ KEYS = {
     "gpus": int,  # 1: each GPU for itself; else the world's
     "tensor": int,
     "sequence": int,
-    "overlap": int,  # 1: --parallel.tensor-overlap
+    "overlap": str,  # --parallel.tensor-overlap: on, off or auto
     "generator": int,  # data replicas of predictor and decoder on the tensor ranks
     "vae": int,  # 1: VA-VAE of random weights encodes the clips in every step
     "shares": int,  # 0: without the parts' shares, an eager step
@@ -100,7 +100,7 @@ def configure(case: dict[str, Any], world: int) -> RunConfig:
             encoder=RoleParallel(tensor=case["tensor"]),
             generator=RoleParallel(data=case["generator"] * (world // case["tensor"]) or None),
             sequence=bool(case["sequence"]),
-            tensor_overlap=bool(case["overlap"]),
+            tensor_overlap=case["overlap"],
             recompute=case["recompute"],
         ),
         train=dataclasses.replace(
@@ -152,7 +152,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--sequence", type=int, default=0)
-    parser.add_argument("--overlap", type=int, default=0)
+    parser.add_argument("--overlap", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--generator", type=int, default=0)
     parser.add_argument("--vae", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)

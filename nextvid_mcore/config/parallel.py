@@ -34,7 +34,9 @@ class ParallelConfig:
     reference: Literal["encoder", "generator"] = "encoder"  # where the reference encoder runs
     edge: Literal["direct", "bridge"] = "bridge"  # between seats: parallel/direct_edge.py, megatron-core's
     sequence: bool = False  # sequence parallelism inside the tensor groups
-    tensor_overlap: bool = False  # tensor ranks' rows travel beside the products: models/overlapped.py
+    # rows that sequence parallelism exchanges travel beside the products (models/overlapped.py); auto: in
+    # recorded passes of two tensor ranks in bf16, where one GPU reaches the other's memory; on: in all passes
+    tensor_overlap: Literal["auto", "on", "off"] = "auto"
     # in the backward pass: norms and GELUs, attention, or whole layers
     recompute: Literal["none", "pieces", "core_attn", "full"] = "none"
     timeout: float = 600.0  # seconds without progress after which the run ends (parallel/watchdog.py)

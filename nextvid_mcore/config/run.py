@@ -67,8 +67,8 @@ class RunConfig:
             f"fp8 ({named}) goes with --train.precision bf16, not {self.train.precision}",
         )
         require(
-            not self.parallel.tensor_overlap,
-            f"fp8 ({named}): --parallel.tensor-overlap cuts products of bf16; leave it or FP8 off",
+            self.parallel.tensor_overlap != "on",
+            f"fp8 ({named}): --parallel.tensor-overlap on cuts products of bf16; leave it or FP8 out",
         )
         require(
             self.mask.static,

@@ -48,7 +48,7 @@ class Decoder(MegatronModule):
         )
         self.block = specs.build_block(
             config,
-            self.layer(specs.get_backend(model.backend, split.overlap)),
+            self.layer(specs.get_backend(model.backend, split.overlap, groups.tp)),
             model.decoder.depth,
             None,
             groups,

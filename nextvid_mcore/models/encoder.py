@@ -31,7 +31,7 @@ class Encoder(MegatronModule):
         self.groups, self.tp_group = groups, groups.tp
         self.first = groups.pp.rank() == 0
         self.last = groups.pp.rank() == groups.pp.size() - 1
-        backend = specs.get_backend(model.backend, split.overlap)
+        backend = specs.get_backend(model.backend, split.overlap, groups.tp)
         if self.first:
             self.patch_embed = torch.nn.Linear(model.patch_dim, model.encoder.width, dtype=split.dtype)
             mark_sequence_parallel(self.patch_embed, config)

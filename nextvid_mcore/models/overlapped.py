@@ -6,12 +6,16 @@ arrive; of what it owes to others it makes theirs first, and its own while that 
 the input's rows again: they come beside the products of the input's gradient. (The idea is Transformer
 Engine's userbuffers' and torch's async tensor parallelism; parallel/mailbox.py carries the rows.)
 
-Parameters, names, shards and what is returned are those of the class that is subclassed.
+Parameters, names, shards and what is returned are those of the class that is subclassed, which also runs
+where nobody has asked for more: eager passes are quicker so, for here ranks wait for each other at every
+product, and an eager pass's host comes late now on one and now on the other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from torch import Tensor
 from nextvid_mcore.models import fp8_products
 from nextvid_mcore.parallel import mailbox
 
+_state = {"beside": False}
 PARTS = 2  # in which rows for another rank are made and sent: the first travels while the second is made
 
 
@@ -138,13 +143,26 @@ def _returns_bias(linear: Any) -> bool:
     return linear.te_return_bias if hasattr(linear, "te_return_bias") else linear.skip_bias_add
 
 
+@contextlib.contextmanager
+def beside() -> Iterator[None]:
+    """Passes inside, recorded ones and those before, exchange rows beside their products if they can."""
+    before = _state["beside"]
+    _state["beside"] = True
+    try:
+        yield
+    finally:
+        _state["beside"] = before
+
+
 @functools.cache
-def column(base: type) -> type:
-    """`base`, a backend's column-parallel linear, with the exchange beside its products."""
+def column(base: type, always: bool) -> type:
+    """`base`, a backend's column-parallel linear, that does so, `always` or inside `beside`."""
 
     class OverlappedColumn(base):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
             """[s / tp, rows, D] -> [s, rows, width / tp], and the bias if it is still to be added."""
+            if not (always or _state["beside"]):
+                return super().forward(x)
             bias, later = self.bias, _returns_bias(self)
             out = _Column.apply(x.flatten(0, 1), self.weight, None if later else bias, self)
             return out.view(-1, x.shape[1], out.shape[1]), bias if later else None
@@ -153,12 +171,14 @@ def column(base: type) -> type:
 
 
 @functools.cache
-def row(base: type) -> type:
-    """`base`, a backend's row-parallel linear, with the exchange beside its products."""
+def row(base: type, always: bool) -> type:
+    """The same of a row-parallel linear."""
 
     class OverlappedRow(base):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
             """[s, rows, width / tp] -> [s / tp, rows, D], and the bias if it is still to be added."""
+            if not (always or _state["beside"]):
+                return super().forward(x)
             out = _Row.apply(x.flatten(0, 1), self.weight, self)
             out = out.view(-1, x.shape[1], out.shape[1])
             return (out, self.bias) if _returns_bias(self) else (out + self.bias, None)

@@ -34,7 +34,7 @@ class Predictor(MegatronModule):
         config = specs.transformer_config(model.predictor, model, split)
         super().__init__(config=config)
         self.groups, self.tp_group = groups, groups.tp
-        backend = specs.get_backend(model.backend, split.overlap)
+        backend = specs.get_backend(model.backend, split.overlap, groups.tp)
         width = model.predictor.width
         self.query = torch.nn.Parameter(torch.zeros(width, dtype=split.dtype))
         self.query.sequence_parallel = config.sequence_parallel

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,9 @@ from nextvid_mcore.models.layers import (
     PatternSelfAttention,
 )
 from nextvid_mcore.models.norm import local_norm
+from nextvid_mcore.parallel import mailbox
+
+Overlap = Literal["never", "recorded", "always"]
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,23 @@ def backend_note(name: str) -> str:
     return f"backend: {chosen}" if chosen == name else f"backend: auto, which is {chosen} ({why})"
 
 
-def get_backend(name: str, overlap: bool = False) -> Backend:
+def get_backend(
+    name: str, overlap: Overlap = "never", group: torch.distributed.ProcessGroup | None = None
+) -> Backend:
     """`local`, `te` or `auto`.
 
     Args:
-        overlap: with linears that exchange rows beside their products.
+        overlap: in which passes the linears exchange rows beside their products.
+        group: of the tensor ranks that exchange them.
 
     Raises:
-        ConfigError: `te` where Transformer Engine or CUDA is missing.
+        ConfigError: `te` where Transformer Engine or CUDA is missing; overlap `always` where it can't be.
     """
-    if overlap:
-        plain = get_backend(name)
-        return Backend(overlapped.column(plain.column), overlapped.row(plain.row), plain.norm)
+    if overlap != "never":
+        plain, always = get_backend(name), overlap == "always"
+        if not mailbox.usable(group, always):
+            return plain
+        return Backend(overlapped.column(plain.column, always), overlapped.row(plain.row, always), plain.norm)
     name, _ = resolve(name)
     if name == "local":
         return Backend(ColumnParallelLinear, RowParallelLinear, local_norm())
@@ -181,7 +189,7 @@ class Split:
     last_stage_layers: int | None = None  # encoder layers on the last of several pipeline stages
     dtype: torch.dtype = torch.float32
     exchange: bool = False  # its sequences cross to ranks of another layout
-    overlap: bool = False  # of its linears' rows with their products, under sequence parallelism
+    overlap: Overlap = "never"  # passes in which its linears exchange rows beside their products
     fp8: dict[str, Any] = field(default_factory=dict)  # models/fp8.py: settings of the role
 
 

@@ -12,6 +12,7 @@ One exchange is open, push ..., take ..., close, the same on every rank of the g
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nextvid_mcore.config import ConfigError
+from nextvid_mcore.parallel import reach
+
+log = logging.getLogger(__name__)
 
 ALIGNED = 256  # bytes, to which slots are rounded up: products read what lies there
 
@@ -112,8 +116,8 @@ class CopiedMailbox:
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(
-                f"parallel tensor-overlap on: tensor ranks can't map {size} bytes of each other's memory, "
-                f"which takes one host's GPUs with NVLink ({reason}); leave it off"
+                f"tensor ranks can't map {size} bytes of each other's memory ({reason}); use "
+                "--parallel.tensor-overlap off"
             ) from error
         self._all.append((memory, self._here))
         self._bytes = size
@@ -161,13 +165,29 @@ class CopiedMailbox:
 
 
 Mailbox = SentMailbox | CopiedMailbox
-_mailboxes: dict[str, Mailbox] = {}
+_found: dict[str, tuple[dist.ProcessGroup, Mailbox | str]] = {}  # by group, its mailbox or why it has none
+
+
+def usable(group: dist.ProcessGroup, must: bool) -> bool:
+    """Whether the group can have a mailbox, which is made then; every rank of it calls this.
+
+    Raises:
+        ConfigError: it can't, and `must`.
+    """
+    known, found = _found.get(group.group_name, (None, ""))
+    if known is not group:  # names come again after groups were destroyed
+        copies = dist.get_backend(group) == "nccl"
+        reason = reach.reason(group) if copies else None
+        found = reason or (CopiedMailbox if copies else SentMailbox)(group)
+        _found[group.group_name] = group, found
+        if copies and group.rank() == 0:
+            way = f"in line, {reason}" if reason else "beside the products of recorded passes"
+            log.info("what tensor ranks exchange goes %s", way)
+    if must and isinstance(found, str):
+        raise ConfigError(f"parallel tensor-overlap on: {found}; use --parallel.tensor-overlap auto or off")
+    return not isinstance(found, str)
 
 
 def of(group: dist.ProcessGroup) -> Mailbox:
-    """The group's; every rank of it calls this when it first does."""
-    found = _mailboxes.get(group.group_name)
-    if found is None or found.group is not group:  # names come again after the groups were destroyed
-        kind = CopiedMailbox if dist.get_backend(group) == "nccl" else SentMailbox
-        found = _mailboxes[group.group_name] = kind(group)
-    return found
+    """The group's, which is `usable`."""
+    return _found[group.group_name][1]

@@ -96,8 +96,8 @@ def resolve_placement(config: RunConfig, world_size: int) -> Placement:
     else:
         placement = _separate(config, world_size)
     require(
-        not parallel.tensor_overlap or any(seat.layout.sequence for seat in placement.seats),
-        "--parallel.tensor-overlap is about what sequence parallelism exchanges, and no group here has it; "
+        parallel.tensor_overlap != "on" or any(seat.layout.sequence for seat in placement.seats),
+        "--parallel.tensor-overlap on is about what sequence parallelism exchanges, and none is here; "
         "add --parallel.sequence and a tensor size of 2 or more, such as --parallel.encoder.tensor 2",
     )
     encoder = placement.encoder.layout

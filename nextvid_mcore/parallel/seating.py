@@ -61,8 +61,7 @@ def seats(config: RunConfig, placement: Placement) -> Iterator[str]:
     world = placement.world
     ranks = f"{world} rank{'s' if world > 1 else ''}"
     modes = (
-        f"sequence parallelism {'on' if placement.encoder.layout.sequence else 'off'}"
-        f"{', beside products' if config.parallel.tensor_overlap else ''}, "
+        f"sequence parallelism {'on' if placement.encoder.layout.sequence else 'off'}, "
         f"recompute {config.parallel.recompute}"
     )
     if len(placement.seats) == 1:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from nextvid_mcore.config import ConfigError, RunConfig
 from nextvid_mcore.data import ClipBatch
-from nextvid_mcore.models import fp8
+from nextvid_mcore.models import fp8, overlapped
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch
 from nextvid_mcore.parallel.placement import Placement, recorded, unrecordable
 from nextvid_mcore.training import microbatch, monitors
@@ -153,7 +153,8 @@ class Graphs:
         else:
             here.passes += 1
             here.earlier = batch, share
-            terms = self.pass_(batch, share, inputs, count)
+            with overlapped.beside():
+                terms = self.pass_(batch, share, inputs, count)
         watch(terms, share)
 
     def _say_again(self, key: tuple) -> None:
@@ -250,7 +251,7 @@ class Graphs:
         )
         reason = None
         try:
-            with recordable(), record:
+            with recordable(), overlapped.beside(), record:
                 # an earlier pass's masks: if more is read of them than `inputs`, the comparison shows it
                 here.terms = self.pass_(*here.earlier, here.inputs, count)
         except Exception as error:

@@ -31,7 +31,7 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False
-    overlap: bool = False  # of the linears' exchanges with their products
+    overlap: str = "off"  # of the linears' exchanges with their products
     recompute: str = "none"
     rows: tuple[str, ...] = ()  # of the ablation tables, applied one after the other
     precision: str = "fp32"
@@ -73,8 +73,8 @@ LAYOUTS = {
     "recompute-pieces": Case(1, recompute="pieces"),
     "pp2-recompute-pieces": Case(2, pipeline=2, recompute="pieces"),
     "tp2-sp-recompute-pieces": Case(2, tensor=2, sequence=True, recompute="pieces"),
-    "tp2-sp-overlap": Case(2, tensor=2, sequence=True, overlap=True),
-    "tp2-sp-overlap-recompute-pieces": Case(2, tensor=2, sequence=True, overlap=True, recompute="pieces"),
+    "tp2-sp-overlap": Case(2, tensor=2, sequence=True, overlap="on"),
+    "tp2-sp-overlap-recompute-pieces": Case(2, tensor=2, sequence=True, overlap="on", recompute="pieces"),
     "tp2-generator-dp2": Case(2, tensor=2, micro=2, generator=(None, 2)),
     "tp2-sp-pp2-generator-dp2": Case(4, tensor=2, pipeline=2, sequence=True, micro=2, generator=(1, 2)),
     "two-1-1": Case(2, placement="two-groups"),
@@ -249,8 +249,8 @@ def is_what_it_says(case: Case, one_rank: dict, results: list[dict]) -> None:
                 assert len(names) == full if role != "student" or encoder.pipeline == 1 else len(names) < full
     traffic = set().union(*(r["traffic"] for r in results))
     split = any(seat.layout.tensor > 1 for seat in placement.seats)
-    assert ("reduce_scatter_base" in traffic) == (case.sequence and split and not case.overlap)
-    by_sends = case.overlap and not torch.cuda.is_available()  # GPUs copy
+    assert ("reduce_scatter_base" in traffic) == (case.sequence and split and case.overlap != "on")
+    by_sends = case.overlap == "on" and not torch.cuda.is_available()  # GPUs copy
     assert ({"send", "recv"} <= traffic) == (encoder.pipeline > 1 or placement.separate or by_sends)
 
 

@@ -7,7 +7,7 @@ import torch
 from launch import shared
 
 from nextvid_mcore.config import ModelConfig
-from nextvid_mcore.models import specs
+from nextvid_mcore.models import overlapped, specs
 from nextvid_mcore.parallel import mailbox
 from nextvid_mcore.parallel.groups import Layout, build_groups, init_distributed
 from nextvid_mcore.recipes import get
@@ -24,13 +24,14 @@ def whole(kind: str) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
 
 
-def on_rank(kind: str, later: bool) -> dict[str, torch.Tensor]:
+def on_rank(kind: str, later: bool, overlap: specs.Overlap) -> dict[str, torch.Tensor]:
     init_distributed()
     group = build_groups(Layout(RANKS, sequence=True)).collection.tp
     model: ModelConfig = get("tiny").model
     split = specs.Split(tensor=RANKS, sequence=True, dtype=torch.float64)
     config = specs.transformer_config(model.encoder, model, split)
-    backend, (out, into) = specs.get_backend("local", overlap=True), WEIGHTS[kind]
+    backend = specs.get_backend("local", overlap, group)
+    out, into = WEIGHTS[kind]
     common = {"config": config, "init_method": None, "bias": True, "skip_bias_add": later, "tp_group": group}
     x, weight, bias, dy = whole(kind)
     r = group.rank()
@@ -43,24 +44,30 @@ def on_rank(kind: str, later: bool) -> dict[str, torch.Tensor]:
         x, dy, weight = x.chunk(RANKS, dim=2)[r], dy.chunk(RANKS)[r], weight.chunk(RANKS, dim=1)[r]
     linear.weight.data.copy_(weight)
     linear.bias.data.copy_(bias)
-    x = x.clone().requires_grad_()
-    y, left = linear(x)
+    x, box, opened = x.clone().requires_grad_(), mailbox.of(group), []
+    inner, box.open = box.open, lambda *args: opened.append(inner(*args))
+    with torch.no_grad():
+        plain, _ = linear(x)
+    assert len(opened) == (overlap == "always")
+    with overlapped.beside():
+        y, left = linear(x)
+    torch.testing.assert_close(y, plain)
     assert (left is linear.bias) == later
     if later:
         y = y + left
     y.backward(dy)
-    box = mailbox.of(group)
+    assert len(opened) == 2 + (overlap == "always")
     return {"y": y.detach(), "x": x.grad, "weight": linear.weight.grad, "bias": linear.bias.grad,
             "waits": torch.tensor(len(box._coming) + len(box._sent))}  # fmt: skip
 
 
-@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(("later", "overlap"), [(False, "always"), (True, "always"), (True, "recorded")])
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_equals_one_product(kind: str, later: bool) -> None:
+def test_equals_one_product(kind: str, later: bool, overlap: specs.Overlap) -> None:
     x, weight, bias, dy = (t.requires_grad_() for t in whole(kind))
     y = x @ weight.t() + bias
     y.backward(dy)
-    found = shared(RANKS).run(on_rank, kind, later)
+    found = shared(RANKS).run(on_rank, kind, later, overlap)
     split = {"column": {"y": 2, "x": 0, "weight": 0, "bias": 0}, "row": {"y": 0, "x": 2, "weight": 1}}[kind]
     got = {name: torch.cat([each[name] for each in found], dim) for name, dim in split.items()}
     if kind == "row":  # each rank has added it to its own rows

@@ -52,8 +52,8 @@ def plan(line: str, world: int, dry_run: bool = True):
         ("tiny --train.start-stage nowhere", 1, "no stage 'nowhere'"),
         ("tiny --train.steps 121", 1, "121 is more than the 120 steps"),
         ("tiny --parallel.encoder.tensor 2 --mask.mode packed --parallel.sequence", 2, "mask mode packed"),
-        ("tiny --parallel.encoder.tensor 2 --parallel.tensor-overlap", 2, "add --parallel.sequence"),
-        ("tiny --parallel.sequence --parallel.tensor-overlap", 1, "such as --parallel.encoder.tensor 2"),
+        ("tiny --parallel.encoder.tensor 2 --parallel.tensor-overlap on", 2, "add --parallel.sequence"),
+        ("tiny --parallel.sequence --parallel.tensor-overlap on", 1, "such as --parallel.encoder.tensor 2"),
     ],
 )
 def test_impossible_runs_name_the_numbers(line: str, world: int, said: str):

@@ -1,0 +1,52 @@
+"""Whether the GPUs of a group can write and signal in each other's memory: one host, joined by NVLink.
+
+Over PCIe copies take longer than the products that should hide them, and signals can be lost: they are
+atomic operations on another GPU's memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
+
+
+def reason(group: dist.ProcessGroup) -> str | None:
+    """Why they can't, the same on every rank, or None; every rank of the group calls this."""
+    mine = torch.cuda.current_device()
+    places = _gathered(group, (socket.gethostname(), _uuid(mine)))
+    here = places[group.rank()]
+    found = [_unreachable(mine, here, other) for other in places if other != here]
+    return next((each for rank in _gathered(group, found) for each in rank if each), None)
+
+
+def _gathered(group: dist.ProcessGroup, mine: Any) -> list[Any]:
+    found: list[Any] = [None] * group.size()
+    dist.all_gather_object(found, mine, group=group)
+    return found
+
+
+def _unreachable(mine: int, here: tuple[str, str], other: tuple[str, str]) -> str | None:
+    """Why GPU `mine` at `here` (host, id) can't signal in the memory of the GPU at `other`, or None."""
+    if other[0] != here[0]:
+        return f"its ranks sit on {min(here[0], other[0])} and {max(here[0], other[0])}"
+    number = next((i for i in range(torch.cuda.device_count()) if _uuid(i) == other[1]), None)
+    if number is None:
+        return "each of its processes sees its own GPU alone (CUDA_VISIBLE_DEVICES)"
+    return None if _atomic(mine, number) else f"GPUs {mine} and {number} have no NVLink between them"
+
+
+def _uuid(device: int) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _atomic(a: int, b: int) -> bool:
+    """Whether kernels of GPU a can change GPU b's memory atomically."""
+    found = ctypes.c_int(0)
+    driver = ctypes.CDLL("libcuda.so.1")
+    return driver.cuDeviceGetP2PAttribute(ctypes.byref(found), NATIVE_ATOMICS, a, b) == 0 and found.value == 1
