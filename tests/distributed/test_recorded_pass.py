@@ -17,8 +17,9 @@ import torch
 from launch import RankFailure, shared
 
 from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig
-from nextvid_mcore.parallel import plan
-from nextvid_mcore.parallel.placement import resolve_placement
+from nextvid_mcore.parallel import mailbox, plan, split
+from nextvid_mcore.parallel.groups import Layout
+from nextvid_mcore.parallel.placement import Placement, resolve_placement
 from nextvid_mcore.training import graphs
 from nextvid_mcore.training import step as training_step
 
@@ -69,6 +70,39 @@ def test_recorded_pass_of_several_ranks_equals_the_engine(layout: str) -> None:
     config = parity.small(**LAYOUTS[layout]).altered(train={"micro_batch": 2})
     for engine, recorded in shared(2).run(engine_and_recorded_pass, config):
         same(recorded, engine)
+
+
+def exchanges_of_both(config: RunConfig) -> tuple[list, list[int]]:
+    """`engine_and_recorded_pass` where passes that are recorded exchange rows beside their products.
+
+    Returns:
+        That, and how many exchanges the mailbox had seen before the recorded pass and after it.
+    """
+    opened, seen = [], []
+    inner, make = mailbox.SentMailbox.open, graphs.Graphs.__init__
+
+    def graphs_made(self: graphs.Graphs, *args: object) -> None:
+        seen.append(len(opened))
+        make(self, *args)
+
+    def overlap(config: RunConfig, placement: Placement, layout: Layout) -> str:
+        return "recorded" if layout.sequence else "never"
+
+    with (
+        mock.patch.object(split, "overlap", overlap),
+        mock.patch.object(mailbox.SentMailbox, "open", lambda *args: opened.append(inner(*args))),
+        mock.patch.object(graphs.Graphs, "__init__", graphs_made),
+    ):
+        found = engine_and_recorded_pass(config)
+    return found, [*seen, len(opened)]
+
+
+def test_passes_that_are_recorded_exchange_beside_products_and_eager_ones_in_line() -> None:
+    config = parity.small(**LAYOUTS["tp2-sp-generator-dp2"]).altered(train={"micro_batch": 2})
+    for (engine, recorded), (before, after) in shared(2).run(exchanges_of_both, config):
+        same(recorded, engine)
+        layers, passes = config.model.encoder.depth, parity.BATCH // 2
+        assert (before, after) == (0, passes * layers * (4 + 4 + 4))  # reference, student, student backward
 
 
 def taking_turns(config: RunConfig) -> list[list[str]]:
