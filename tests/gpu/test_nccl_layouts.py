@@ -103,7 +103,7 @@ def near(one: list[dict], results: list[dict]) -> None:
 RECORDED = {
     "dp2": {},
     "tp2": {},
-    "tp2-sp": {},
+    "tp2-sp": {"overlap": "auto"},  # in line where it is eager
     "tp2-sp-overlap": {},
     "tp2-generator-dp2": {"sequence": True},
 }
