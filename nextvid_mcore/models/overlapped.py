@@ -145,7 +145,7 @@ def _returns_bias(linear: Any) -> bool:
 
 @contextlib.contextmanager
 def beside() -> Iterator[None]:
-    """Passes inside, recorded ones and those before, exchange rows beside their products if they can."""
+    """Passes inside exchange rows beside their products where they can: recorded ones, and those before."""
     before = _state["beside"]
     _state["beside"] = True
     try:

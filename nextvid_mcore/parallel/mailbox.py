@@ -12,7 +12,6 @@ One exchange is open, push ..., take ..., close, the same on every rank of the g
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -24,8 +23,6 @@ from torch import Tensor
 
 from nextvid_mcore.config import ConfigError
 from nextvid_mcore.parallel import reach
-
-log = logging.getLogger(__name__)
 
 ALIGNED = 256  # bytes, to which slots are rounded up: products read what lies there
 
@@ -180,9 +177,6 @@ def usable(group: dist.ProcessGroup, must: bool) -> bool:
         reason = reach.reason(group) if copies else None
         found = reason or (CopiedMailbox if copies else SentMailbox)(group)
         _found[group.group_name] = group, found
-        if copies and group.rank() == 0:
-            way = f"in line, {reason}" if reason else "beside the products of recorded passes"
-            log.info("what tensor ranks exchange goes %s", way)
     if must and isinstance(found, str):
         raise ConfigError(f"parallel tensor-overlap on: {found}; use --parallel.tensor-overlap auto or off")
     return not isinstance(found, str)
@@ -191,3 +185,13 @@ def usable(group: dist.ProcessGroup, must: bool) -> bool:
 def of(group: dist.ProcessGroup) -> Mailbox:
     """The group's, which is `usable`."""
     return _found[group.group_name][1]
+
+
+def note(group: dist.ProcessGroup) -> str | None:
+    """For the log: how the group exchanges rows, where that was a question."""
+    known, found = _found.get(group.group_name, (None, ""))
+    if known is not group:
+        return None
+    return "tensor ranks exchange rows " + (
+        f"in line: {found}" if isinstance(found, str) else "beside products"
+    )

@@ -153,8 +153,7 @@ class Graphs:
         else:
             here.passes += 1
             here.earlier = batch, share
-            with overlapped.beside():
-                terms = self.pass_(batch, share, inputs, count)
+            terms = self.pass_(batch, share, inputs, count)
         watch(terms, share)
 
     def _say_again(self, key: tuple) -> None:
@@ -182,6 +181,7 @@ class Graphs:
         self._recorded.clear()
         torch.cuda.empty_cache()  # what a graph had nobody else can use
 
+    @overlapped.beside()  # which eager passes of a run that records nothing don't do
     def pass_(self, batch: MicroBatch, share: MicroBatch, inputs: Inputs, count: int) -> LossTerms:
         """Forward and backward: what is recorded, and the eager pass.
 
@@ -251,7 +251,7 @@ class Graphs:
         )
         reason = None
         try:
-            with recordable(), overlapped.beside(), record:
+            with recordable(), record:
                 # an earlier pass's masks: if more is read of them than `inputs`, the comparison shows it
                 here.terms = self.pass_(*here.earlier, here.inputs, count)
         except Exception as error:

@@ -34,7 +34,7 @@ from nextvid_mcore.data.loader import ClipBatch, build_dataset, build_loader
 from nextvid_mcore.data.sampler import rank_batches
 from nextvid_mcore.models import fp8
 from nextvid_mcore.models.specs import backend_note
-from nextvid_mcore.parallel import watchdog
+from nextvid_mcore.parallel import mailbox, watchdog
 from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
 from nextvid_mcore.parallel.placement import resolve_placement, settled
 from nextvid_mcore.parallel.seats import build_seats
@@ -233,8 +233,9 @@ class Trainer:
         note = build_dataset(self.config).note
         self.progress.say(f"data: {note}")
         self.progress.say(backend_note(self.config.model.backend))
-        if (narrow := width_note(self.config)) is not None:
-            self.progress.say(narrow)
+        for more in (width_note(self.config), mailbox.note(self.seats.home.collection.tp)):
+            if more is not None:
+                self.progress.say(more)
 
     def _run(self, loader: Iterator[ClipBatch] | None) -> int:
         config = self.config

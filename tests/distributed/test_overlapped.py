@@ -42,6 +42,7 @@ def on_rank(kind: str, later: bool, overlap: specs.Overlap) -> dict[str, torch.T
     else:
         linear = backend.row(into, out, input_is_parallel=True, is_expert=False, **common)
         x, dy, weight = x.chunk(RANKS, dim=2)[r], dy.chunk(RANKS)[r], weight.chunk(RANKS, dim=1)[r]
+    assert mailbox.note(group) == "tensor ranks exchange rows beside products"
     linear.weight.data.copy_(weight)
     linear.bias.data.copy_(bias)
     x, box, opened = x.clone().requires_grad_(), mailbox.of(group), []

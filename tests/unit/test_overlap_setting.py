@@ -8,7 +8,8 @@ import pytest
 
 from nextvid_mcore import cli
 from nextvid_mcore.config import ConfigError, RunConfig
-from nextvid_mcore.parallel import reach, split
+from nextvid_mcore.models import specs
+from nextvid_mcore.parallel import mailbox, reach, split
 from nextvid_mcore.parallel.placement import resolve_placement
 
 TWO = "--parallel.encoder.tensor 2 --parallel.sequence"
@@ -68,3 +69,19 @@ def test_gpus_that_cannot_reach_each_other_are_named(
     ):
         found = reach._unreachable(0, ("a", "gpu-0"), other)
     assert found is None if said is None else said in found
+
+
+def test_gpus_without_a_link_exchange_in_line_unless_they_must_not() -> None:
+    group = mock.Mock(group_name="apart")
+    with (
+        mock.patch.dict(mailbox._found),
+        mock.patch.object(mailbox.dist, "get_backend", lambda group: "nccl"),
+        mock.patch.object(reach, "reason", lambda group: "GPUs 0 and 1 have no NVLink between them"),
+    ):
+        assert mailbox.note(group) is None
+        assert specs.get_backend("local", "recorded", group) == specs.get_backend("local")
+        assert mailbox.note(group).endswith("in line: GPUs 0 and 1 have no NVLink between them")
+        with pytest.raises(
+            ConfigError, match="no NVLink between them; use --parallel.tensor-overlap auto or off"
+        ):
+            specs.get_backend("local", "always", group)
