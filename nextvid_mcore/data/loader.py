@@ -250,6 +250,14 @@ def build_dataset(config: RunConfig, train: bool = True) -> ClipDataset | DigitC
     return ClipDataset(data, config.model.image_size, manifest, mixture, config.train.seed, train)
 
 
+def data_note(config: RunConfig) -> str:
+    """What is drawn from, for the log. Raises where training or held-out clips can't be drawn."""
+    note = build_dataset(config).note
+    if config.eval.every and config.data.eval_manifest is not None:
+        build_dataset(config, train=False)
+    return note
+
+
 def _unchanged(batch: ClipBatch | _Failure) -> ClipBatch | _Failure:
     return batch
 

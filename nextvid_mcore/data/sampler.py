@@ -82,7 +82,7 @@ def build_mixture(manifest: Manifest, sets: Sequence[SetConfig] = ()) -> Mixture
     total = math.fsum(wanted[name] for name in names)
     weights = tuple(wanted[name] / total for name in names)
     rows = tuple(manifest.sets[name].rows for name in names)
-    note = ", ".join(f"{n} {w:.4g} of {r:,}" for n, w, r in zip(names, weights, rows, strict=True))
+    note = ", ".join(f"{n} {w:.3%} ({r:,} items)" for n, w, r in zip(names, weights, rows, strict=True))
     missing = [f"{name} {weight:g}" for name, weight in wanted.items() if name not in manifest.sets]
     if missing:
         note += f"; weights renormalised over the sets present (not in the manifest: {', '.join(missing)})"

@@ -162,7 +162,8 @@ def check_model(path: Path | str, config: RunConfig, weights_only: bool = False)
         old, new = _flat(name, a), _flat(name, b)
         differ += [f"{k} is {old.get(k)} there and {new.get(k)} here" for k in new if old.get(k) != new[k]]
     if differ:
-        raise CheckpointError(f"{path} is a checkpoint of another model: {'; '.join(differ)}")
+        way = "set it as it was" if weights_only else "set it as it was, or start a new run in another --out"
+        raise CheckpointError(f"{path} is a checkpoint of another model: {'; '.join(differ)}; {way}")
 
 
 def verify(path: Path | str) -> None:

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from nextvid_mcore.config import RunConfig
 from nextvid_mcore.data.guard import BadShareGuard, DataError
-from nextvid_mcore.data.loader import ClipBatch, build_dataset, build_loader
+from nextvid_mcore.data.loader import ClipBatch, build_loader, data_note
 from nextvid_mcore.data.sampler import rank_batches
 from nextvid_mcore.models import fp8
 from nextvid_mcore.models.specs import backend_note
@@ -100,6 +100,7 @@ class Trainer:
 
     @full_memory.told("setting up", full_memory.SETTING_UP)  # here too: before anybody is blamed
     def _build(self, config: RunConfig, out: Path) -> None:
+        self.data_note = data_note(config)  # before the networks, which take their time
         self.train_step = TrainStep(config, self.seats)
         watchdog.enter("loading a checkpoint")
         newest, self.step, notes = self._stand()
@@ -207,7 +208,7 @@ class Trainer:
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         loader: Iterator[ClipBatch] | None = None
         try:
-            self._check_data()
+            self._say_what_is_used()
             loader = self._loader() if self.step < self.schedule.total_steps else None
             code = self._run(loader)
         except BaseException as error:
@@ -228,10 +229,8 @@ class Trainer:
             self._leave()
         return code
 
-    def _check_data(self) -> None:
-        """Manifest and mixture are right before any step; and what is drawn from, said."""
-        note = build_dataset(self.config).note
-        self.progress.say(f"data: {note}")
+    def _say_what_is_used(self) -> None:
+        self.progress.say(f"data: {self.data_note}")
         self.progress.say(backend_note(self.config.model.backend))
         for more in (width_note(self.config), mailbox.note(self.seats.home.collection.tp)):
             if more is not None:

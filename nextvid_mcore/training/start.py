@@ -23,12 +23,18 @@ def changes(old: dict[str, Any], config: RunConfig) -> list[str]:
     for name in sorted(then.keys() | now.keys()):
         if name.startswith(quiet) or (name in then and name in now and then[name] == now[name]):
             continue
-        if name not in now:
-            notes.append(f"note: {name} was {then[name]} and is gone")
+        if name == "train.init_from":
+            notes.append("note: --init-from is not read: the run goes on from its own checkpoint")
+        elif name not in now:
+            notes.append(f"note: {name} was {_said(then[name])} and is gone")
         else:
-            was = f"was {then[name]} and" if name in then else "wasn't there and"
-            notes.append(f"note: {name} {was} is now {now[name]}")
+            was = f"was {_said(then[name])} and" if name in then else "wasn't there and"
+            notes.append(f"note: {name} {was} is now {_said(now[name])}")
     return notes
+
+
+def _said(value: Any) -> Any:
+    return "not set" if value is None else value
 
 
 def _in_force(config: dict[str, Any]) -> dict[str, Any]:

@@ -35,4 +35,6 @@ def reason_of(error: BaseException) -> str:
         return "; ".join(told) or "the tensors could not be written"
     if full_memory.is_full(error):
         return f"the GPU's memory is full ({full_memory.account(error)})"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
     return str(error) if isinstance(error, CheckpointError) else repr(error).splitlines()[0]

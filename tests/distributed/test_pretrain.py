@@ -130,6 +130,12 @@ def full_memory(line: list[str], where: str, ranks: tuple[int, ...] = (0, 1)) ->
         return told(line)
 
 
+def without_networks(line: list[str]) -> tuple[int, str]:
+    """How a run ends that must not come to building them."""
+    with mock.patch("nextvid_mcore.training.loop.TrainStep", side_effect=AssertionError):
+        return told(line)
+
+
 def rows(path: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read(path)]
 
@@ -279,6 +285,22 @@ def test_how_runs_end(data: Path, whole: Path, tmp_path: Path):
     assert [(row["step"], row["stage"], row["samples"]) for row in first] == [(6, "cooldown", 18)]
     trained, fresh = rows(whole / "metrics.jsonl")[-1]["loss"], rows(whole / "metrics.jsonl")[0]["loss"]
     assert abs(first[0]["loss"] - trained) < 0.2 * abs(fresh - trained)  # the weights came along
+
+
+def test_data_and_folders_are_looked_at_before_networks_are_built(data: Path, whole: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    ends = {
+        "--data.sets no=1": (2, "holds clips, pictures and none of the wanted sets no; name its sets in"),
+        f"--data.eval-manifest {tmp_path}": (2, f"{tmp_path} holds no .parquet file; write some with"),
+        f"--out {tmp_path}/file/run": (5, f"run failed on rank 0: Not a directory: {tmp_path}/file/run"),
+    }
+    for extra, (code, said) in ends.items():
+        found = shared(1).run(without_networks, words(data, tmp_path / "new", extra), timeout=120)[0]
+        assert found[0] == code and said in found[1]
+    code, said = shared(1).run(told, words(data, whole, "--model.encoder.depth 3"), timeout=120)[0]
+    assert code == 5 and said.endswith(
+        "2 there and 3 here; set it as it was, or start a new run in another --out"
+    )
 
 
 def test_killed_at_any_moment_the_same_command_goes_on(data: Path, tmp_path: Path):

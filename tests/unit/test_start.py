@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from nextvid_mcore import recipes
-from nextvid_mcore.config import RunConfig
+from nextvid_mcore.config import RoleParallel, RunConfig
 from nextvid_mcore.parallel.placement import settled
 from nextvid_mcore.training.start import changes
 
@@ -49,4 +49,9 @@ def test_what_differs_is_said_as_it_is() -> None:
     assert "note: stages.3.name was cooldown and is gone" in found
     assert "note: data.sets.0.name was imagenet and is gone" in found
     assert "note: stages.3.name wasn't there and is now cooldown" in changes(saved(other), config)
+    split = config.altered(parallel={"encoder": RoleParallel(tensor=2)}, train={"init_from": "runs/other"})
+    assert changes(saved(config), split) == [
+        "note: parallel.encoder.tensor was not set and is now 2",
+        "note: --init-from is not read: the run goes on from its own checkpoint",
+    ]
     assert changes(saved(config), config.altered(train={"log_every": 5}, eval={"every": 3})) == []
