@@ -6,9 +6,9 @@ arrive; of what it owes to others it makes theirs first, and its own while that 
 the input's rows again: they come beside the products of the input's gradient. (The idea is Transformer
 Engine's userbuffers' and torch's async tensor parallelism; parallel/mailbox.py carries the rows.)
 
-Parameters, names, shards and what is returned are those of the class that is subclassed, which also runs
-where nobody has asked for more: eager passes are quicker so, for here ranks wait for each other at every
-product, and an eager pass's host comes late now on one and now on the other.
+Parameters, names, shards and what is returned are those of the class that is subclassed. Outside of `beside`
+that class itself is at work: here ranks wait for each other at every product, and where a pass is not
+recorded their hosts are late by turns, which costs more than is won.
 """
 
 from __future__ import annotations

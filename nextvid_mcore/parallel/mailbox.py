@@ -192,6 +192,5 @@ def note(group: dist.ProcessGroup) -> str | None:
     known, found = _found.get(group.group_name, (None, ""))
     if known is not group:
         return None
-    return "tensor ranks exchange rows " + (
-        f"in line: {found}" if isinstance(found, str) else "beside products"
-    )
+    how = f"in line: {found}" if isinstance(found, str) else "beside products"
+    return f"tensor ranks exchange rows {how}"
