@@ -2,6 +2,10 @@
 # The whole way on a laptop's CPU: install, real clips, pretraining, plain PyTorch. Run it again and
 # what is there is used. Everything stays in this clone: .venv, data/demo, runs/quickstart.
 set -euo pipefail
+if [ $# -gt 0 ]; then
+    sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}" && echo "It takes no arguments."
+    exit 2
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # One thread for each of the two processes: with more threads than cores they wait for each other.

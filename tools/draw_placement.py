@@ -1,4 +1,4 @@
-"""A picture of a placement: its seats and ranks, what crosses between them, and how busy each is.
+r"""A picture of a placement: its seats and ranks, what crosses between them, and how busy each is.
 
     python tools/draw_placement.py docs/placement.svg vit_g --world-size 8 \
         --parallel.placement two-groups --parallel.generator.data 4 --parallel.reference generator
@@ -24,8 +24,12 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle  # noq
 
 from nextvid_mcore import cli, flops  # noqa: E402
 from nextvid_mcore.config import ConfigError, RunConfig  # noqa: E402
+from nextvid_mcore.evaluation.results import picture_file  # noqa: E402
+from nextvid_mcore.pretrain import quiet  # noqa: E402
+
+quiet()
 from nextvid_mcore.parallel.balance import balance  # noqa: E402
-from nextvid_mcore.parallel.placement import Placement, Seat, resolve_placement  # noqa: E402
+from nextvid_mcore.parallel.placement import Placement, Seat, resolve_placement, settled  # noqa: E402
 from nextvid_mcore.parallel.seating import crossings, readable  # noqa: E402
 
 COLOURS = {"student": "#4477aa", "reference": "#88bbdd", "predictor": "#ccbb44", "decoder": "#ee7733"}
@@ -38,10 +42,12 @@ def main(argv: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     try:
+        picture_file(Path(argv[0]))
         config, options = cli.parse([*argv[1:], "--dry-run"])
+        config, _ = settled(config, options.world_size)
         draw(config, resolve_placement(config, options.world_size), Path(argv[0]))
     except (ConfigError, cli.Help) as error:
-        print(error, file=sys.stderr)
+        print(f"draw_placement: {error}", file=sys.stderr)
         return 2
     return 0
 

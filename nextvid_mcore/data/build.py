@@ -81,7 +81,11 @@ class Build:
         fresh = [folder / ".new" for folder in ([self.out, self.held] if self.holdout else [self.out])]
         for folder in fresh:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            try:
+                folder.mkdir(parents=True)
+            except OSError as error:
+                reason = f"{folder.parent} cannot be written ({error.strerror}); name another folder"
+                raise ConfigError(reason) from None
         with open(fresh[0] / "rejected.tsv", "w", encoding="utf-8", errors="surrogateescape") as rejected:
             rejected.write("set\twhat\treason\tpath\n")
             reports = [

@@ -68,7 +68,8 @@ class Source:
         require(bool(name and equals and path), f"--set {text}: write it as name=path or name=path:kind")
         source = cls(name, Path(path).expanduser().absolute(), kind)
         check_set_name(name)
-        require(source.path.exists(), f"--set {text}: there is no {source.path}")
+        hint = f"; KIND is {' or '.join(sorted(KINDS, reverse=True))}" if colon else ""
+        require(source.path.exists(), f"--set {text}: there is no {source.path}{hint}")
         require(
             source.path.is_dir() or source.path.suffix.lower() in LISTS,
             f"--set {text}: give a folder or a list of files ({', '.join(sorted(LISTS))})",

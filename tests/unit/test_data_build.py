@@ -249,6 +249,12 @@ def test_a_name_that_is_no_utf8_is_reported(tmp_path: Path) -> None:
         ({"holdout": 1e-9}, ["s={here}/one"], "holds nothing out of 1 files"),
         ({"holdout": 1 - 1e-9}, ["s={here}/one"], "all its 1 files were held out"),
         ({"jobs": 0}, ["s={here}/one"], "--jobs 0"),
+        (
+            {"out": Path(__file__)},
+            ["s={here}/one"],
+            r"test_data_build\.py cannot be written \(Not a directory\)",
+        ),
+        ({}, ["s={here}/one:film"], "one:film; KIND is video or image"),
     ],
 )
 def test_what_cannot_work_is_said(tmp_path: Path, settings: dict, sets: list[str], message: str) -> None:
@@ -256,7 +262,7 @@ def test_what_cannot_work_is_said(tmp_path: Path, settings: dict, sets: list[str
     (tmp_path / "empty").mkdir()
     media.image(tmp_path / "one" / "i.png")
     with pytest.raises(ConfigError, match=message):
-        run(Build(tmp_path / "m", **settings), *(text.format(here=tmp_path) for text in sets))
+        run(Build(**{"out": tmp_path / "m"} | settings), *(text.format(here=tmp_path) for text in sets))
 
 
 def test_extensions() -> None:

@@ -138,6 +138,17 @@ def test_micro_batches_are_the_recipes_and_fp8_is_a_word(script: Path, tmp_path:
     assert check(config, low.world_size, dry_run=True).world == low.world_size
 
 
+def test_scripts_that_are_started_otherwise_say_how(tmp_path: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    for script, words in (
+        (SLURM[0], "start it with sbatch"),
+        (ROOT / "examples" / "quickstart.sh", "no arg"),
+    ):
+        command = ["bash", str(script), "--help"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+        assert done.returncode != 0 and words in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("script", SLURM, ids=lambda s: s.name)
 def test_slurm_nodes_meet_on_the_first(script: Path, tmp_path: Path) -> None:
     flags = launch(script, tmp_path).torchrun
