@@ -102,7 +102,14 @@ def resolve_placement(config: RunConfig, world_size: int) -> Placement:
     )
     encoder = placement.encoder.layout
     for seat, stage in itertools.product(placement.seats[1:], config.stages):
-        micro = config.given_micro_batch(stage) or _most(config, placement, stage) or stage.max_micro_batch
+        micro = config.given_micro_batch(stage) or _most(config, placement, stage)
+        require(
+            micro is not None,
+            f"{seat.name}: no micro-batch of {stage.max_micro_batch} or less lets encoder data "
+            f"{encoder.data} and its own data {seat.layout.data} share the {config.batch(stage)} clips of a "
+            f"step (stage {stage.name}); choose other data sizes or --train.global-batch, or a larger "
+            f"{config.micro_batch_flag(stage)}",
+        )
         total = micro * encoder.data
         require(
             total % seat.layout.data == 0,

@@ -10,7 +10,7 @@ import pytest
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, ParallelConfig, RoleParallel, RunConfig
 from nextvid_mcore.parallel.groups import Layout
-from nextvid_mcore.parallel.placement import resolve_placement
+from nextvid_mcore.parallel.placement import resolve_placement, settled
 
 R = RoleParallel
 
@@ -114,6 +114,17 @@ def test_coordinates_run_over_tensor_data_pipeline():
 def test_refusals_name_the_numbers(world: int, parallel: dict[str, Any], words: str):
     with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
         resolve_placement(run_config(**parallel), world)
+
+
+@pytest.mark.parametrize(("clips", "data"), [(6, (2, 4)), (7, (1, 2))])
+def test_steps_that_no_micro_batch_shares_are_refused_before_they_begin(clips: int, data: tuple[int, int]):
+    """Nobody gave a micro-batch: so the words are about the step, and not about one that wasn't asked for."""
+    config = run_config(placement="two-groups", encoder=R(data=data[0]), generator=R(data=data[1]))
+    stages = tuple(dataclasses.replace(s, micro_batch=None, max_micro_batch=2) for s in config.stages)
+    config = config.altered(stages=stages, train={"micro_batch": None, "global_batch": clips})
+    said = f"of 2 or less lets encoder data {data[0]} and its own data {data[1]} share the {clips} clips"
+    with pytest.raises(ConfigError, match=said):
+        settled(config, sum(data))
 
 
 def test_ragged_masks_stay_together():
