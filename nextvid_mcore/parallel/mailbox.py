@@ -174,12 +174,22 @@ def usable(group: dist.ProcessGroup, must: bool) -> bool:
     known, found = _found.get(group.group_name, (None, ""))
     if known is not group:  # names come again after groups were destroyed
         copies = dist.get_backend(group) == "nccl"
-        reason = reach.reason(group) if copies else None
-        found = reason or (CopiedMailbox if copies else SentMailbox)(group)
+        found = (reach.reason(group) or _mapped(group)) if copies else SentMailbox(group)
         _found[group.group_name] = group, found
     if must and isinstance(found, str):
         raise ConfigError(f"parallel tensor-overlap on: {found}; use --parallel.tensor-overlap auto or off")
     return not isinstance(found, str)
+
+
+def _mapped(group: dist.ProcessGroup) -> Mailbox | str:
+    """By copies; or why some rank can't map the others' memory, as in a container that forbids it."""
+    made: Mailbox | None = None
+    reason: str | None = None
+    try:
+        made = CopiedMailbox(group)
+    except (ConfigError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+    return next((each for each in reach.gathered(group, reason) if each), made)
 
 
 def of(group: dist.ProcessGroup) -> Mailbox:

@@ -19,13 +19,14 @@ NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
 def reason(group: dist.ProcessGroup) -> str | None:
     """Why they can't, the same on every rank, or None; every rank of the group calls this."""
     mine = torch.cuda.current_device()
-    places = _gathered(group, (socket.gethostname(), _uuid(mine)))
+    places = gathered(group, (socket.gethostname(), _uuid(mine)))
     here = places[group.rank()]
     found = [_unreachable(mine, here, other) for other in places if other != here]
-    return next((each for rank in _gathered(group, found) for each in rank if each), None)
+    return next((each for rank in gathered(group, found) for each in rank if each), None)
 
 
-def _gathered(group: dist.ProcessGroup, mine: Any) -> list[Any]:
+def gathered(group: dist.ProcessGroup, mine: Any) -> list[Any]:
+    """Every rank's, in their order."""
     found: list[Any] = [None] * group.size()
     dist.all_gather_object(found, mine, group=group)
     return found
@@ -48,5 +49,8 @@ def _uuid(device: int) -> str:
 def _atomic(a: int, b: int) -> bool:
     """Whether kernels of GPU a can change GPU b's memory atomically."""
     found = ctypes.c_int(0)
-    driver = ctypes.CDLL("libcuda.so.1")
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # another name, another system: nobody has tried it there
+        return False
     return driver.cuDeviceGetP2PAttribute(ctypes.byref(found), NATIVE_ATOMICS, a, b) == 0 and found.value == 1

@@ -85,3 +85,26 @@ def test_gpus_without_a_link_exchange_in_line_unless_they_must_not() -> None:
             ConfigError, match="no NVLink between them; use --parallel.tensor-overlap auto or off"
         ):
             specs.get_backend("local", "always", group)
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_memory_that_cannot_be_mapped_leaves_the_exchange_in_line(failed: int) -> None:
+    """On every rank, whichever failed."""
+    group = mock.Mock(group_name="unmapped")
+    reasons = [None, None]
+    reasons[failed] = "tensor ranks can't map 1048576 bytes of each other's memory (EPERM)"
+
+    def made(group: object) -> mailbox.CopiedMailbox:
+        if failed == 0:
+            raise ConfigError(f"{reasons[0]}\nand where it was raised")
+        return mock.Mock()
+
+    with (
+        mock.patch.dict(mailbox._found),
+        mock.patch.object(mailbox.dist, "get_backend", lambda group: "nccl"),
+        mock.patch.object(reach, "reason", lambda group: None),
+        mock.patch.object(mailbox, "CopiedMailbox", made),
+        mock.patch.object(reach, "gathered", lambda group, mine: [mine, reasons[1]]),
+    ):
+        assert specs.get_backend("local", "recorded", group) == specs.get_backend("local")
+        assert mailbox.note(group).endswith(f"in line: {reasons[failed]}")
