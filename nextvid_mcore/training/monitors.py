@@ -104,3 +104,37 @@ class Collapse:
                 for name, part in zip(self.names, merged, strict=True)
             ]
         )
+
+
+class Constant:
+    """Notices that all predictions have become one vector, and that they differ again.
+
+    They come out of a LayerNorm, so one is the scale of their variance over tokens, at any width and at
+    every step of a run. Below `SAME` they differ by a hundredth of their size; real data stays far above.
+    """
+
+    SAME, AGAIN = 1e-4, 1e-3
+    PATIENCE = 100  # steps: many runs pass through it (docs/results.md)
+
+    def __init__(self) -> None:
+        self.steps = 0  # in a row that predictions have been the same
+
+    def note(self, step: int, variance: float) -> str | None:
+        """What to say after `step`, whose predictions had this variance (`z_var`); mostly nothing."""
+        told = self.steps >= self.PATIENCE
+        if variance < self.SAME or (told and not variance > self.AGAIN):
+            self.steps += 1
+            if self.steps == self.PATIENCE:
+                return (
+                    f"step {step}: for {self.PATIENCE} steps the predictions have been one vector at all "
+                    f"tokens (z_var {variance:.1e}, of 1): encoder and predictor have shrunk to a constant, "
+                    "and hardly learn until it grows back. A longer warm-up, a lower learning rate or clips "
+                    "with less background help: docs/results.md, What went wrong first"
+                )
+            return None
+        self.steps = 0
+        return (
+            f"step {step}: predictions differ from token to token again (z_var {variance:.1e})"
+            if told
+            else None
+        )

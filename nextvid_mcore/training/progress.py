@@ -8,6 +8,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from nextvid_mcore.training.monitors import Constant
+
 BAR = "{desc}{n_fmt}/{total_fmt} |{bar:10}| {elapsed}<{remaining}{postfix}"  # leaves room for the numbers
 
 
@@ -30,12 +32,15 @@ class Progress:
         self.total, self.log_every, self.rank = total, log_every, rank
         self.stream = stream or sys.stdout
         self.enabled = enabled and rank == 0
+        self._constant = Constant()
         self._bar = None
         if self.enabled and self.stream.isatty():
             self._bar = tqdm(total=total, initial=step, file=self.stream, dynamic_ncols=True, bar_format=BAR)
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One finished step, as the metrics have it."""
+        if "z_var" in row and (note := self._constant.note(row["step"], row["z_var"])):
+            self.say(note)
         if not self.enabled:
             return
         numbers = {

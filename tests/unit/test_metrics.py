@@ -181,3 +181,12 @@ def test_progress_on_a_terminal_is_a_bar_and_other_ranks_are_silent():
         progress.close()
         text = stream.getvalue()
         assert text == "" if rank else ("4/8" in text and "warmup" in text and "saved" in text)
+
+
+def test_progress_says_that_predictions_became_a_constant():
+    stream = io.StringIO()
+    progress = Progress(total=300, step=0, log_every=1, enabled=False, rank=0, stream=stream)
+    for step in range(1, 201):
+        progress.step(ROW | {"step": step, "z_var": 1e-6 if step > 20 else 0.1})
+    (line,) = stream.getvalue().splitlines()
+    assert line.startswith("step 120: for 100 steps the predictions have been one vector")

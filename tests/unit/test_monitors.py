@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nextvid_mcore.training.monitors import Collapse, Moments
+from nextvid_mcore.training.monitors import Collapse, Constant, Moments
 
 
 def named(collapse: Collapse) -> dict[str, float]:
@@ -45,3 +45,18 @@ def test_each_step_starts_empty():
     assert named(collapse) == {"z_var": 0.0, "reference_var": 0.0, "align_cos": pytest.approx(1.0)}
     collapse.add(torch.eye(2), torch.eye(2), -torch.eye(2))
     assert named(collapse)["align_cos"] == pytest.approx(-1.0)
+
+
+def test_a_constant_is_noticed_once_and_its_end() -> None:
+    constant, said = Constant(), {}
+    variances = [0.2] + [5e-6] * 90 + [0.01] + [5e-6] * 50 + [float("nan")] + [5e-6] * 150 + [5e-4] * 20
+    for step, variance in enumerate([*variances, 0.02, 0.1, *[5e-6] * 100], start=1):
+        if (note := constant.note(step, variance)) is not None:
+            said[step] = note
+    begins = 1 + 90 + 1 + 50 + 1 + 100  # neither 90 steps are enough, nor 50 and the one that was skipped
+    ends = len(variances) + 1
+    assert list(said) == [begins, ends, ends + 1 + 100]
+    assert said[begins].startswith(
+        f"step {begins}: for 100 steps the predictions have been one vector at all"
+    )
+    assert said[ends] == f"step {ends}: predictions differ from token to token again (z_var 2.0e-02)"
