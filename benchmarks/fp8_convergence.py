@@ -1,7 +1,7 @@
 # ruff: noqa: E402 (the clone is put on the path first)
 """Does FP8 train as bf16 does? A small real run, many seeds, the same samples in the same order.
 
-    python benchmarks/fp8_convergence.py [--steps 300] [--out FOLDER] [--runs bf16:0 bf16:0:again ...]
+    python benchmarks/fp8_convergence.py [--steps 1200] [--out FOLDER] [--runs bf16:0 bf16:0:again ...]
     python benchmarks/fp8_convergence.py --plot-only docs/fp8_convergence.jsonl    # table and picture again
 
 Runs are what a user's are: compiled pieces, recorded passes, FP8 in every network; `plain` is bf16 without
@@ -52,7 +52,19 @@ RUNS = listed("bf16 delayed", SEEDS[:5]) + listed("current blockwise", SEEDS[:3]
 RUNS += listed("bf16 delayed", SEEDS[5:]) + ["bf16:0:again", "delayed:0:again"]
 RUNS += listed("plain", SEEDS[:EARLY]) + listed("current blockwise plain", SEEDS[3:])
 WARM = 4  # steps after which everything has been compiled
-SETTINGS = ("steps", "batch", "width", "depth", "backend", "precision", "graphs", "compile", "manifest")
+SETTINGS = (
+    "steps",
+    "batch",
+    "image",
+    "side",
+    "width",
+    "depth",
+    "backend",
+    "precision",
+    "graphs",
+    "compile",
+    "manifest",
+)
 
 
 class LateError(Exception):
@@ -60,19 +72,22 @@ class LateError(Exception):
 
 
 def make_config(args: argparse.Namespace, run: str) -> Any:
-    """A 10.6M encoder (the digits recipe's schedule), every width and token count a multiple of 16."""
-    from nextvid_mcore.config import Fp8Config, TransformerShape
+    """Recipe digits_32, every width and token count a multiple of 16.
+
+    Its digits fill the frame. Of smaller ones features shrink to a constant, and come back too late.
+    """
+    from nextvid_mcore.config import MOVING_DIGITS, Fp8Config, TransformerShape
     from nextvid_mcore.recipes import digits
 
     recipe, seed = run.split(":")[:2]
-    config = digits.make("m", steps=args.steps, batch=args.batch)
-    encoder = TransformerShape(args.width, args.depth, args.width // 64, 4 * args.width)
+    config = digits.make("m", steps=args.steps, batch=args.batch, image=args.image)
+    encoder = TransformerShape(args.width, args.depth, args.width // 32, 4 * args.width)
     other = TransformerShape(192, max(1, args.depth // 2), 6, 768)
     if args.manifest:
         data = {"manifest": args.manifest, "eval_manifest": None, "workers": 2}
         config = config.altered(data=data, target={"pixel_scale": 1.0})
     else:
-        config = config.altered(data={"workers": 0})
+        config = config.altered(data={"workers": 0, "manifest": f"{MOVING_DIGITS}:{args.image}:{args.side}"})
     shapes = {"encoder": encoder, "predictor": other, "decoder": other}
     return config.altered(
         model=shapes | {"backend": args.backend, "compile": compiles(args, run)},
@@ -282,10 +297,12 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", nargs="+", default=RUNS, metavar="RECIPE:SEED[:again]")
-    parser.add_argument("--steps", type=least(1), default=300)
-    parser.add_argument("--batch", type=least(1), default=32)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--depth", type=least(1), default=6)
+    parser.add_argument("--steps", type=least(1), default=1200)
+    parser.add_argument("--batch", type=least(1), default=64)
+    parser.add_argument("--image", type=least(16), default=32, help="pixels")
+    parser.add_argument("--side", type=least(1), default=22, help="pixels of a digit")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--depth", type=least(1), default=4)
     parser.add_argument("--backend", default="te", choices=("te", "local"))
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--graphs", default="auto", choices=("auto", "on", "off"))
