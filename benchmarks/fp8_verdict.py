@@ -23,6 +23,7 @@ SPIKE, ROUND = (
     1.5,
     5,
 )  # a loss so many times the median of so many on either side; none in a run's first tenth
+SAME = 1e-4  # nextvid_mcore/training/monitors.py: Constant
 NEAR = 0.02  # of a pass made again: FP8 with delayed scales comes so near, others give every digit
 # Student's t that 95% lie within, for 1, 2, ... degrees of freedom
 T95 = (
@@ -222,6 +223,10 @@ def otherwise(runs: Runs) -> list[str]:
         found = [x for each in by_recipe(runs, what=what).values() for x in each.values()]
         if found:
             out.append(f"variance of {said} over tokens, last {LAST}: {min(found):.2g} to {max(found):.2g}")
+    variances = [x for line in runs.values() for x in line.get("z_var", ())]
+    if variances:
+        share = sum(x < SAME for x in variances) / len(variances)
+        out.append(f"predictions were one vector (variance below {SAME}) in {share:.0%} of the steps")
     return out
 
 

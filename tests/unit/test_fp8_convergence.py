@@ -142,6 +142,7 @@ def test_flow_alone_is_compared_where_it_was_written() -> None:
     (told,) = [x for x in lines if x.startswith("flow loss alone")]
     assert "VERDICT delayed: 0.76000 over 3 seeds lies OUTSIDE bf16's 0.70000 to 0.72000" in told
     assert "variance of predictions over tokens, last 50: 0.1 to 0.3" in lines
+    assert "predictions were one vector (variance below 0.0001) in 50% of the steps" in lines
 
 
 @pytest.fixture
