@@ -91,7 +91,7 @@ def with_parallel(config, world, sequence=False, **role):
         (3, {"tensor": 2}, "3 ranks can't be divided into groups of tensor 2"),
         (8, {"tensor": 2, "data": 3}, "needs 6 ranks, but 8 were started"),
         (82, {"pipeline": 41}, "40 encoder layers can't be split over 41"),
-        (7, {}, "global batch 3072 is not divisible by micro batch . x data parallel 7"),
+        (7, {}, "3072 can't be shared equally by data parallel 7; use data parallel 6"),
     ],
 )
 def test_impossible_layouts(world, role, message):
