@@ -77,21 +77,22 @@ class _Column(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         box, gradient, dx = mailbox.of(ctx.linear.tp_group), _WeightGradient(ctx.linear), None
         rows = dy.contiguous().chunk(box.size)
-        box.open([x.shape, x.shape], x)
+        given, owed = 0, int(wants_weight)  # slots; one that nobody fills would wait for the next exchange's
+        box.open([x.shape] * (wants_weight + wants_x), x)
         if wants_weight:
             for other in box.others:
-                box.push(0, other, [x])
+                box.push(given, other, [x])
         if wants_x:
             for other in box.others:
-                box.push(1, other, (part @ weight for part in rows[other].chunk(PARTS)))
+                box.push(owed, other, (part @ weight for part in rows[other].chunk(PARTS)))
             dx = rows[box.rank] @ weight
         if wants_weight:
             gradient.add(rows[box.rank], x)
             for other in reversed(box.others):
-                gradient.add(rows[other], box.take(0, other))
+                gradient.add(rows[other], box.take(given, other))
         if wants_x:
             for other in reversed(box.others):
-                dx.add_(box.take(1, other))
+                dx.add_(box.take(owed, other))
         box.close()
         return dx, gradient.sum, dy.sum(0) if wants_bias else None, None
 

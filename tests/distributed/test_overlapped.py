@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from launch import shared
@@ -76,3 +78,31 @@ def test_equals_one_product(kind: str, later: bool, overlap: specs.Overlap) -> N
     for name, want in {"y": y, "x": x.grad, "weight": weight.grad, "bias": bias.grad}.items():
         torch.testing.assert_close(got[name], want)
     assert not any(each["waits"] for each in found)
+
+
+def frozen_on_rank(frozen: str) -> list[torch.Tensor]:
+    """Gradients of two backward passes of a column linear whose weight, or whose input, wants none."""
+    init_distributed()
+    group = build_groups(Layout(RANKS, sequence=True)).collection.tp
+    specs.get_backend("local", "always", group)  # makes the mailbox
+    r, found = group.rank(), []
+    x, weight, bias, dy = whole("column")
+    for scale in (1, 2):
+        part, mine = scale * x.chunk(RANKS)[r].flatten(0, 1), weight.chunk(RANKS)[r].clone()
+        part.requires_grad_(frozen != "input")
+        mine.requires_grad_(frozen != "weight")
+        linear = mock.Mock(tp_group=group, config=mock.Mock(gradient_accumulation_fusion=False))
+        y = overlapped._Column.apply(part, mine, bias.chunk(RANKS)[r], linear)
+        y.backward(scale * dy.chunk(RANKS, dim=2)[r].flatten(0, 1))
+        found.append(part.grad if frozen == "weight" else mine.grad)
+    return found
+
+
+@pytest.mark.parametrize("frozen", ["weight", "input"])
+def test_rows_that_nobody_wants_are_not_waited_for(frozen: str) -> None:
+    """An exchange takes its own rows, whatever the one before it had no use for."""
+    x, weight, _, dy = (t.flatten(0, 1) if t.dim() == 3 else t for t in whole("column"))
+    want = dy @ weight if frozen == "weight" else dy.t() @ x
+    first, second = zip(*shared(RANKS).run(frozen_on_rank, frozen), strict=True)
+    torch.testing.assert_close(torch.cat(first), want)
+    torch.testing.assert_close(torch.cat(second), (2 if frozen == "weight" else 4) * want)
