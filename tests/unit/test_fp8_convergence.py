@@ -1,5 +1,6 @@
 """benchmarks/fp8_convergence.py: how processes share its runs, and what is said of their losses."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -14,12 +15,13 @@ from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.parallel.groups import init_distributed, seed_trackers
 from nextvid_mcore.parallel.plan import check
 from nextvid_mcore.parallel.seats import build_seats
-from nextvid_mcore.recipes import tiny
+from nextvid_mcore.recipes import digits, tiny
 from nextvid_mcore.schedule import Schedule
 from nextvid_mcore.training.step import TrainStep
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import fp8_convergence
 import fp8_verdict
 import watched_step
 from shared_runs import Board
@@ -31,6 +33,17 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
     monkeypatch.setattr("tempfile.tempdir", None)
     (tmp_path / "locks").mkdir()
     return Board(tmp_path, "found")
+
+
+def test_the_runs_are_those_of_a_recipe_whose_features_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fp8_convergence.py"])
+    config, like = fp8_convergence.make_config(fp8_convergence.parse(), "bf16:0"), digits.digits_32()
+    for name in ("stages", "target", "optim", "mask", "loss"):
+        mine, theirs = getattr(config, name), getattr(like, name)
+        assert mine == (dataclasses.replace(theirs, compile=True) if name == "target" else theirs), name
+    for name in ("encoder", "predictor", "decoder", "image_size", "patch_size", "init_std"):
+        assert getattr(config.model, name) == getattr(like.model, name), name
+    assert config.data.manifest == like.data.manifest and config.train.precision == like.train.precision
 
 
 def test_a_run_is_taken_once(board: Board) -> None:
