@@ -24,7 +24,8 @@ def changes(old: dict[str, Any], config: RunConfig) -> list[str]:
         if name.startswith(quiet) or (name in then and name in now and then[name] == now[name]):
             continue
         if name == "train.init_from":
-            notes.append("note: --init-from is not read: the run goes on from its own checkpoint")
+            if now[name] is not None:
+                notes.append("note: --init-from is not read: the run goes on from its own checkpoint")
         elif name not in now:
             notes.append(f"note: {name} was {_said(then[name])} and is gone")
         else:

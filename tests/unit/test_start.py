@@ -55,3 +55,5 @@ def test_what_differs_is_said_as_it_is() -> None:
         "note: --init-from is not read: the run goes on from its own checkpoint",
     ]
     assert changes(saved(config), config.altered(train={"log_every": 5}, eval={"every": 3})) == []
+    branched = saved(config.altered(train={"init_from": "runs/other"}))
+    assert changes(branched, config) == []  # left out this time: nothing was asked for
