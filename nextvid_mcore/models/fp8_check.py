@@ -1,4 +1,4 @@
-"""The kernels that write FP8, run once and compared byte by byte before a run starts.
+"""The kernels that write FP8, run once and every value compared before a run starts.
 
 A compiler is part of them: ptxas 12.8 made wrong bytes of one form of their code (benchmarks/RESULTS.md),
 which no loss shows in a few steps. What is compiled here is what the run takes.

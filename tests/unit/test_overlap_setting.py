@@ -13,6 +13,7 @@ from nextvid_mcore.parallel import mailbox, reach, split
 from nextvid_mcore.parallel.placement import resolve_placement
 
 TWO = "--parallel.encoder.tensor 2 --parallel.sequence"
+AUTO = "--parallel.tensor-overlap auto"
 
 
 def made(line: str) -> RunConfig:
@@ -22,15 +23,15 @@ def made(line: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("line", "world", "wanted"),
     [
-        (TWO, 2, "recorded"),
-        (f"{TWO} --parallel.tensor-overlap off", 2, "never"),
+        (TWO, 2, "never"),
+        (f"{TWO} {AUTO}", 2, "recorded"),
         (f"{TWO} --parallel.tensor-overlap on --train.cuda-graphs off", 2, "always"),
-        ("--parallel.encoder.tensor 2", 2, "never"),  # no sequence parallelism
-        (f"{TWO} --train.cuda-graphs off", 2, "never"),
-        (f"{TWO} --train.precision fp32", 2, "never"),
-        (f"{TWO} --fp8.reference current", 2, "never"),
-        (f"{TWO} --parallel.encoder.pipeline 2", 4, "never"),
-        ("--parallel.encoder.tensor 4 --parallel.sequence", 4, "never"),  # no GPUs have shown it
+        (f"{AUTO} --parallel.encoder.tensor 2", 2, "never"),  # no sequence parallelism
+        (f"{TWO} {AUTO} --train.cuda-graphs off", 2, "never"),
+        (f"{TWO} {AUTO} --train.precision fp32", 2, "never"),
+        (f"{TWO} {AUTO} --fp8.reference current", 2, "never"),
+        (f"{TWO} {AUTO} --parallel.encoder.pipeline 2", 4, "never"),
+        (f"{AUTO} --parallel.encoder.tensor 4 --parallel.sequence", 4, "never"),  # no GPUs have shown it
     ],
 )
 def test_auto_is_what_was_seen_to_pay(line: str, world: int, wanted: str) -> None:
@@ -40,7 +41,7 @@ def test_auto_is_what_was_seen_to_pay(line: str, world: int, wanted: str) -> Non
 
 
 def test_without_transformer_engine_rows_are_exchanged_in_line() -> None:
-    config = made(f"--model.backend local {TWO}")
+    config = made(f"--model.backend local {TWO} {AUTO}")
     placement = resolve_placement(config, 2)
     assert split.overlap(config, placement, placement.encoder.layout) == "never"
 
