@@ -21,10 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nextvid_mcore.models import triton_prefix
-from nextvid_mcore.models.gluon_tiles import invalidate, load
+from nextvid_mcore.models.gluon_tiles import copied, described, invalidate, load
 from nextvid_mcore.models.triton_fp8 import ROUND_E4M3
 
 QUERIES = 64  # of a program: what a warpgroup multiplies at once
@@ -121,20 +120,13 @@ def _run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, frame: int, *low: Tensor)
     if low:
         out = out.view(torch.uint8)
     if not q.stride() == k.stride() == v.stride() or q.stride(0) != q.shape[1] * q.stride(1):
-        q, k, v = (x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for x in (q, k, v))
+        q, k, v = copied(q), copied(k), copied(v)
     rows, heads, s, d = q.shape
     o_token, o_row, o_head = out.stride()[:3]
     keys, tiles = 128 if frame % 128 == 0 else 64, s // QUERIES
-    kind = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
-
-    def described(x: Tensor, tokens: int) -> TensorDescriptor:
-        shape = [s, (rows * heads - 1) * x.stride(1) + d]  # as far as this one of packed q, k, v goes
-        layout = gl.NVMMASharedLayout.get_default_for([tokens, d], kind)
-        return TensorDescriptor(x, shape, [x.stride(2), 1], [tokens, d], layout)
-
     _prefix[(rows * heads * tiles,)](
-        described(q, QUERIES), described(k, keys), described(v, keys), out, math.log2(math.e) / math.sqrt(d),
-        heads, tiles, *q.stride()[:2], o_row, o_head, o_token, *(low or (None, None, None)),
+        *described(QUERIES, q), *described(keys, k, v), out, math.log2(math.e) / math.sqrt(d), heads, tiles,
+        *q.stride()[:2], o_row, o_head, o_token, *(low or (None, None, None)),
         FRAME=frame, D=d, BM=QUERIES, BN=keys, LOW=bool(low), num_warps=4,
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ benchmarks/attention.py and prefix.py compare them; benchmarks/RESULTS.md says w
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -98,15 +99,15 @@ def flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
 
 
 def prefix(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
-    """The same by Triton, for patterns that have a `prefix`; no gradient goes through it."""
-    return _prefix_kernel().attend(q, k, v, pattern.prefix)
+    """The same by our kernels, for patterns that have a `prefix`; no gradient goes through it."""
+    return ours("prefix").attend(q, k, v, pattern.prefix)
 
 
 def prefix_low(
     q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, low: tuple[Tensor, Tensor, torch.dtype]
 ) -> Scaled:
     """What `prefix` gives, times a scale in FP8, rows [s * rows, A * d]; low: scale, largest value, type."""
-    return _prefix_kernel().attend_low(q, k, v, pattern.prefix, *low)
+    return ours("prefix").attend_low(q, k, v, pattern.prefix, *low)
 
 
 @functools.cache
@@ -117,32 +118,19 @@ def _gluon() -> bool:
     return triton.__version__.startswith(GLUON) and not triton.knobs.runtime.interpret
 
 
-@functools.cache
-def _prefix_kernel() -> ModuleType:
-    if _gluon():
-        from nextvid_mcore.models import gluon_prefix as made
-    else:
-        from nextvid_mcore.models import triton_prefix as made
-    return made
+def ours(kind: str) -> ModuleType:
+    """The module of our kernels of `prefix` or `stairs` for this Triton."""
+    return importlib.import_module(f"nextvid_mcore.models.{'gluon' if _gluon() else 'triton'}_{kind}")
 
 
 def stairs(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
-    """The same by Triton, for patterns that have `stairs`."""
-    return _stairs_kernel().attend(q, k, v, pattern.stairs)
+    """The same by our kernels, for patterns that have `stairs`."""
+    return ours("stairs").attend(q, k, v, pattern.stairs)
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, pattern: None = None) -> Tensor:
     """The same as `plain` by the kernels of `stairs`."""
-    return _stairs_kernel().attend(q, k, v, ((0, 0, 1, q.shape[2], k.shape[2]),))
-
-
-@functools.cache
-def _stairs_kernel() -> ModuleType:
-    if _gluon():
-        from nextvid_mcore.models import gluon_stairs as made
-    else:
-        from nextvid_mcore.models import triton_stairs as made
-    return made
+    return ours("stairs").attend(q, k, v, ((0, 0, 1, q.shape[2], k.shape[2]),))
 
 
 def flex_blocks(stretches: Sequence[Stretch], block: int | None = None) -> BlockMask:
@@ -179,8 +167,7 @@ def prefix_takes(frame: int, width: int, device: torch.device) -> bool:
 
 
 def _stairs_fit(q: Tensor, pattern: AttentionPattern | None) -> bool:
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    if not (half and fused.compiles(q) and _hopper(q.device) and q.shape[-1] in STAIRS_HEADS):
+    if not _hopper(q.device) or q.shape[-1] not in STAIRS_HEADS:
         return False
     if pattern is None:
         return q.shape[2] >= SHORTEST and q.shape[2] % STAIRS_TOKENS == 0 and _gluon()
@@ -191,16 +178,16 @@ def _stairs_fit(q: Tensor, pattern: AttentionPattern | None) -> bool:
 
 def choose(q: Tensor, pattern: AttentionPattern | None) -> Callable[..., Tensor]:
     """The kernel for queries [rows, A, s, d]."""
+    fast = q.dtype in (torch.bfloat16, torch.float16) and fused.compiles(q)
     if pattern is None:
-        return whole if _stairs_fit(q, None) else plain
-    half = q.dtype in (torch.bfloat16, torch.float16)
+        return whole if fast and _stairs_fit(q, None) else plain
     if pattern.padded is not None:
         return padded.attend
-    if half and fused.compiles(q) and _prefix_fits(q, pattern):
+    if fast and _prefix_fits(q, pattern):
         return prefix
-    if _stairs_fit(q, pattern):
+    if fast and _stairs_fit(q, pattern):
         return stairs
     fits = q.shape[-1] >= MIN_HEAD and q.shape[2] >= SHORTEST
-    if pattern.blocks is not None and half and fits and fused.compiles(q):
+    if pattern.blocks is not None and fast and fits:
         return flex
     return masked

@@ -93,7 +93,7 @@ def test_attention_writes_fp8() -> None:
     frame, rows, heads, width = 256, 2, 3, 64
     packed = torch.randn(3 * frame, rows, heads, 3, width, device="cuda", dtype=torch.bfloat16)
     parts = [x.permute(1, 2, 0, 3) for x in packed.unbind(3)]
-    for module in (kernels._prefix_kernel(), triton_prefix):
+    for module in (kernels.ours("prefix"), triton_prefix):
         scale, amax = torch.tensor(4000.0, device="cuda"), torch.zeros(1, device="cuda")
         wanted = module.attend(*parts, frame).permute(2, 0, 1, 3).reshape(3 * frame * rows, -1).float()
         low = module.attend_low(*parts, frame, scale, amax, torch.float8_e4m3fn)

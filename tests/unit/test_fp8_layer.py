@@ -93,9 +93,9 @@ def test_attention_writes_what_the_output_linear_reads(monkeypatch) -> None:
     wanted = core(*parts, **given)  # not the kernel's: nobody writes FP8
     assert isinstance(wanted, Tensor) and amax == 1e-3
     monkeypatch.setattr(kernels, "choose", lambda q, pattern: kernels.prefix)
-    kernels._prefix_kernel.cache_clear()
+    kernels._gluon.cache_clear()
     found = core(*parts, **given)
-    kernels._prefix_kernel.cache_clear()
+    kernels._gluon.cache_clear()
     assert found.rows.shape == (len(parts[0]) * rows, heads * width) and found.columns is None
     torch.testing.assert_close(amax[0], wanted.abs().max().float(), rtol=1e-3, atol=0)
     torch.testing.assert_close(found.inverse, 1 / scale.reshape(1))
