@@ -120,10 +120,14 @@ def read_state(path: Path | str) -> dict[str, Any]:
     return state
 
 
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Values by dotted name: stages.0.batch."""
+    if isinstance(value, list):
+        value = {str(i): each for i, each in enumerate(value)}
     if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for name, inner in value.items() for k, v in _flat(f"{prefix}.{name}", inner).items()}
+        return {name: value}
+    parts = (flat(each, f"{name}.{key}" if name else key) for key, each in value.items())
+    return {key: each for part in parts for key, each in part.items()}
 
 
 def completed(saved: dict[str, Any], like: Any) -> dict[str, Any]:
@@ -159,7 +163,7 @@ def check_model(path: Path | str, config: RunConfig, weights_only: bool = False)
     pairs.append(("target.kind", there.get("target", {}).get("kind"), here["target"]["kind"]))
     differ = []
     for name, a, b in pairs:
-        old, new = _flat(name, a), _flat(name, b)
+        old, new = flat(a, name), flat(b, name)
         differ += [f"{k} is {old.get(k)} there and {new.get(k)} here" for k in new if old.get(k) != new[k]]
     if differ:
         way = "set it as it was" if weights_only else "set it as it was, or start a new run in another --out"

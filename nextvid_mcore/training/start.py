@@ -17,8 +17,8 @@ def changes(old: dict[str, Any], config: RunConfig) -> list[str]:
     """
     quiet = ("checkpoint.", "eval.", "wandb.", "profile.", "parallel.timeout")
     quiet += ("train.steps", "train.log_every", "train.progress")
-    then = _flat(_in_force(checkpoint.completed(old, config)))
-    now = _flat(_in_force(json.loads(config.to_json())))
+    then = checkpoint.flat(_in_force(checkpoint.completed(old, config)))
+    now = checkpoint.flat(_in_force(json.loads(config.to_json())))
     notes = []
     for name in sorted(then.keys() | now.keys()):
         if name.startswith(quiet) or (name in then and name in now and then[name] == now[name]):
@@ -47,16 +47,6 @@ def _in_force(config: dict[str, Any]) -> dict[str, Any]:
         own = {"batch": batch or stage["batch"], "micro_batch": micro or stage.get("micro_batch") or most}
         stages.append({k: v for k, v in stage.items() if k != "max_micro_batch"} | own)
     return config | {"train": train, "stages": stages}
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Values by dotted name: stages.0.batch."""
-    if isinstance(value, list):
-        value = {str(i): each for i, each in enumerate(value)}
-    if not isinstance(value, dict):
-        return {name: value}
-    parts = (_flat(each, f"{name}.{key}" if name else key) for key, each in value.items())
-    return {key: each for part in parts for key, each in part.items()}
 
 
 def find_checkpoint(source: Path) -> Path:
