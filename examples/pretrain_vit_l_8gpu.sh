@@ -11,13 +11,13 @@ STATISTICS=${STATISTICS:-weights/latents_stats.pt}
 OUT=${OUT:-runs/vit_l}
 GPUS=${GPUS:-8}
 MICRO_BATCH=${MICRO_BATCH-}                       # clips of a GPU in one pass; empty: the recipe's, for 80 GB
-FP8=${FP8-}                                       # delayed: student and reference in FP8; empty: bf16
+FP8=${FP8-}                                       # delayed: the four networks in FP8; empty: bf16
 
 target=(--target.checkpoint "$VA_VAE" --target.statistics "$STATISTICS")
 if [ -z "$VA_VAE" ]; then target=(--target.kind pixels); fi
 speed=()
 if [ -n "$MICRO_BATCH" ]; then speed+=(--train.micro-batch "$MICRO_BATCH"); fi
-if [ -n "$FP8" ]; then speed+=(--fp8.student "$FP8" --fp8.reference "$FP8"); fi
+if [ -n "$FP8" ]; then speed+=(--fp8.all "$FP8"); fi
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
 
 torchrun --standalone --nproc-per-node "$GPUS" \
