@@ -3,19 +3,33 @@
 A collective of NCCL is a kernel: it waits for the products before it and those after wait for it. Here a rank
 copies rows to the others itself, from a stream of its own. On GPUs these are copies by the copy engines over
 NVLink into memory that torch maps for all of them (`torch.distributed._symmetric_memory`), so that all
-multiprocessors go on with products; a flag follows the rows, and a one-warp kernel waits for it where they
-are read. All of it can be recorded: kernels, copies and events, at addresses that stay. Elsewhere the rows go
-by the group's own sends and receives, which is the reference.
+multiprocessors go on with products. All of it can be recorded: kernels, copies and events, at addresses that
+stay. Elsewhere the rows go by the group's own sends and receives, which is the reference.
 
 One exchange is open, push ..., take ..., close, the same on every rank of the group and in the same order.
+
+Why what is taken is whole: torch's `put_signal` is a kernel of one warp that follows the copies in their
+stream and sets its flag by a release at system scope; `wait_signal` takes it back by an acquire at system
+scope, ahead of the kernels that read. (In torch 2.11's code for sm_90: MEMBAR.ALL.SYS before an
+ATOM.CAS.STRONG.SYS, CCTL.IVALL after one.) The next `open`'s barrier, ahead of which rows aren't overwritten,
+is made of the same two.
+
+Why nobody waits for ever: a rank puts all its signals of a slot ahead of the first that it takes, in the
+order in which it issues work, and `take` lets no graph turn that round. So even a rank that does one thing
+after the other (CUDA_DEVICE_MAX_CONNECTIONS=1) waits for nothing that waits for it. A signal waits for its
+flag to be free, and all are since the barrier: `close` and `open` see to it that each was taken. A recording
+that broke off hasn't run and has set none. Where a rank fails inside a pass the others wait for it on the
+device, as in a collective of NCCL, and torchrun or parallel/watchdog.py ends them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +39,8 @@ from nextvid_mcore.config import ConfigError
 from nextvid_mcore.parallel import reach
 
 ALIGNED = 256  # bytes, to which slots are rounded up: products read what lies there
+FREE = 10_000  # ms after which a flag that isn't free ends the process: it is, unless a rule was broken
+LATE = "another rank failed"
 
 
 class SentMailbox:
@@ -92,8 +108,9 @@ class CopiedMailbox:
         self.group, self.rank, self.size = group, group.rank(), group.size()
         self.others = [(self.rank + step) % self.size for step in range(1, self.size)]
         self._stream = torch.cuda.Stream()
-        self._one = torch.tensor([1], dtype=torch.int32, device="cuda")
         self._sent: list[Tensor] = []
+        self._due: set[tuple[int, int]] = set()  # what is yet to be taken, by slot and source
+        self._records = False
         self._pushed: dict[int, torch.cuda.Event] = {}
         self._all = []  # recorded passes go on using the memory they were recorded with
         self._grow(1 << 20)
@@ -107,21 +124,38 @@ class CopiedMailbox:
                 f"tensor ranks exchange {size} bytes for the first time while a pass is recorded"
             )
         device, name = torch.device("cuda", torch.cuda.current_device()), self.group.group_name
-        try:
-            memory = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device, name)
-            self._here = _SymmetricMemory.rendezvous(memory)
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
+        of_bytes = (size,), (1,), torch.uint8, device, name
+
+        def together(step: Callable[[], Any]) -> Any:
+            """What `step` gives, or an error on every rank if one failed."""
+            made, reason = None, None
+            try:
+                made = step()
+            except dist.DistStoreError:
+                reason = LATE
+            except RuntimeError as error:
+                reason = str(error).strip().partition("\n")[0]
+            failed = sorted(filter(None, reach.gathered(self.group, reason)), key=LATE.__eq__)
+            if not failed:
+                return made
             raise ConfigError(
-                f"tensor ranks can't map {size} bytes of each other's memory ({reason}); use "
+                f"tensor ranks can't map {size} bytes of each other's memory ({failed[0]}); use "
                 "--parallel.tensor-overlap off"
-            ) from error
+            )
+
+        memory = together(lambda: _SymmetricMemory.empty_strided_p2p(*of_bytes))
+        with reach.patience(self.group):
+            self._here = together(lambda: _SymmetricMemory.rendezvous(memory))
         self._all.append((memory, self._here))
         self._bytes = size
 
     def open(self, shapes: Sequence[torch.Size], like: Tensor) -> None:
         """Slot i of the exchange has `shapes[i]`, one for every other rank, with the dtype of `like`."""
+        if self._due and not self._records:
+            raise RuntimeError("tensor ranks broke off an exchange, whose signals the next would take")
         self._sent.clear()  # of a recording that broke off
+        self._records = torch.cuda.is_current_stream_capturing()
+        self._due = set(itertools.product(range(len(shapes)), self.others))
         self._dtype = like.dtype
         self._slots = Slots(tuple(shapes), like.element_size(), self.size)
         if self._slots.size > self._bytes:
@@ -143,13 +177,13 @@ class CopiedMailbox:
                 space[done : done + len(part)].copy_(part)
             self._sent.append(part)
             done += len(part)
-        flag = self._here.get_signal_pad(to, (1,), torch.int32, (slot + 1) * self.size + self.rank)
         with torch.cuda.stream(self._stream):
-            flag.copy_(self._one)  # as a copy it needs no multiprocessor, which products may hold for long
+            self._here.put_signal(to, channel=slot + 1, timeout_ms=FREE)  # channel 0 is the barrier's
         self._pushed[slot] = self._stream.record_event()
 
     def take(self, slot: int, source: int) -> Tensor:
         """What rank `source` of the group has pushed; to be read before `close`."""
+        self._due.remove((slot, source))
         # first what the others wait for: a recorded pass may put branches that it could run together in a row
         torch.cuda.current_stream().wait_event(self._pushed[slot])
         self._here.wait_signal(source, channel=slot + 1)
@@ -159,6 +193,8 @@ class CopiedMailbox:
         """What was pushed may be overwritten."""
         torch.cuda.current_stream().wait_stream(self._stream)
         self._sent.clear()
+        if self._due:
+            raise RuntimeError(f"an exchange ended with rows not taken, by slot and rank {sorted(self._due)}")
 
 
 Mailbox = SentMailbox | CopiedMailbox
@@ -183,13 +219,10 @@ def usable(group: dist.ProcessGroup, must: bool) -> bool:
 
 def _mapped(group: dist.ProcessGroup) -> Mailbox | str:
     """By copies; or why some rank can't map the others' memory, as in a container that forbids it."""
-    made: Mailbox | None = None
-    reason: str | None = None
     try:
-        made = CopiedMailbox(group)
-    except (ConfigError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-    return next((each for each in reach.gathered(group, reason) if each), made)
+        return CopiedMailbox(group)
+    except ConfigError as error:
+        return str(error).partition("; use ")[0]
 
 
 def of(group: dist.ProcessGroup) -> Mailbox:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from nextvid_mcore import cli
 from nextvid_mcore.config import ConfigError, RunConfig
@@ -54,21 +58,23 @@ def test_fp8_and_on_are_refused_together() -> None:
 @pytest.mark.parametrize(
     ("other", "linked", "said"),
     [
-        (("a", "gpu-1"), True, None),
-        (("a", "gpu-1"), False, "GPUs 0 and 1 have no NVLink"),
-        (("b", "gpu-1"), True, "its ranks sit on a and b"),
-        (("a", "gpu-7"), True, "CUDA_VISIBLE_DEVICES"),
+        (("a", "gpu-1", ("pid:[1]", 5, 7)), True, None),
+        (("a", "gpu-1", ("pid:[1]", 5, 7)), False, "GPUs 0 and 1 have no NVLink"),
+        (("b", "gpu-1", ("pid:[1]", 5, 7)), True, "its ranks sit on a and b"),
+        (("a", "gpu-7", ("pid:[1]", 5, 7)), True, "CUDA_VISIBLE_DEVICES"),
+        (("a", "gpu-1", ("pid:[2]", 5, 7)), True, "in containers of their own or with another TMPDIR"),
+        (("a", "gpu-1", ("pid:[1]", 5, 8)), True, "in containers of their own or with another TMPDIR"),
     ],
 )
 def test_gpus_that_cannot_reach_each_other_are_named(
-    other: tuple[str, str], linked: bool, said: str | None
+    other: reach.Place, linked: bool, said: str | None
 ) -> None:
     with (
         mock.patch.object(reach.torch.cuda, "device_count", lambda: 2),
         mock.patch.object(reach, "_uuid", lambda device: f"gpu-{device}"),
         mock.patch.object(reach, "_atomic", lambda a, b: linked),
     ):
-        found = reach._unreachable(0, ("a", "gpu-0"), other)
+        found = reach._unreachable(0, ("a", "gpu-0", ("pid:[1]", 5, 7)), other)
     assert found is None if said is None else said in found
 
 
@@ -88,24 +94,49 @@ def test_gpus_without_a_link_exchange_in_line_unless_they_must_not() -> None:
             specs.get_backend("local", "always", group)
 
 
-@pytest.mark.parametrize("failed", [0, 1])
-def test_memory_that_cannot_be_mapped_leaves_the_exchange_in_line(failed: int) -> None:
-    """On every rank, whichever failed."""
-    group = mock.Mock(group_name="unmapped")
-    reasons = [None, None]
-    reasons[failed] = "tensor ranks can't map 1048576 bytes of each other's memory (EPERM)"
+def test_processes_of_one_host_share_their_surroundings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    here = reach._surroundings()
+    assert reach._surroundings() == here
+    monkeypatch.setenv("TMPDIR", "/")
+    assert reach._surroundings() != here
 
-    def made(group: object) -> mailbox.CopiedMailbox:
-        if failed == 0:
-            raise ConfigError(f"{reasons[0]}\nand where it was raised")
+
+@pytest.mark.parametrize("failed", [0, 1])
+@pytest.mark.parametrize("step", ["empty_strided_p2p", "rendezvous"])
+def test_memory_that_cannot_be_mapped_leaves_the_exchange_in_line(step: str, failed: int) -> None:
+    """On every rank, whichever failed; and nobody waits in the rendezvous for one that has no memory."""
+    store = mock.Mock(timeout=600)
+    group = mock.Mock(group_name="unmapped", rank=lambda: 0, size=lambda: 2, get_group_store=lambda: store)
+    asked: list[str] = []
+
+    def called(name: str, *args: object) -> mock.Mock:
+        asked.append(name)
+        if failed == 0 and step == name:
+            raise RuntimeError("EPERM\nand where it was raised")
+        if failed == 1 and step == name == "rendezvous":
+            raise torch.distributed.DistStoreError("wait timeout after 60000ms")
         return mock.Mock()
 
+    def gathered(group: object, mine: object) -> list[object]:
+        return [mine, "EPERM" if failed == 1 and asked[-1] == step else None]
+
+    steps = "empty_strided_p2p", "rendezvous"
+    memory = mock.Mock(**{name: functools.partial(called, name) for name in steps})
+    cuda = {"Stream": mock.Mock(), "current_device": lambda: 0, "is_current_stream_capturing": lambda: False}
     with (
         mock.patch.dict(mailbox._found),
         mock.patch.object(mailbox.dist, "get_backend", lambda group: "nccl"),
         mock.patch.object(reach, "reason", lambda group: None),
-        mock.patch.object(mailbox, "CopiedMailbox", made),
-        mock.patch.object(reach, "gathered", lambda group, mine: [mine, reasons[1]]),
+        mock.patch.object(reach, "gathered", gathered),
+        mock.patch.object(torch._C._distributed_c10d, "_SymmetricMemory", memory),
+        mock.patch.multiple(torch.cuda, **cuda),
     ):
         assert specs.get_backend("local", "recorded", group) == specs.get_backend("local")
-        assert mailbox.note(group).endswith(f"in line: {reasons[failed]}")
+        said = mailbox.note(group)
+    assert asked == list(steps[: 1 + steps.index(step)])
+    assert said.endswith("in line: tensor ranks can't map 1048576 bytes of each other's memory (EPERM)")
+    if step == "rendezvous":
+        assert [call.args[0] for call in store.set_timeout.call_args_list] == [timedelta(seconds=60), 600]
