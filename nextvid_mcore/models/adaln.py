@@ -17,10 +17,21 @@ from torch import Tensor
 from nextvid_mcore.models import again, fused
 from nextvid_mcore.models.norm import mark_sequence_parallel
 
+Added = tuple[Tensor, Tensor, Tensor]  # a linear's output, its bias, and the gate of both
+
 
 def join(condition: Tensor, z: Tensor) -> Tensor:
     """tau's vector [1, rows, E] and z [n (/ tp), rows, E] as one tensor: recomputation follows no tuples."""
     return torch.cat([condition, z])
+
+
+def pending(x: Tensor) -> Added | None:
+    """What is still to be added to the residual stream x that comes from a layer."""
+    return getattr(x, "pending", None)
+
+
+def _norm_again(*args: Any) -> Tensor:
+    return fused.gated_norm(*args)[1]
 
 
 class Modulation(torch.nn.Linear):
@@ -39,7 +50,9 @@ class Modulation(torch.nn.Linear):
 class AdaLNLayer(TransformerLayer):
     """A DiT layer: shift, scale and gate round self-attention and MLP come from tau's vector.
 
-    There is one such vector a row, since a row is one frame at one tau.
+    There is one such vector a row, since a row is one frame at one tau. What the MLP adds is left to the next
+    norm, which reads the residual stream anyhow: its gate, the output and the bias are the stream's attribute
+    `pending`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -55,16 +68,24 @@ class AdaLNLayer(TransformerLayer):
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [s, rows, E] and context, tau's vector [1, rows, E] or `join`ed -> the same two."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(context[:1])
-        x = self.modulate(hidden_states, shift1, scale1)
+        hidden_states, x = self.normed(hidden_states, pending(hidden_states), shift1, scale1)
         y, bias = self.attend(x, context[1:], rotary_pos_emb)
-        hidden_states = fused.gated_add(hidden_states, gate1, y, bias)
-        y, bias = self.mlp(self.modulate(hidden_states, shift2, scale2))
-        return fused.gated_add(hidden_states, gate2, y, bias), context
+        hidden_states, x = self.normed(hidden_states, (y, bias, gate1), shift2, scale2)
+        y, bias = self.mlp(x)
+        if self.config.recompute_granularity == "full":  # which hands on tensors without attributes
+            return fused.gated_add(hidden_states, gate2, y, bias), context
+        hidden_states = hidden_states.view_as(
+            hidden_states
+        )  # autograd keeps the other, which would keep itself
+        hidden_states.pending = y, bias, gate2
+        return hidden_states, context
 
-    def modulate(self, *inputs: Tensor) -> Tensor:
-        """`fused.modulate` of the tokens, shift and scale."""
-        inputs = (*inputs, self.config.layernorm_epsilon)
-        return again.made(self.config, fused.modulate(*inputs), fused.modulate, *inputs)
+    def normed(self, x: Tensor, added: Added | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """`fused.gated_norm` of the tokens."""
+        eps = self.config.layernorm_epsilon
+        x, normed = fused.gated_norm(x, added, shift, scale, eps)
+        given = x, None, shift, scale, eps
+        return x, again.made(self.config, normed, _norm_again, *given)
 
     def attend(
         self, x: Tensor, z: Tensor, rotary_pos_emb: Tensor | tuple[Tensor, Tensor]

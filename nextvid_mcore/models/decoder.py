@@ -21,7 +21,7 @@ from torch import Tensor
 from nextvid_mcore.config import ModelConfig
 from nextvid_mcore.flow import timestep_embedding
 from nextvid_mcore.models import fused, specs
-from nextvid_mcore.models.adaln import CrossSelfAdaLNLayer, Modulation, join
+from nextvid_mcore.models.adaln import CrossSelfAdaLNLayer, Modulation, join, pending
 from nextvid_mcore.models.norm import mark_sequence_parallel
 from nextvid_mcore.rope import angles, grid_positions, turns
 
@@ -75,7 +75,8 @@ class Decoder(MegatronModule):
         condition = self.tau_embed(timestep_embedding(tau, TAU_WIDTH).to(dtype))[None]
         hidden = self.layers(z, noisy.to(dtype), condition)
         shift, scale = self.final_adaln(condition)
-        return self.output(fused.modulate(hidden, shift, scale, self.config.layernorm_epsilon))
+        eps = self.config.layernorm_epsilon
+        return self.output(fused.gated_norm(hidden, pending(hidden), shift, scale, eps)[1])
 
     @staticmethod
     def input_width(width: int, channels: int) -> int:
@@ -83,7 +84,7 @@ class Decoder(MegatronModule):
         return width + channels
 
     def layers(self, z: Tensor, noisy: Tensor, condition: Tensor) -> Tensor:
-        """Input map and DiT layers; condition: tau's vector [1, rows, E]."""
+        """Input map and DiT layers, what is `pending` not yet added; condition: tau's vector [1, rows, E]."""
         return self.block(
             hidden_states=self.input(torch.cat([z, noisy], dim=-1)),
             attention_mask=None,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -20,13 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
-_state = {"compile": True}
+_state = {"compile": True, "gated_norm": False}  # the latter: its kernels are models/triton_adaln.py's
 VARIANTS = 64  # compiled forms of one function: widths x precisions x with and without gradient
 
 
 def use(compile: bool) -> None:
     """Whether CUDA tensors take the compiled form from now on."""
     _state["compile"] = compile
+
+
+def use_kernels(**kernels: bool) -> None:
+    """Of which pieces compiled tensors take our kernels from now on, in place of torch.compile's."""
+    _state.update(kernels)
 
 
 def compiles(x: Tensor) -> bool:
@@ -172,6 +178,20 @@ def gated_add(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     return x + gate * (y + bias)
 
 
+def gated_norm(
+    x: Tensor, added: tuple[Tensor, Tensor, Tensor] | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x with `added`, (y, bias, gate) as `gated_add` adds them, and `modulate` of it."""
+    if compiles(x) and _state["gated_norm"]:
+        kernels = _triton("triton_adaln")
+        if kernels.fits(x):
+            return kernels.GatedNorm.apply(x, *(added or (None,) * 3), shift, scale, eps)
+    if added is not None:
+        y, bias, gate = added
+        x = gated_add(x, gate, y, bias)
+    return x, modulate(x, shift, scale, eps)
+
+
 @fuse(open_dim=2)
 def squared_error(x: Tensor, y: Tensor) -> Tensor:
     """Mean over D of (x - y)^2 in fp32; x [n, M, rows, D], y [n, 1, rows, D] the same for every M."""
@@ -209,7 +229,7 @@ def rotate_heads(parts: int, packed: Tensor, heads: int, rope: Tensor) -> tuple[
     return (*turned, last) if parts > 1 else (_rotate(last, cos, sin),)
 
 
-def _triton() -> ModuleType:
-    from nextvid_mcore.models import triton_pieces  # needs CUDA's compiler, and time to import
-
-    return triton_pieces
+def _triton(name: str = "triton_pieces") -> ModuleType:
+    return importlib.import_module(
+        f"nextvid_mcore.models.{name}"
+    )  # needs CUDA's compiler, and time to import

@@ -209,7 +209,7 @@ def _turn(
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
@@ -257,7 +257,7 @@ def norm_backward(
     rows, width = x.shape
     block = triton.next_power_of_2(width)
     at_once = max(1, 2048 // block)
-    programs = NORM_PROGRAMS * _processors(x.device)
+    programs = NORM_PROGRAMS * processors(x.device)
     share = at_once * triton.cdiv(rows, at_once * programs)
     parts = triton.cdiv(rows, share)
     dx = torch.empty_like(x)
