@@ -144,6 +144,33 @@ def test_reference_attention_over_prefixes(heads: int, d: int, frames: int, n: i
     assert max(errors) < 1e-2
 
 
+@pytest.mark.parametrize("width", [384, 200, 1408])  # the last is too wide for our kernels
+@pytest.mark.parametrize(("s", "rows"), [(256, 224), (101, 7), (3, 1)])
+@pytest.mark.parametrize(("added", "past"), [(True, True), (True, False), (False, True)])
+def test_adaln_by_our_kernels(monkeypatch, s: int, rows: int, width: int, added: bool, past: bool) -> None:
+    """Outputs and every gradient against fp32, and each time the same numbers."""
+    monkeypatch.setitem(fused._state, "gated_norm", True)
+    torch.manual_seed(0)
+    x, y, bias, vectors = draw(s, rows, width), draw(s, rows, width), draw(width), draw(1, rows, 6 * width)
+
+    def between(*leaves: Tensor) -> tuple[Tensor, ...]:
+        *stream, vectors = leaves
+        shift, scale, gate, *_ = vectors.chunk(6, dim=-1)  # as AdaLN's linear gives them
+        given = (*stream[1:], gate) if added else None
+        return fused.gated_norm(stream[0], given, shift, scale, 1e-6)[1 - past :]
+
+    inputs = [x, y, bias, vectors] if added else [x, vectors]
+    with fused.eager():
+        wanted = values(between, inputs, torch.float32)
+    found = values(between, inputs, torch.bfloat16)
+    errors = far(found, wanted)
+    print(f"{s} x {rows} x {width}: {', '.join(f'{x:.1e}' for x in errors)}")
+    assert max(errors) < 1e-2
+    for _ in range(20):
+        again = values(between, inputs, torch.bfloat16)
+        assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+
+
 @pytest.mark.parametrize("module", ["gluon_stairs", "triton_stairs"])
 @pytest.mark.parametrize(
     ("heads", "d", "queries", "keys"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_ablations import CHANNELS, groups, lively, seats  # noqa: F401 (fixtures)
+from test_models import build, small
 from torch import Tensor
 
-from nextvid_mcore.models import fused
+from nextvid_mcore.models import adaln, fused
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled then: tests/gpu/test_pieces.py")
 
@@ -62,3 +64,34 @@ def test_gated_norm_in_bf16(kernels) -> None:
         assert (
             a.dtype == torch.bfloat16 and (a.float() - b).norm() < 2e-2 * b.norm()
         )  # it rounds towards zero
+
+
+@interpreted
+@pytest.mark.parametrize("condition", ["concat", "cross_self"])
+def test_a_decoder_by_our_kernels(monkeypatch, groups, condition: str) -> None:  # noqa: F811
+    """Velocity and all gradients; the norm takes what the layer before left to be added."""
+    config = lively(small().altered(model={"condition": condition, "image_size": 32}))
+    given = adaln.fused.gated_norm
+    found, calls = [], []
+
+    def by_kernels(x: Tensor, added: tuple | None, *rest: object) -> tuple[Tensor, Tensor]:
+        from nextvid_mcore.models import triton_adaln
+
+        calls.append(added is not None)
+        return triton_adaln.GatedNorm.apply(x, *(added or (None,) * 3), *rest)
+
+    for function in (given, by_kernels):
+        monkeypatch.setattr(fused, "gated_norm", function)
+        decoder = build(config, groups).decoder
+        n, generator = config.model.tokens_per_frame, torch.Generator().manual_seed(1)
+        z = torch.randn(n, 3, config.model.predictor.width, generator=generator, requires_grad=True)
+        noisy = torch.randn(n, 3, CHANNELS, generator=generator)
+        velocity = decoder(z, noisy, torch.rand(3, generator=generator))
+        leaves = [z, *decoder.parameters()]
+        weights = torch.randn(velocity.shape, generator=generator)
+        found.append([velocity.detach(), *torch.autograd.grad(velocity, leaves, weights, allow_unused=True)])
+    assert calls == [False] + [True] * 2 * config.model.decoder.depth
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())

@@ -64,13 +64,39 @@ def norm_backward(dnormed, dpast, x, mean, rstd, weight, linear: bool) -> tuple:
     return (dx + dpast, dweight, dbias) + (((dx + dpast).sum(0),) if linear else ())
 
 
+class GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, y, bias, gate, shift, scale, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x if y is None else x + gate * (y + bias)
+        normed, mean, rstd = torch.native_layer_norm(total, x.shape[-1:], None, None, eps)
+        ctx.save_for_backward(total, y, bias, gate, scale, mean, rstd)
+        return total, normed * (1 + scale) + shift
+
+    @staticmethod
+    def backward(ctx: Any, dpast: torch.Tensor | None, dnormed: torch.Tensor) -> tuple:
+        total, y, bias, gate, scale, *_ = ctx.saved_tensors
+        with torch.enable_grad():
+            x = total.detach().requires_grad_()
+            normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+            (dx,) = torch.autograd.grad(normed, x, dnormed * (1 + scale))
+        dx = dx if dpast is None else dx + dpast
+        dscale, dshift = ((dnormed * each).sum(0, keepdim=True) for each in (normed, 1))
+        if y is None:
+            return dx, None, None, None, dshift, dscale, None
+        dy, dgate = gate * dx, (dx * (y + bias)).sum(0, keepdim=True)
+        return dx, dy, dy.sum((0, 1)), dgate, dshift, dscale, None
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch) -> None:
     backend = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     monkeypatch.setattr(torch, "compile", backend)
     monkeypatch.setattr(fused, "compiles", lambda x: True)
-    stands_for = SimpleNamespace(BiasGelu=BiasGelu, Turn=Turn, norm_backward=norm_backward)
-    monkeypatch.setattr(fused, "_triton", lambda: stands_for)
+    stands_for = SimpleNamespace(
+        BiasGelu=BiasGelu, Turn=Turn, norm_backward=norm_backward, GatedNorm=GatedNorm, fits=lambda x: True
+    )
+    monkeypatch.setattr(fused, "_triton", lambda name="": stands_for)
+    monkeypatch.setitem(fused._state, "gated_norm", True)
     monkeypatch.setattr(kernels, "choose", lambda q, pattern: kernels.plain)  # one call, as FlexAttention is
     monkeypatch.setattr(kernels, "plain", lambda q, k, v, _=None: F.scaled_dot_product_attention(q, k, v))
     pieces = [piece for piece in vars(fused).values() if hasattr(piece, "compiled")]
