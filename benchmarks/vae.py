@@ -1,12 +1,12 @@
 """VA-VAE online: what its encoder takes alone, and what the training step keeps of its rate with it.
 
-    python benchmarks/vae.py --accumulate 2 vit_g --model.backend te --train.micro-batch 16
+    python benchmarks/vae.py --encoders 32 28:2 28:2:written --accumulate 2 vit_g --model.backend te \
+        --train.micro-batch 16
 
 Random weights of the true shape, frames that lie on the device, the clips' predicted frames alone, as in
-the step. First the encoder by itself, eager and fused, with its kernels' time by kind; then whole steps
-with latents that lie on the device, with the encoder on the step's own stream, and beside it on its own
-(training/ahead.py), by frames that go through it at once. Everything after RECIPE is a setting of the run,
-as of nextvid_mcore.pretrain.
+the step. First the encoder by itself, eager and in several forms (`Form`), with its kernels' time by kind;
+then whole steps in several places of it (`PLACES`): the first form in all of them, those that were fastest
+alone in the last two. Everything after RECIPE is a setting of the run, as of nextvid_mcore.pretrain.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,44 @@ KINDS = {
     "norms and sums": ("_normalise", "_statistics", "_write"),
     "convolutions": ("conv", "fprop", "cudnn", "xmma"),
 }
+
+PLACES = {
+    "in line": "on the step's own stream, before each pass",
+    "beside": "on a stream of its own, from where the step begins",
+    "early": "and from where its clips are there, beside the last step's update",
+    "early, first": "and no pass begins before all the step's latents are there",
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """Of the encoder, CHUNK[:LANES][:written]: frames that go through it at once; two chunks on their way at
+    a time, with so many programs a multiprocessor that move memory; the first convolution is stored.
+    """
+
+    chunk: int
+    lanes: int = 0
+    written: bool = False
+
+    @staticmethod
+    def read(text: str) -> Form:
+        chunk, *rest = text.split(":")
+        written = rest[-1:] == ["written"]
+        lanes = rest[: len(rest) - written]
+        if len(lanes) > 1 or not all(n.isdigit() for n in [chunk, *lanes]) or int(chunk) == 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is not CHUNK[:LANES][:written], such as 28:2:written")
+        return Form(int(chunk), int(lanes[0]) if lanes else 0, written)
+
+    def __str__(self) -> str:
+        lanes = f", lanes {self.lanes}" if self.lanes else ""
+        return f"{self.chunk}{lanes}{', written' if self.written else ''}"
+
+    def of(self, target: VaVae) -> VaVae:
+        """The same networks in this form."""
+        return VaVae(
+            target.model, target.autoencoder, target.mean.flatten(), target.std.flatten(), chunk=self.chunk,
+            fused=target.fused, lanes=self.lanes if target.fused else 0, written=self.written,
+        )  # fmt: skip
 
 
 def synchronize() -> None:
@@ -71,21 +110,19 @@ def kernels(work: Callable[[], object]) -> None:
         print(f"    {spent / 1e3:8.2f} ms  {name[:100]}")
 
 
-def alone(config: RunConfig, chunks: list[int], times: int) -> None:
-    """The encoder by itself, at the batch of a micro-batch."""
+def alone(config: RunConfig, forms: list[Form], times: int) -> list[Form]:
+    """The encoder by itself, at the batch of a micro-batch. Returns the forms, the fastest first."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage, batch, size = config.stages[0], config.micro_batch(config.stages[0]), config.model.image_size
     loaded = online_vae_target(config, device, torch.bfloat16)
     video = torch.rand(batch, 3, stage.frames, size, size, device=device) * 2 - 1
     work = batch * flops.target_flops(config, stage)
     print(f"\nVA-VAE's encoder: {batch} clips of {stage.frames} frames, {work / batch / 1e12:.2f} TFLOP each")
-    print(f"{'':<14} {'chunk':>5} {'ms/clip':>8} {'TFLOP/s':>8} {'of peak':>7} {'GiB':>6} {'error':>8}")
-    first = None
-    for fused, chunk in [(False, chunks[0]), *((True, c) for c in chunks if device.type == "cuda")]:
-        target = VaVae(
-            config.model, loaded.autoencoder, loaded.mean.flatten(), loaded.std.flatten(), chunk=chunk,
-            fused=fused,
-        )  # fmt: skip
+    print(f"{'':<24} {'ms/clip':>8} {'TFLOP/s':>8} {'of peak':>7} {'GiB':>6} {'error':>8}")
+    first, found = None, {}
+    eager = VaVae(config.model, loaded.autoencoder, loaded.mean.flatten(), loaded.std.flatten())
+    for form in [None, *(forms if device.type == "cuda" else [])]:
+        name, target = ("eager", eager) if form is None else (f"fused {form}", form.of(loaded))
         start = time.perf_counter()
         got = target.latents(video, first=1)
         synchronize()
@@ -97,17 +134,24 @@ def alone(config: RunConfig, chunks: list[int], times: int) -> None:
         gib = (torch.cuda.max_memory_allocated() - before) / 2**30 if device.type == "cuda" else 0.0
         first = got if first is None else first
         error = float((got - first).abs().max() / first.abs().max())
+        again = "" if torch.equal(got, target.latents(video, first=1)) else "ANOTHER RESULT LATER, "
         print(
-            f"{'fused' if fused else 'eager':<14} {chunk:>5} {1e3 * seconds / batch:>8.2f} "
-            f"{work / seconds / 1e12:>8.0f} {work / seconds / PEAK_BF16:>7.0%} {gib:>6.1f} {error:>8.1e}   "
-            f"(first call {ready:.0f} s)",
+            f"{name:<24} {1e3 * seconds / batch:>8.2f} {work / seconds / 1e12:>8.0f} "
+            f"{work / seconds / PEAK_BF16:>7.0%} {gib:>6.1f} {error:>8.1e}   "
+            f"({again}first call {ready:.0f} s)",
             flush=True,
         )
-        if device.type == "cuda":
+        if form is not None:
+            found[form] = seconds
+        if form in (None, *forms[:1]) and device.type == "cuda":
             kernels(lambda target=target: target.latents(video, first=1))
+        del target, got
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return sorted(found, key=found.__getitem__)
 
 
-def in_the_step(config: RunConfig, chunks: list[int], steps: int, warmup: int) -> None:
+def in_the_step(config: RunConfig, first: Form, others: list[Form], steps: int, warmup: int) -> None:
     """Whole steps, one set of networks for all rows."""
     with quick_start(online_vae_target):
         bench = Bench(config)
@@ -121,16 +165,23 @@ def in_the_step(config: RunConfig, chunks: list[int], steps: int, warmup: int) -
         f"\n{config.recipe}, {frames} frames, tau {tau}, {size // clips} x {clips}, {model.backend}, "
         f"{'recorded' if engine.graphs else 'eager'}"
     )
-    ways = [(f"VAE {way}, {c}", way, c) for c in chunks for way in ("in line", "beside")]
-    for name, way, chunk in [("latents resident", "", 1), *ways, ("resident again", "", 1)]:
-        engine.target = target if way else resident
-        engine.ahead.stream = stream if way == "beside" else None
-        target.chunk = chunk
-        torch.cuda.empty_cache()
-        found = bench.measure(steps, warmup)
+    places = list(PLACES)
+    rows = [(place, first) for place in places] + [(place, f) for f in others for place in places[-2:]]
+    for place, form in [("resident", None), *rows, ("resident again", None)]:
+        engine.target = resident if form is None else form.of(target)
+        engine.ahead.stream = None if form is None or place == "in line" else stream
+        engine.ahead.early, engine.all_first = place.startswith("early"), place.endswith("first")
+        if bench.cuda:
+            torch.cuda.empty_cache()
+        name = place if form is None else f"{place}: {form}"
+        try:
+            found = bench.measure(steps, warmup)
+        except torch.OutOfMemoryError as error:  # the others are still worth having
+            print(f"{name:<36} {str(error)[:80]}", flush=True)
+            continue
         rates.append(size / found.seconds)
         print(
-            f"{name:<18} {rates[-1]:>7.2f} clips/s {1e3 * found.seconds:>8.1f} ms {found.gib:>6.1f} GiB  "
+            f"{name:<36} {rates[-1]:>7.2f} clips/s {1e3 * found.seconds:>8.1f} ms {found.gib:>6.1f} GiB  "
             f"kept {rates[-1] / rates[0]:.1%}  loss {found.loss:.4f}",
             flush=True,
         )
@@ -141,7 +192,8 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--parts", nargs="+", default=["alone", "step"], choices=["alone", "step"])
-    parser.add_argument("--chunks", type=least(1), nargs="+", default=[32])
+    parser.add_argument("--encoders", type=Form.read, nargs="+", default=[Form(32)], metavar="FORM")
+    parser.add_argument("--best", type=least(0), default=2, help="of the other forms, so many in the step")
     parser.add_argument("--frames", type=least(1), default=16)
     parser.add_argument("--tau", type=least(1), default=1)
     parser.add_argument("--accumulate", type=least(1), default=1, help="micro-batches a step")
@@ -163,12 +215,13 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         cli.fail(error)
     failed = 0
-    for part in args.parts:
+    first, *others = args.encoders
+    for part in sorted(args.parts):
         try:
             if part == "alone":
-                alone(config, args.chunks, args.steps)
+                others = [form for form in alone(config, args.encoders, args.steps) if form != first]
             else:
-                in_the_step(config, args.chunks, args.steps, args.warmup)
+                in_the_step(config, first, others[: args.best], args.steps, args.warmup)
         except Exception:  # the other part is still worth having
             traceback.print_exc()
             failed = 1

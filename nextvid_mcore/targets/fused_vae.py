@@ -6,6 +6,7 @@ the biases of both, which no convolution adds. The reference is AutoencoderKL.en
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import torch
@@ -19,6 +20,7 @@ from nextvid_mcore.targets.autoencoder import (
     ResidualBlock,
     SelfAttention,
 )
+from nextvid_mcore.targets.lanes import Lane
 from nextvid_mcore.targets.triton_vae import Sum, Tuning, add, matrix_of, nchw, nhwc, normalise
 
 
@@ -35,10 +37,13 @@ def check(shape: AutoencoderShape) -> None:
 class FusedEncoder:
     """Stands for `autoencoder.encode`. Its weights are read where they lie, and may not change after."""
 
-    def __init__(self, autoencoder: AutoencoderKL, tuning: Tuning | None = None) -> None:
+    def __init__(
+        self, autoencoder: AutoencoderKL, tuning: Tuning | None = None, written: bool = False
+    ) -> None:
+        """written: the first convolution is stored, and not made again wherever it is needed."""
         check(autoencoder.shape)
         self.encoder, self.quant_conv = autoencoder.encoder, autoencoder.quant_conv
-        self.tuning = tuning
+        self.tuning, self.written = tuning, written
         self.first = matrix_of(self.encoder.conv_in.weight)
         self.packed = {
             id(m): (
@@ -54,11 +59,15 @@ class FusedEncoder:
         self.zeros = {width: torch.zeros(width, device=self.first.device) for width in widths}
 
     @torch.no_grad()
-    def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, 3, H, W] -> mean and log variance, [N, latent, h, w]."""
+    def __call__(self, frames: Tensor, lane: Lane | None = None) -> tuple[Tensor, Tensor]:
+        """[N, 3, H, W] -> mean and log variance, [N, latent, h, w]; in `lane`, else on the current stream."""
+        self.moves = lane.moves if lane else contextlib.nullcontext
+        self.at_most = lane.at_most if lane else None
         arrived = torch.zeros(self.norms, len(frames), dtype=torch.int32, device=frames.device)
         self.arrived = iter(arrived.unbind())
         x = Sum(self._bias(self.encoder.conv_in), frames=frames.contiguous(), first=self.first)
+        if self.written:
+            x = Sum(self.zeros[len(x.bias)], (self._add(x),))
         for level in self.encoder.down:
             for i, block in enumerate(level.block):
                 x = self._block(block, x)
@@ -66,7 +75,7 @@ class FusedEncoder:
                     x = self._attend(level.attn[i], x)
             if level.resample:
                 conv = level.downsample.conv
-                x = Sum(self._bias(conv), (_conv(conv, add(x, padded=1)),))
+                x = Sum(self._bias(conv), (_conv(conv, self._add(x, padded=1)),))
         mid = self.encoder.mid
         x = self._block(mid.block_2, self._attend(mid.attn_1, self._block(mid.block_1, x)))
         normed, _ = self._norm(self.encoder.norm_out, x)
@@ -88,10 +97,16 @@ class FusedEncoder:
     def _norm(self, norm: nn.GroupNorm, x: Sum, **how: bool) -> tuple[Tensor, Sum]:
         """Normalised x with SiLU; and x, added up where it had two parts."""
         keep = len(x.parts) > 1
-        normed, kept = normalise(
-            x, norm.weight, norm.bias, next(self.arrived), keep=keep, tuning=self.tuning, **how
-        )
+        with self.moves():
+            normed, kept = normalise(
+                x, norm.weight, norm.bias, next(self.arrived), keep=keep, tuning=self.tuning,
+                at_most=self.at_most, **how,
+            )  # fmt: skip
         return normed, Sum(self.zeros[len(x.bias)], (kept,)) if keep else x
+
+    def _add(self, x: Sum, padded: int = 0) -> Tensor:
+        with self.moves():
+            return add(x, padded, self.at_most)
 
     def _block(self, block: ResidualBlock, x: Sum) -> Sum:
         normed, x = self._norm(block.norm1, x)
@@ -101,7 +116,7 @@ class FusedEncoder:
         out = _conv(block.conv2, normed)
         if hasattr(block, "nin_shortcut"):
             if x.frames is not None:
-                x = Sum(self.zeros[len(x.bias)], (add(x),))
+                x = Sum(self.zeros[len(x.bias)], (self._add(x),))
             short = block.nin_shortcut  # of a sum of one part, whose bias goes through by itself
             x = Sum(self._bias(short, x.bias), (_conv(short, x.parts[0]),))
         return dataclasses.replace(x, bias=self._bias(block.conv2, x.bias), parts=(*x.parts, out))

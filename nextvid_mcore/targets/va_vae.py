@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from nextvid_mcore.config import ConfigError, ModelConfig, RunConfig, require
 from nextvid_mcore.rng import numpy_rng
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
 from nextvid_mcore.targets.base import check_latents, check_video
+from nextvid_mcore.targets.lanes import Lane, Lanes
 
 PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest of the file is training's
 VA_VAE = AutoencoderShape()
@@ -40,12 +42,16 @@ class VaVae:
         seed: int = 0,
         chunk: int = 32,
         fused: bool = False,
+        lanes: int = 0,
+        written: bool = False,
     ) -> None:
         """`autoencoder` is where and in the dtype it is to run; mean, std: [latent], per channel.
 
         `chunk` frames go through the network at a time: 32 frames of 256 x 256 need about 0.5 GB an
         activation in bf16. `fused`: the encoder with Triton between its convolutions (fused_vae.py), for
-        chunks of one size; `decode` and without it everything runs eagerly, and is the reference.
+        chunks of one size; `decode` and without it everything runs eagerly, and is the reference. `lanes`:
+        two chunks at a time go through it, with so many programs a multiprocessor that move memory
+        (lanes.py); `written`: as FusedEncoder's.
         """
         require(chunk > 0, f"frames per chunk must be positive, got {chunk}")
         self.model = model
@@ -58,11 +64,13 @@ class VaVae:
         )
         self.sample_posterior, self.seed = sample_posterior, seed
         self.chunk, self.fused = chunk, fused
+        self.lanes = Lanes(self.device, at_most=lanes) if lanes else None
+        self._seen: set[int] = set()  # sizes of chunks that went through it
         self._network = self.autoencoder.encode
         if fused:
             from nextvid_mcore.targets.fused_vae import FusedEncoder  # Triton is not installed everywhere
 
-            self._network = FusedEncoder(self.autoencoder)
+            self._network = FusedEncoder(self.autoencoder, written=written)
 
     @staticmethod
     def channels_for(model: ModelConfig, shape: AutoencoderShape = VA_VAE) -> int:
@@ -137,9 +145,14 @@ class VaVae:
             places = torch.cat([places, places[-1:].expand(-count % self.chunk, -1)])
         clips, frames = self._to_device(places.T.contiguous())
         by_frame = video.transpose(1, 2)  # [B, T, 3, H, W]
-        mean, logvar = self._chunks(
-            lambda i: self._encode(self._prepare(by_frame[clips[i], frames[i]])), len(places)
-        )
+
+        def work(i: slice, lane: Lane | None = None) -> tuple[Tensor, Tensor]:
+            return self._encode(self._prepare(by_frame[clips[i], frames[i]]), lane)
+
+        # a first call alone makes what chunks share, and cuDNN looks for its kernels
+        lanes = self.lanes if self.chunk in self._seen else None
+        mean, logvar = self._chunks(work, len(places), lanes)
+        self._seen.add(self.chunk)
         mean, logvar = mean[:count], logvar[:count]
         if count < B * T:
             # A static clip's later frames do not advance the count: they point at its first frame.
@@ -169,17 +182,20 @@ class VaVae:
         (frames,) = self._chunks(lambda i: (self.autoencoder.decode(self._prepare(values[i])),), len(values))
         return rearrange(frames, "(b t) c h w -> b c t h w", b=latents.shape[0])
 
-    def _chunks(self, work: Callable[[slice], tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
+    def _chunks(
+        self, work: Callable[..., tuple[Tensor, ...]], count: int, lanes: Lanes | None = None
+    ) -> tuple[Tensor, ...]:
         """Apply `work` to slices of at most `chunk` frames; join each of its results in float32."""
-        parts = [work(slice(start, start + self.chunk)) for start in range(0, count, self.chunk)]
+        slices = [slice(start, start + self.chunk) for start in range(0, count, self.chunk)]
+        parts = lanes.run([partial(work, i) for i in slices]) if lanes else [work(i) for i in slices]
         return tuple(torch.cat([part.float() for part in column]) for column in zip(*parts, strict=True))
 
-    def _encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode(self, frames: Tensor, lane: Lane | None = None) -> tuple[Tensor, Tensor]:
         # With one shape of input cuDNN may try its kernels once and keep the fastest.
         before = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = before or self.fused
         try:
-            return self._network(frames)
+            return self._network(frames) if lane is None else self._network(frames, lane)
         finally:
             torch.backends.cudnn.benchmark = before
 

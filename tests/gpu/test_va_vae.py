@@ -1,4 +1,4 @@
-"""VA-VAE's encoder in bf16, eager and fused, against fp32; and beside the step against in line.
+"""VA-VAE's encoder in bf16, eager and fused, against fp32; and whole steps with it in line, beside and early.
 
 Tolerance: a bf16 encoder of random weights is off by a few per cent of the latents' spread, whatever rounds
 first. Fused it may not be worse than eager by more than half.
@@ -7,16 +7,20 @@ first. Fused it may not be worse than eager by more than half.
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 
-import parity
 import pytest
 import torch
 from launch import run
 
 from nextvid_mcore import recipes
-from nextvid_mcore.config import ModelConfig, TransformerShape
+from nextvid_mcore.config import ModelConfig, RunConfig, TransformerShape
+from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.targets.autoencoder import AutoencoderKL
 from nextvid_mcore.targets.va_vae import VaVae
+
+BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 
 
 def test_the_fused_encoder_equals_the_eager_one() -> None:
@@ -50,31 +54,86 @@ def test_the_fused_encoder_equals_the_eager_one() -> None:
         assert torch.equal(latents(torch.bfloat16, True), fused)
 
 
-def losses(beside: bool) -> list[float]:
+def test_chunks_two_at_a_time_are_chunks_one_at_a_time() -> None:
+    """To the bit, many times: lanes share nothing, whatever order their kernels run in."""
+    shape = TransformerShape(width=24, depth=1, heads=2, mlp=48)
+    model = ModelConfig(encoder=shape, image_size=128, patch_size=16, tubelet_size=2)
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL().to("cuda", torch.bfloat16)
+    video = torch.rand(4, 3, 16, 128, 128, device="cuda") * 2 - 1
+    for written in (False, True):
+        alone, beside = (
+            VaVae(
+                model, autoencoder, torch.zeros(32), torch.ones(32), chunk=8, fused=True, lanes=lanes,
+                written=written,
+            )
+            for lanes in (0, 2)
+        )  # fmt: skip
+        wanted = alone.latents(video)
+        for _ in range(50):
+            assert torch.equal(beside.latents(video), wanted)
+
+
+WAYS = {  # own stream, early, all_first, lanes
+    "in line": (False, False, False, 0),
+    "beside": (True, False, False, 0),
+    "early": (True, True, False, 0),
+    "all first": (True, True, True, 0),
+    "early in lanes": (True, True, False, 2),
+    "all first in lanes": (True, True, True, 2),
+}
+
+
+def losses(graphs: str) -> dict[str, list[float]]:
+    """Of steps with clips that change, by way. Nothing is learnt: every way begins where the others did."""
+    sys.path.insert(0, BENCHMARKS)
+    from common import Bench, online_vae_target, quick_start
+
+    from nextvid_mcore.parallel.groups import init_distributed
+
+    init_distributed()
+
     config = recipes.get("tiny")
+    stage = dataclasses.replace(config.stages[0], batch=4, lr_start=0.0, lr_end=0.0)
     config = config.altered(
-        stages=(dataclasses.replace(config.stages[0], batch=4),),
-        train={"micro_batch": 2, "init_noise": 0.02},
+        stages=(stage,),
+        model={"patch_size": 16},
+        mask={"keep": (0.5, 0.25)},
+        target={"kind": "va_vae"},
+        train={"micro_batch": 2, "init_noise": 0.02, "precision": "bf16", "cuda_graphs": graphs},
     )
-    step = parity.built(config)
-    assert step.engine.ahead.stream is not None
-    if not beside:
-        step.engine.ahead.stream = None
-    point = parity.schedule(config).at(0)
-    found = []
-    for i in range(3):
-        generator = torch.Generator("cuda").manual_seed(i)
-        found.append(step.run(point, _clips(config, i, generator)).loss)
+    with quick_start(online_vae_target):
+        bench = Bench(config)
+    step, engine, update = bench.step, bench.step.engine, bench.step.optimizers.step
+    loaded, stream, found = engine.target, engine.ahead.stream, {}
+    assert loaded.fused and stream is not None
+
+    def slow(*args: object) -> object:
+        torch.cuda._sleep(30_000_000)  # some 15 ms, in which the next step's latents are made
+        return update(*args)
+
+    step.optimizers.step = slow
+    for _ in range(2):
+        bench.take()
+    for way, (own, engine.ahead.early, engine.all_first, lanes) in WAYS.items():
+        engine.ahead.stream = stream if own else None
+        engine.target = VaVae(
+            config.model, loaded.autoencoder, loaded.mean, loaded.std, chunk=4, fused=True, lanes=lanes
+        )
+        found[way] = [step.run(bench.point, _clips(config, i)).loss_flow for i in range(8)]
+    assert (graphs == "on") == any(
+        each.graph is not None for each in (engine.graphs._recorded.values() if engine.graphs else ())
+    )
     return found
 
 
-def _clips(config, step, generator):
-    from nextvid_mcore.data import ClipBatch
-
+def _clips(config: RunConfig, step: int) -> list[ClipBatch]:
+    """Two micro-batches; the second one's video comes to the GPU on a stream of its own."""
+    generator = torch.Generator().manual_seed(step)
     shape = (2, 3, config.stages[0].frames, config.model.image_size, config.model.image_size)
-    return [
+    found = [
         ClipBatch(
-            video=torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda", generator=generator),
+            video=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).pin_memory(),
             index=torch.arange(2) + 4 * step + 2 * i,
             label=torch.full((2,), -1),
             static=torch.zeros(2, dtype=torch.bool),
@@ -82,8 +141,19 @@ def _clips(config, step, generator):
         )
         for i in range(2)
     ]
+    feed = torch.cuda.Stream()
+    with torch.cuda.stream(feed):
+        torch.cuda._sleep(4_000_000)
+        video = found[1].video.to("cuda", non_blocking=True)
+    torch.cuda.current_stream().wait_stream(feed)
+    video.record_stream(torch.cuda.current_stream())
+    found[1] = dataclasses.replace(found[1], video=video, arrived=feed.record_event())
+    return found
 
 
-def test_latents_made_beside_the_step_are_those_made_in_line() -> None:
-    beside, in_line = (run(losses, 1, each)[0] for each in (True, False))
-    assert beside == pytest.approx(in_line, rel=1e-5)
+@pytest.mark.parametrize("graphs", ["off", "on"])
+def test_when_and_where_latents_are_made_changes_no_loss(graphs: str) -> None:
+    found = run(losses, 1, graphs)[0]
+    wanted = found["in line"]
+    assert len(set(wanted)) == len(wanted)  # latents of another step would show
+    assert all(each == wanted for each in found.values()), found
