@@ -36,6 +36,7 @@ from world import first_says, join, leave
 from nextvid_mcore import cli, flops, recipes
 from nextvid_mcore.config import ConfigError, Fp8Config, RoleParallel, RunConfig, require
 from nextvid_mcore.models import fp8_layer
+from nextvid_mcore.training import optimizer
 
 KEYS = {
     "recipe": str,
@@ -45,6 +46,7 @@ KEYS = {
     "fp8_layer": str,  # models/fp8_layer.py's ways: trained,carry,attention; all, none
     "recompute": str,
     "compile": int,
+    "one_pass": int,  # the update in one kernel
     "graphs": str,  # on, off or auto
     "precision": str,
     "micro_batch": int,
@@ -143,6 +145,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     parser.add_argument("--fp8-layer", default="as_shipped")
     parser.add_argument("--recompute", default="none", choices=["none", "pieces", "core_attn", "full"])
     parser.add_argument("--compile", type=int, default=1)
+    parser.add_argument("--one-pass", type=int, default=int(optimizer.ONE_PASS))
     parser.add_argument("--graphs", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("--micro-batch", type=int, default=16)
@@ -183,6 +186,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
 def measure(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[str, Any]:
     config = configure(case, world)
     fp8_layer.use(**layer_switches(case["fp8_layer"]))
+    optimizer.use_one_pass(bool(case["one_pass"]))
     if case["vae"]:
         from common import online_vae_target
 

@@ -80,20 +80,20 @@ class WatchedStep(TrainStep):
             for name, param in wrapped.module.named_parameters()
         ]
         told = {"largest": sorted(grads, reverse=True)[:5], "astray": {}, "moved": {}, "earlier": {}}
-        now = {role: [x.clone() for x in optimizer._weights] for role, optimizer in optimizers.items()}
+        now = {role: [x.clone() for x in optimizer.weights] for role, optimizer in optimizers.items()}
         for role, optimizer in optimizers.items():
-            pairs = zip(optimizer._weights, optimizer._masters, strict=True)
+            pairs = zip(optimizer.weights, optimizer._masters, strict=True)
             told["astray"][role] = sum(int((x != master.to(x.dtype)).sum()) for x, master in pairs)
             moved = torch._foreach_sub(optimizer._masters, self._before[role])
             norms = torch.stack(torch._foreach_norm(moved)).norm()
             told["moved"][role] = [max(float(x.abs().max()) for x in moved), float(norms)]
         for roles in (*((role,) for role in optimizers), tuple(optimizers)):
             for role in roles:
-                torch._foreach_copy_(optimizers[role]._weights, self._before[role])
+                torch._foreach_copy_(optimizers[role].weights, self._before[role])
             with torch.enable_grad():
                 told["earlier"][" and ".join(roles)] = make()
             for role in roles:
-                torch._foreach_copy_(optimizers[role]._weights, now[role])
+                torch._foreach_copy_(optimizers[role].weights, now[role])
         return told
 
     def _numbers(self, means: torch.Tensor) -> dict[str, float]:

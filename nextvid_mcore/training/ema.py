@@ -28,8 +28,7 @@ class Ema:
         optimizer.extra["ema"] = self._shards
         self._mains = [optimizer.main(p).detach() for p in params]
         self._flat: list[Tensor] = []
-        self._params: list[Parameter] = []  # of which this rank has a shard
-        self._places: list[Tensor] = []  # where in the flat buffers these shards lie
+        self.places: dict[Parameter, Tensor] = {}  # where in the flat buffers this rank's shards lie
         self._reference: Module | None = None
 
     @torch.no_grad()
@@ -65,14 +64,13 @@ class Ema:
                 mine.data = flat[begin:end].view(mine.shape)
         if target:
             raise ValueError(f"the student has no counterpart of the reference's {sorted(target)[:3]}")
-        self._params, self._places = [], []
+        self.places = {}
         for param, pieces in self.optimizer.layout():
             for piece in pieces:
                 if piece.rank == self.optimizer.data_rank:
                     index = self.optimizer.model_param_gbuf_map[param][0]
                     begin = self.optimizer.buffers[index].param_index_map[param][0]
-                    self._params.append(param)
-                    self._places.append(self._flat[index][begin + piece.start : begin + piece.stop])
+                    self.places[param] = self._flat[index][begin + piece.start : begin + piece.stop]
         self._reference = reference
 
     @torch.no_grad()
@@ -80,12 +78,16 @@ class Ema:
         """Write the EMA of `encoder.*` into the parameters of the frozen `reference` encoder."""
         if reference is not self._reference:
             self._attach(reference)
-        optimizer = self.optimizer
-        group, rank = optimizer.data_parallel_group, optimizer.data_rank
-        torch._foreach_copy_(self._places, [self._shards[p] for p in self._params])
+        torch._foreach_copy_(list(self.places.values()), [self._shards[p] for p in self.places])
+        self.gather()
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Complete the reference from all data ranks' shards, once each has written its own."""
+        group, rank = self.optimizer.data_parallel_group, self.optimizer.data_rank
         if group.size() == 1:
             return
-        for flat, buffer in zip(self._flat, optimizer.buffers, strict=True):
+        for flat, buffer in zip(self._flat, self.optimizer.buffers, strict=True):
             for bucket in buffer.buckets:
                 whole = flat[bucket.offset : bucket.offset + bucket.grad_data.numel()]
                 dist.all_gather_into_tensor(whole, whole.chunk(group.size())[rank], group=group)

@@ -232,6 +232,7 @@ class Trainer:
     def _say_what_is_used(self) -> None:
         self.progress.say(f"data: {self.data_note}")
         self.progress.say(backend_note(self.config.model.backend))
+        self.progress.say(self.train_step.optimizers.note())
         for more in (width_note(self.config), mailbox.note(self.seats.home.collection.tp)):
             if more is not None:
                 self.progress.say(more)

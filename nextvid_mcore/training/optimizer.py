@@ -3,6 +3,9 @@
 A role (student, predictor, decoder) is wrapped in megatron-core's DistributedDataParallel and has its own
 sharded AdamW; a rank has the roles that live on it. Learning rates are set before every step, since they
 are a function of the step alone (nextvid_mcore/schedule.py).
+
+With bf16 weights on CUDA one kernel makes the update (training/one_pass.py); megatron-core's optimizer, one
+list of tensors after the other, is the reference, and what everything else runs on.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
@@ -21,11 +24,22 @@ from torch.nn import Module
 from nextvid_mcore.config import OptimConfig, require
 from nextvid_mcore.models import fused
 from nextvid_mcore.parallel.groups import RoleGroups
+from nextvid_mcore.training.ahead import Report
 from nextvid_mcore.training.ema import Ema
 from nextvid_mcore.training.gradients import RoleDDP
 from nextvid_mcore.training.shards import ShardedAdamW
 
+if TYPE_CHECKING:
+    from nextvid_mcore.training.one_pass import OnePass
+
 STUDENT, DECODER = "student", "decoder"
+ONE_PASS = False  # as shipped
+_state = {"one_pass": ONE_PASS}
+
+
+def use_one_pass(on: bool) -> None:
+    """Whether optimizers that can make their update in one pass do so, of those made from now on."""
+    _state["one_pass"] = on
 
 
 class HasRoles(Protocol):
@@ -142,6 +156,25 @@ class RoleOptimizers:
         self.ema = Ema(self.optimizers[STUDENT], config.ema) if STUDENT in self.optimizers else None
         self.updates = 0  # steps that were applied
         self.refresh()
+        self.one_pass = self.in_one_pass() if _state["one_pass"] and self._fits_one_pass() else None
+
+    def _fits_one_pass(self) -> bool:
+        """bf16 weights, and Triton's kernels in use: the same on all ranks that share a role."""
+        trained = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
+        return bool(trained) and all(p.dtype == torch.bfloat16 and fused.compiles(p) for p in trained)
+
+    def in_one_pass(self) -> OnePass:
+        """These optimizers' update as one kernel."""
+        from nextvid_mcore.training.one_pass import OnePass  # needs Triton
+
+        return OnePass(self.optimizers, self.config, self.ema)
+
+    def note(self) -> str:
+        """For the log: what makes the update on this rank."""
+        if self.one_pass is not None:
+            return "update: AdamW, EMA and weights in one pass; the host does not wait for the norm"
+        inner = type(next(iter(self.optimizers.values())).optimizer)
+        return f"update: {inner.__name__} of {inner.__module__.partition('.')[0]}, list by list"
 
     @property
     def modules(self) -> dict[str, Module]:
@@ -168,6 +201,8 @@ class RoleOptimizers:
         Args:
             loss: this rank's loss, if it has one: a non-finite loss skips the step too.
         """
+        if self.one_pass is not None:
+            return self._step_in_one_pass(self.one_pass, loss)
         grads = []
         for optimizer in self.optimizers.values():
             optimizer.prepare_grads()
@@ -189,6 +224,21 @@ class RoleOptimizers:
             self.ema.update()
         self.refresh()
         return StepOutcome(True, norm)
+
+    def _step_in_one_pass(self, update: OnePass, loss: Tensor | None) -> StepOutcome:
+        """The host reads the norm once the device has the update, which has read it too."""
+        norm = update.norm(loss)
+        report = Report(norm)
+        update.update(norm, self.updates + 1)
+        if self.ema is not None and self.reference is not None:
+            self.ema.gather()
+        (seen,) = report.read()
+        if not math.isfinite(seen):
+            return StepOutcome(False, seen)
+        self.updates += 1
+        if self.send_reference is not None:
+            self.send_reference()
+        return StepOutcome(True, seen)
 
     def gather_weights(self) -> None:
         """Complete this rank's weights now, where they are otherwise gathered during the next forward."""

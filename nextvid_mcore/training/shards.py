@@ -82,7 +82,7 @@ class ShardedAdamW(DistributedOptimizer):
         self.tp_group = self.expert_tp_group = collection.tp  # who counts a replicated gradient
         self.extra: dict[str, dict[Parameter, Tensor]] = {}
         self._masters = [self.main(p).detach() for p in self.local_parameters()]
-        self._weights = [self._weight(p) for p in self.local_parameters()]
+        self.weights = [self._weight(p) for p in self.local_parameters()]
         self._fill_state()
 
     def _fill_state(self) -> None:
@@ -105,6 +105,10 @@ class ShardedAdamW(DistributedOptimizer):
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
 
     @property
     def data_rank(self) -> int:
@@ -136,8 +140,24 @@ class ShardedAdamW(DistributedOptimizer):
     @torch.no_grad()
     def _copy_main_params_to_model_params(self) -> None:
         """In one launch what megatron-core does one by one."""
-        if self._weights:
-            torch._foreach_copy_(self._weights, self._masters)
+        if self.weights:
+            torch._foreach_copy_(self.weights, self._masters)
+
+    @torch.no_grad()
+    def gradients(self) -> tuple[list[Tensor], list[bool]]:
+        """Of `local_parameters`: this rank's part of the reduced gradient, flat, and whether the norm counts
+        it: not where a tensor rank before this one has the same.
+        """
+        self.prepare_grads()
+        grads = [self.main(p).grad for p in self.local_parameters()]
+        counted = {x.data_ptr() for x in self.get_grads_for_grad_norm()}
+        self.zero_grad()
+        return grads, [x.data_ptr() in counted for x in grads]
+
+    def gather_weights(self) -> None:
+        """Complete the weights from all data ranks' parts, unless the next forward pass does."""
+        if not self.ddp_config.overlap_param_gather:
+            self.start_param_sync_for_bucket_group_subset()
 
     def tensors(self, param: Parameter) -> dict[str, Tensor]:
         """Every saved tensor of this rank's shard of a model parameter, by name, flat, fp32."""
