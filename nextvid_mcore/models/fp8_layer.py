@@ -5,9 +5,6 @@
     rotation    going back, the gradient of queries-keys-values in both directions, with the bias's
     GELU        models/fp8_mlp.py
 
-The MLP's addition is left to the next layer's norm, which reads the residual stream anyhow: a layer gives the
-stream with what is still to be added as its attribute `pending`, the last layer of a block the sum.
-
 So runs the reference, which sees twice the student's tokens and needs one direction of everything, and the
 student. Transformer Engine renews `delayed`'s scales of gradients when the backward pass of a pass's first
 linear is over; here that is queries-keys-values of the first layer.
@@ -21,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nextvid_mcore.models import fp8_mlp, fused
+from nextvid_mcore.models import carried, fp8_mlp, fused
 from nextvid_mcore.models.fp8_products import (
     GRADIENT,
     INPUT,
@@ -69,8 +66,8 @@ def encoder_layer(
     """What EncoderLayer does: x [s, rows, D] -> the same shape."""
     attention, mlp, size, trained = layer.self_attention, layer.mlp, x.shape, torch.is_grad_enabled()
     qkv, heads = attention.linear_qkv, attention.num_attention_heads_per_partition
-    eps, (y, bias) = layer.config.layernorm_epsilon, getattr(x, "pending", (None, None))
-    flat = x.flatten(0, 1)
+    eps, (y, bias) = layer.config.layernorm_epsilon, carried.pending(x) or (None, None)
+    flat, y = x.flatten(0, 1), None if y is None else y.flatten(0, 1)
     turning = Turning(qkv, opened(qkv, flat, trained), heads, eps, trained)
     norm = layer.input_layernorm
     flat, *parts = _NormTurn.apply(
@@ -82,11 +79,8 @@ def encoder_layer(
     flat, y = _NormMlp.apply(
         flat, y.flatten(0, 1), bias, norm.weight, norm.bias, one.weight, one.bias, two.weight, inside, eps
     )
-    if layer.last or not _SWITCHES["carry"]:
-        return fused.add(flat.view(size), y.view(size), two.bias)
-    x = flat.view(size)
-    x.pending = y, two.bias
-    return x
+    leave = carried.left if _SWITCHES["carry"] else lambda _, *added: fused.add(*added)
+    return leave(layer, flat.view(size), y.view(size), two.bias)
 
 
 def _project(

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import Module
 
-from nextvid_mcore.models import again, fp8_layer, fp8_mlp, fused
+from nextvid_mcore.models import again, carried, fp8_layer, fp8_mlp, fused
 from nextvid_mcore.models.attention import AttentionPattern
 
 
@@ -110,7 +110,7 @@ def norm(
 class EncoderLayer(TransformerLayer):
     """Pre-norm ViT layer.
 
-    last: of its block; others may leave the addition of their MLP to the next one (models/fp8_layer.py).
+    last: of its block; others leave the addition of their MLP to the next one (models/carried.py).
     """
 
     last = True
@@ -126,17 +126,20 @@ class EncoderLayer(TransformerLayer):
         """hidden_states [s (/ tp), rows, D] -> the same, and None."""
         if fp8_layer.fits(self.config, hidden_states):
             return fp8_layer.encoder_layer(self, hidden_states, rotary_pos_emb, attention_bias), None
-        hidden_states, normed = norm(self, hidden_states, None, self.input_layernorm)
+        before = carried.pending(hidden_states)
+        hidden_states, normed = norm(self, hidden_states, before, self.input_layernorm)
         attended = self.self_attention(normed, rotary_pos_emb=rotary_pos_emb, attention_bias=attention_bias)
         hidden_states, normed = norm(self, hidden_states, attended, self.pre_mlp_layernorm)
-        return fused.add(hidden_states, *self.mlp(normed)), None
+        return carried.left(self, hidden_states, *self.mlp(normed)), None
 
 
 class ContextLayer(TransformerLayer):
     """Cross-attention and MLP, no self-attention: queries read a fixed context (Section 3.2).
 
-    The context is key and value of every layer and passes through unchanged.
+    The context is key and value of every layer and passes through unchanged. last: as of EncoderLayer.
     """
+
+    last = True
 
     def forward(
         self,
@@ -147,7 +150,8 @@ class ContextLayer(TransformerLayer):
         **unused: Any,
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [queries, rows, E] and context [keys, rows, E] -> the same two."""
-        hidden_states, normed = norm(self, hidden_states, None, self.pre_cross_attn_layernorm)
+        before = carried.pending(hidden_states)
+        hidden_states, normed = norm(self, hidden_states, before, self.pre_cross_attn_layernorm)
         attended = self.cross_attention(
             normed,
             key_value_states=context,
@@ -155,4 +159,4 @@ class ContextLayer(TransformerLayer):
             attention_bias=attention_bias,
         )
         hidden_states, normed = norm(self, hidden_states, attended, self.pre_mlp_layernorm)
-        return fused.add(hidden_states, *self.mlp(normed)), context
+        return carried.left(self, hidden_states, *self.mlp(normed)), context

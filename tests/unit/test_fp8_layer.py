@@ -138,7 +138,9 @@ class Layer(torch.nn.Module):
     def __init__(self, last: bool, remade: bool) -> None:
         super().__init__()
         self.last = last
-        self.config = SimpleNamespace(layernorm_epsilon=1e-5, recompute_pieces=remade)
+        self.config = SimpleNamespace(
+            layernorm_epsilon=1e-5, recompute_pieces=remade, recompute_granularity=None
+        )
         self.self_attention = Attention()
         self.linears = torch.nn.ModuleList((self.self_attention.linear_qkv, self.self_attention.linear_proj))
         self.mlp = torch.nn.Module()

@@ -12,7 +12,7 @@ from torch import Tensor
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, MaskConfig, RunConfig, TransformerShape
 from nextvid_mcore.masking import ClipMasks, draw_masks
-from nextvid_mcore.models import kernels, padded, specs
+from nextvid_mcore.models import carried, fused, kernels, padded, specs
 from nextvid_mcore.models.nextvid import MicroBatch, NextVid
 from nextvid_mcore.models.places import together
 from nextvid_mcore.models.sequences import (
@@ -302,6 +302,32 @@ def test_losses_are_means_whatever_the_micro_batch(groups):
     torch.testing.assert_close(both.tau[:1], alone.tau)
     expected = 0.5 * both.flow.mean() + both.align.mean()
     torch.testing.assert_close(both.total(config), expected)
+
+
+@pytest.mark.parametrize("recompute", ["none", "pieces", "full"])
+def test_a_layers_last_addition_is_left_to_the_next(groups, monkeypatch, recompute):
+    """All but the last of a block's layers leave it, with the same gradients to the bit as if none did."""
+    config, found, left = small(), {}, []
+    add, leave = fused.add, carried.left
+    for way in ("added", "left"):
+
+        def given(layer, *stream, way=way):
+            x = leave(layer, *stream) if way == "left" else add(*stream)
+            left.append(hasattr(x, "pending"))
+            return x
+
+        monkeypatch.setattr(carried, "left", given)
+        model = NextVid(config, together(Split(recompute=recompute), groups), CHANNELS)
+        model.reset_parameters()
+        model.train()
+        left.clear()
+        terms = model(micro_batch(config, model, video_of(config), T_TOKENS))
+        forward = list(left)
+        (terms.flow.mean() + terms.align.mean()).backward()
+        found[way] = [p.grad for p in model.parameters() if p.grad is not None]
+    # two layers each of the reference, the student and the predictor
+    assert forward == [recompute != "full", False] * 3
+    assert len(found["left"]) > 50 and all(map(torch.equal, found["added"], found["left"]))
 
 
 def test_patch_order_is_channel_time_row_column():
