@@ -1,12 +1,14 @@
 """A layer's last addition, left to the next layer's norm, which reads the residual stream anyhow.
 
-A layer gives the stream with what is still to be added, the output of its MLP and the bias, as the attribute
-`pending`. The last layer of a block gives the sum, and so does every layer where its output alone is kept
-between forward and backward pass (`recompute full`).
+What is still to be added, the output of a layer's MLP and the bias, waits in a `Link` between the two layers
+and not with the stream itself, of which a module's hook may hand on a copy. The last layer of a block adds it,
+and so does every layer where its output alone is kept between forward and backward pass (`recompute full`).
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -16,15 +18,41 @@ from nextvid_mcore.models import fused
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
+Added = tuple[Tensor, Tensor]  # the output of a linear, and that linear's bias
 
-def pending(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """What the layer before has left to be added to the stream x, and its bias."""
-    return getattr(x, "pending", None)
+
+class Link:
+    """Between a layer and the next."""
+
+    def __init__(self) -> None:
+        self.added: Added | None = None
+
+    def take(self) -> Added | None:
+        added, self.added = self.added, None
+        return added
+
+
+class Carries:
+    """Of a layer, what lies before it and behind it; None at the ends of a block."""
+
+    before: Link | None = None
+    behind: Link | None = None
+
+
+def link(layers: Iterable[Carries]) -> None:
+    """Join the layers of a block, in their order."""
+    for one, two in itertools.pairwise(layers):
+        one.behind = two.before = Link()
+
+
+def pending(layer: Carries) -> Added | None:
+    """What is still to be added to the stream that `layer` was given."""
+    return None if layer.before is None else layer.before.take()
 
 
 def left(layer: TransformerLayer, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     """The stream x as `layer` gives it, to which y + bias belong."""
-    if layer.last or layer.config.recompute_granularity == "full":
+    if layer.behind is None or layer.config.recompute_granularity == "full":
         return fused.add(x, y, bias)
-    x.pending = y, bias
+    layer.behind.added = y, bias
     return x

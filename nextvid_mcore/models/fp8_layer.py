@@ -66,7 +66,7 @@ def encoder_layer(
     """What EncoderLayer does: x [s, rows, D] -> the same shape."""
     attention, mlp, size, trained = layer.self_attention, layer.mlp, x.shape, torch.is_grad_enabled()
     qkv, heads = attention.linear_qkv, attention.num_attention_heads_per_partition
-    eps, (y, bias) = layer.config.layernorm_epsilon, carried.pending(x) or (None, None)
+    eps, (y, bias) = layer.config.layernorm_epsilon, carried.pending(layer) or (None, None)
     flat, y = x.flatten(0, 1), None if y is None else y.flatten(0, 1)
     turning = Turning(qkv, opened(qkv, flat, trained), heads, eps, trained)
     norm = layer.input_layernorm

@@ -107,13 +107,8 @@ def norm(
     return x, again.made(layer.config, normed, lambda past: fused.norm(past, module, eps)[1], x)
 
 
-class EncoderLayer(TransformerLayer):
-    """Pre-norm ViT layer.
-
-    last: of its block; others leave the addition of their MLP to the next one (models/carried.py).
-    """
-
-    last = True
+class EncoderLayer(carried.Carries, TransformerLayer):
+    """Pre-norm ViT layer."""
 
     def forward(
         self,
@@ -126,20 +121,18 @@ class EncoderLayer(TransformerLayer):
         """hidden_states [s (/ tp), rows, D] -> the same, and None."""
         if fp8_layer.fits(self.config, hidden_states):
             return fp8_layer.encoder_layer(self, hidden_states, rotary_pos_emb, attention_bias), None
-        before = carried.pending(hidden_states)
+        before = carried.pending(self)
         hidden_states, normed = norm(self, hidden_states, before, self.input_layernorm)
         attended = self.self_attention(normed, rotary_pos_emb=rotary_pos_emb, attention_bias=attention_bias)
         hidden_states, normed = norm(self, hidden_states, attended, self.pre_mlp_layernorm)
         return carried.left(self, hidden_states, *self.mlp(normed)), None
 
 
-class ContextLayer(TransformerLayer):
+class ContextLayer(carried.Carries, TransformerLayer):
     """Cross-attention and MLP, no self-attention: queries read a fixed context (Section 3.2).
 
-    The context is key and value of every layer and passes through unchanged. last: as of EncoderLayer.
+    The context is key and value of every layer and passes through unchanged.
     """
-
-    last = True
 
     def forward(
         self,
@@ -150,7 +143,7 @@ class ContextLayer(TransformerLayer):
         **unused: Any,
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [queries, rows, E] and context [keys, rows, E] -> the same two."""
-        before = carried.pending(hidden_states)
+        before = carried.pending(self)
         hidden_states, normed = norm(self, hidden_states, before, self.pre_cross_attn_layernorm)
         attended = self.cross_attention(
             normed,

@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from nextvid_mcore.config import ConfigError, ModelConfig, TransformerShape
-from nextvid_mcore.models import fp8, overlapped
+from nextvid_mcore.models import carried, fp8, overlapped
 from nextvid_mcore.models.adaln import AdaLNLayer, CrossAdaLNLayer
 from nextvid_mcore.models.attention import PatternAttention
 from nextvid_mcore.models.layers import (
@@ -270,6 +270,6 @@ def build_block(
         post_process=last,
         pg_collection=groups,
     )
-    for each in block.layers[:-1]:
-        each.last = False
+    if issubclass(layer.module, carried.Carries):
+        carried.link(block.layers)
     return block

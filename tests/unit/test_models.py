@@ -313,13 +313,16 @@ def test_a_layers_last_addition_is_left_to_the_next(groups, monkeypatch, recompu
 
         def given(layer, *stream, way=way):
             x = leave(layer, *stream) if way == "left" else add(*stream)
-            left.append(hasattr(x, "pending"))
+            left.append(layer.behind is not None and layer.behind.added is not None)
             return x
 
         monkeypatch.setattr(carried, "left", given)
         model = NextVid(config, together(Split(recompute=recompute), groups), CHANNELS)
         model.reset_parameters()
         model.train()
+        model.student.encoder.block.layers[0].register_full_backward_hook(
+            lambda *_: None
+        )  # copies the output
         left.clear()
         terms = model(micro_batch(config, model, video_of(config), T_TOKENS))
         forward = list(left)
