@@ -1,8 +1,8 @@
 """A layer's last addition, left to the next layer's norm, which reads the residual stream anyhow.
 
 What is still to be added, the output of a layer's MLP and the bias, waits in a `Link` between the two layers
-and not with the stream itself, of which a module's hook may hand on a copy. The last layer of a block adds it,
-and so does every layer where its output alone is kept between forward and backward pass (`recompute full`).
+and not with the stream itself, of which a module's hook may hand on a copy. The last layer of a block adds it
+up, and so does every layer where its output alone is kept for the backward pass (`recompute full`).
 """
 
 from __future__ import annotations
