@@ -173,8 +173,9 @@ class RoleOptimizers:
         """For the log: what makes the update on this rank."""
         if self.one_pass is not None:
             return "update: AdamW, EMA and weights in one pass; the host does not wait for the norm"
-        inner = type(next(iter(self.optimizers.values())).optimizer)
-        return f"update: {inner.__name__} of {inner.__module__.partition('.')[0]}, list by list"
+        inner = {type(each.optimizer) for each in self.optimizers.values()}
+        names = (f"{kind.__name__} of {kind.__module__.partition('.')[0]}" for kind in inner)
+        return f"update: {', '.join(names)}, one list of tensors after the other"
 
     @property
     def modules(self) -> dict[str, Module]:

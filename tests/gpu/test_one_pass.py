@@ -7,6 +7,11 @@ import math
 import torch
 from launch import shared
 from small import build, config, drawn_step, snapshot
+from unit.test_triton_update import (  # noqa: F401  collected here again, on the GPU
+    test_a_gradient_that_is_not_finite_changes_nothing,
+    test_nothing_outside_a_shard_is_written,
+    test_steps_are_adamw_and_lerp,
+)
 
 from nextvid_mcore.parallel.groups import Layout
 from nextvid_mcore.training import ahead, optimizer

@@ -1,4 +1,4 @@
-"""The update's kernels against torch's AdamW, clipping and lerp."""
+"""The update's kernels against torch's AdamW, clipping and lerp; on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from nextvid_mcore.models import triton_update
 from nextvid_mcore.models.triton_update import AdamW, Shard, Table
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = (1, 5, 511, 512, 513, triton_update.CHUNK, triton_update.CHUNK + 3, 2 * triton_update.CHUNK + 700)
 ADAM = AdamW(beta1=0.9, beta2=0.95, eps=1e-8, clip=1.0, ema=0.9)
 LR = 1e-2
@@ -20,7 +21,7 @@ def made(sizes: tuple[int, ...] = SIZES, offset: int = 0) -> list[Shard]:
     torch.manual_seed(0)
 
     def draw(size: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(offset + size) * scale).to(dtype)[offset:]
+        return (torch.randn(offset + size) * scale).to(DEVICE, dtype)[offset:]
 
     return [
         Shard(
@@ -49,7 +50,7 @@ def test_steps_are_adamw_and_lerp(aligned: bool, scale: float) -> None:
     emas = [None if x.ema is None else x.ema.clone() for x in shards]
     groups = [{"params": [p], "weight_decay": x.decay} for p, x in zip(masters, shards, strict=True)]
     adam = torch.optim.AdamW(groups, lr=LR, betas=(ADAM.beta1, ADAM.beta2), eps=ADAM.eps)
-    table = Table(shards, torch.device("cpu"))
+    table = Table(shards, DEVICE)
     assert table.aligned == aligned
     for number in range(1, 4):
         for shard in shards:
@@ -76,10 +77,10 @@ def test_steps_are_adamw_and_lerp(aligned: bool, scale: float) -> None:
 
 def test_nothing_outside_a_shard_is_written() -> None:
     shards = made()
-    memory = [torch.full((x.grad.numel() + 8,), 7.0, dtype=x.weight.dtype) for x in shards]
+    memory = [torch.full((x.grad.numel() + 8,), 7.0, dtype=x.weight.dtype, device=DEVICE) for x in shards]
     for shard, wide in zip(shards, memory, strict=True):
         object.__setattr__(shard, "weight", wide[4:-4])
-    Table(shards, torch.device("cpu")).update(torch.ones(1), LR, ADAM, 1)
+    Table(shards, DEVICE).update(torch.ones(1, device=DEVICE), LR, ADAM, 1)
     for shard, wide in zip(shards, memory, strict=True):
         assert torch.equal(wide[4:-4], shard.master.bfloat16())
         assert (wide[:4] == 7).all() and (wide[-4:] == 7).all()
@@ -88,7 +89,7 @@ def test_nothing_outside_a_shard_is_written() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     shards = made()
-    table = Table(shards, torch.device("cpu"))
+    table = Table(shards, DEVICE)
     table.update(table.squares().sqrt().float().reshape(1), LR, ADAM, 1)
     shards[-1].grad[-1] = bad
     before = [[x.clone() for x in shard.tensors() if x is not None] for shard in shards]
@@ -103,20 +104,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
 def test_what_the_norm_leaves_out_is_not_looked_at() -> None:
     shards = made()
     shards[2].grad.fill_(math.nan)
-    assert math.isfinite(Table(shards, torch.device("cpu")).squares().item())
+    assert math.isfinite(Table(shards, DEVICE).squares().item())
 
 
 def test_the_ends_of_the_average_are_exact() -> None:
     for keep in (0.0, 1.0):
         shards = made((700,))
         begin = shards[0].ema.clone()
-        Table(shards, torch.device("cpu")).update(torch.ones(1), LR, AdamW(0.9, 0.95, 1e-8, 1.0, keep), 1)
+        Table(shards, DEVICE).update(torch.ones(1, device=DEVICE), LR, AdamW(0.9, 0.95, 1e-8, 1.0, keep), 1)
         assert torch.equal(shards[0].ema, begin if keep else shards[0].master)
 
 
 def test_chunks_cover_every_element_once() -> None:
     shards = made()
-    table = Table(shards, torch.device("cpu"))
+    table = Table(shards, DEVICE)
     seen = [torch.zeros(x.grad.numel(), dtype=torch.int) for x in shards]
     for number, first in table.chunks.tolist():
         seen[number][first : first + triton_update.CHUNK] += 1
@@ -125,9 +126,9 @@ def test_chunks_cover_every_element_once() -> None:
 
 
 def test_no_shards_are_no_work() -> None:
-    table = Table([], torch.device("cpu"))
+    table = Table([], DEVICE)
     assert table.squares().item() == 0
-    table.update(torch.ones(1), LR, ADAM, 1)
+    table.update(torch.ones(1, device=DEVICE), LR, ADAM, 1)
 
 
 def test_tensors_that_do_not_belong_together_are_refused() -> None:
