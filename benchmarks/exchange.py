@@ -144,13 +144,9 @@ def cases(config: RunConfig, clips: int, group: dist.ProcessGroup, device: torch
 
     def case(name: str, into: int, out: int, column: bool) -> Case:
         kind = {"gather_output": False} if column else {"input_is_parallel": True}
-        kind |= {
-            "config": settings,
-            "init_method": lambda weight: None,
-            "bias": True,
-            "skip_bias_add": name != "qkv",
-        }
-        kind |= {"is_expert": False, "tp_comm_buffer_name": name, "tp_group": group}
+        kind |= {"config": settings, "init_method": lambda weight: None, "bias": True}
+        kind |= {"skip_bias_add": name != "qkv", "is_expert": False}
+        kind |= {"tp_comm_buffer_name": name, "tp_group": group}
         linear = (backend.column if column else backend.row)(into, out, **kind).to(device)
         with torch.no_grad():
             for parameter in linear.parameters():

@@ -66,8 +66,12 @@ def _unreachable(mine: int, here: Place, other: Place) -> str | None:
 def _surroundings() -> tuple:
     """What processes must share: torch hands memory over by sockets in this folder, named by their number."""
     names = (os.environ.get(name) for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR"))
-    folder = os.stat(next((name for name in names if name is not None), "/tmp"))
-    return os.readlink("/proc/self/ns/pid"), folder.st_dev, folder.st_ino
+    numbers = os.readlink("/proc/self/ns/pid")
+    try:
+        folder = os.stat(next((name for name in names if name is not None), "/tmp"))
+    except OSError:  # torch will say so
+        return (numbers,)
+    return numbers, folder.st_dev, folder.st_ino
 
 
 def _uuid(device: int) -> str:

@@ -100,8 +100,9 @@ def test_processes_of_one_host_share_their_surroundings(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     here = reach._surroundings()
     assert reach._surroundings() == here
-    monkeypatch.setenv("TMPDIR", "/")
-    assert reach._surroundings() != here
+    for another in ("/", "/nowhere"):
+        monkeypatch.setenv("TMPDIR", another)
+        assert reach._surroundings() != here
 
 
 @pytest.mark.parametrize("failed", [0, 1])
