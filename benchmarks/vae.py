@@ -1,6 +1,6 @@
 """VA-VAE online: what its encoder takes alone, and what the training step keeps of its rate with it.
 
-    python benchmarks/vae.py --encoders 32 28:2 28:2:written --accumulate 2 vit_g --model.backend te \
+    python benchmarks/vae.py --encoders 32 32:joined 28:2:joined --accumulate 2 vit_g --model.backend te \
         --train.micro-batch 16
 
 Random weights of the true shape, frames that lie on the device, the clips' predicted frames alone, as in
@@ -47,32 +47,40 @@ PLACES = {
 
 @dataclass(frozen=True)
 class Form:
-    """Of the encoder, CHUNK[:LANES][:written]: frames that go through it at once; two chunks on their way at
-    a time, with so many programs a multiprocessor that move memory; the first convolution is stored.
+    """Of the encoder, CHUNK[:LANES][:written][:joined]: frames that go through it at once; two chunks on
+    their way at a time, with so many programs a multiprocessor that move memory; the first convolution is
+    stored; convolutions add residuals.
     """
 
     chunk: int
     lanes: int = 0
     written: bool = False
+    joined: bool = False
 
     @staticmethod
     def read(text: str) -> Form:
-        chunk, *rest = text.split(":")
-        written = rest[-1:] == ["written"]
-        lanes = rest[: len(rest) - written]
-        if len(lanes) > 1 or not all(n.isdigit() for n in [chunk, *lanes]) or int(chunk) == 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not CHUNK[:LANES][:written], such as 28:2:written")
-        return Form(int(chunk), int(lanes[0]) if lanes else 0, written)
+        words = text.split(":")
+        numbers = [word for word in words if word.isdigit()]
+        flags = words[len(numbers) :]
+        if numbers != words[: len(numbers)] or not 1 <= len(numbers) <= 2 or int(numbers[0]) == 0:
+            flags = ["?"]
+        if not set(flags) <= {"written", "joined"}:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not CHUNK[:LANES][:written][:joined], such as 28:2:joined; RECIPE comes after "
+                "another option"
+            )
+        return Form(*map(int, numbers), **dict.fromkeys(flags, True))
 
     def __str__(self) -> str:
-        lanes = f", lanes {self.lanes}" if self.lanes else ""
-        return f"{self.chunk}{lanes}{', written' if self.written else ''}"
+        words = [str(self.chunk), *([f"lanes {self.lanes}"] if self.lanes else [])]
+        return ", ".join([*words, *(name for name in ("written", "joined") if getattr(self, name))])
 
     def of(self, target: VaVae) -> VaVae:
-        """The same networks in this form."""
+        """The same networks in this form; without CUDA as they are."""
+        more = {"lanes": self.lanes, "written": self.written, "joined": self.joined} if target.fused else {}
         return VaVae(
             target.model, target.autoencoder, target.mean.flatten(), target.std.flatten(), chunk=self.chunk,
-            fused=target.fused, lanes=self.lanes if target.fused else 0, written=self.written,
+            fused=target.fused, **more,
         )  # fmt: skip
 
 
@@ -124,7 +132,11 @@ def alone(config: RunConfig, forms: list[Form], times: int) -> list[Form]:
     for form in [None, *(forms if device.type == "cuda" else [])]:
         name, target = ("eager", eager) if form is None else (f"fused {form}", form.of(loaded))
         start = time.perf_counter()
-        got = target.latents(video, first=1)
+        try:
+            got = target.latents(video, first=1)
+        except Exception:  # the others are still worth having
+            traceback.print_exc(limit=-6)
+            continue
         synchronize()
         ready = time.perf_counter() - start
         if device.type == "cuda":
@@ -143,7 +155,7 @@ def alone(config: RunConfig, forms: list[Form], times: int) -> list[Form]:
         )
         if form is not None:
             found[form] = seconds
-        if form in (None, *forms[:1]) and device.type == "cuda":
+        if device.type == "cuda":
             kernels(lambda target=target: target.latents(video, first=1))
         del target, got
         if device.type == "cuda":

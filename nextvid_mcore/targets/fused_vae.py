@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +35,25 @@ def check(shape: AutoencoderShape) -> None:
     )
 
 
+Joined = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""conv(x, weight) + rest + bias -> out; all [N, C, H, W], bias [C]."""
+
+
 class FusedEncoder:
     """Stands for `autoencoder.encode`. Its weights are read where they lie, and may not change after."""
 
     def __init__(
-        self, autoencoder: AutoencoderKL, tuning: Tuning | None = None, written: bool = False
+        self,
+        autoencoder: AutoencoderKL,
+        tuning: Tuning | None = None,
+        written: bool = False,
+        joined: Joined | None = None,
     ) -> None:
-        """written: the first convolution is stored, and not made again wherever it is needed."""
+        """written: the first convolution is stored, and not made again wherever it is needed. joined: a
+        convolution that adds the residual (targets/cudnn_sum.py), so that no sum is left to be added up.
+        """
         check(autoencoder.shape)
+        self.joined = joined
         self.encoder, self.quant_conv = autoencoder.encoder, autoencoder.quant_conv
         self.tuning, self.written = tuning, written
         self.first = matrix_of(self.encoder.conv_in.weight)
@@ -69,13 +81,17 @@ class FusedEncoder:
         if self.written:
             x = Sum(self.zeros[len(x.bias)], (self._add(x),))
         for level in self.encoder.down:
+            padded = None
             for i, block in enumerate(level.block):
-                x = self._block(block, x)
+                if self.joined and level.resample and i == len(level.block) - 1:
+                    padded = _with_border(x, block.conv2.out_channels)
+                x = self._block(block, x, padded)
                 if level.attn:
                     x = self._attend(level.attn[i], x)
             if level.resample:
                 conv = level.downsample.conv
-                x = Sum(self._bias(conv), (_conv(conv, self._add(x, padded=1)),))
+                padded = self._add(x, padded=1) if padded is None else padded
+                x = Sum(self._bias(conv), (_conv(conv, padded),))
         mid = self.encoder.mid
         x = self._block(mid.block_2, self._attend(mid.attn_1, self._block(mid.block_1, x)))
         normed, _ = self._norm(self.encoder.norm_out, x)
@@ -95,8 +111,8 @@ class FusedEncoder:
         return self.biases[key]
 
     def _norm(self, norm: nn.GroupNorm, x: Sum, **how: bool) -> tuple[Tensor, Sum]:
-        """Normalised x with SiLU; and x, added up where it had two parts."""
-        keep = len(x.parts) > 1
+        """Normalised x with SiLU; and x, added up where it had two parts, or has to be there as it is."""
+        keep = len(x.parts) > 1 or (self.joined is not None and x.frames is not None)
         with self.moves():
             normed, kept = normalise(
                 x, norm.weight, norm.bias, next(self.arrived), keep=keep, tuning=self.tuning,
@@ -108,27 +124,46 @@ class FusedEncoder:
         with self.moves():
             return add(x, padded, self.at_most)
 
-    def _block(self, block: ResidualBlock, x: Sum) -> Sum:
+    def _block(self, block: ResidualBlock, x: Sum, padded: Tensor | None = None) -> Sum:
+        """padded [N, H + 1, W + 1, C]: what is joined goes there, but for the last row and column."""
         normed, x = self._norm(block.norm1, x)
         out = Sum(self._bias(block.conv1), (_conv(block.conv1, normed),))
         del normed
         normed, _ = self._norm(block.norm2, out, in_place=True)
-        out = _conv(block.conv2, normed)
+        made = None if self.joined else _conv(block.conv2, normed)
         if hasattr(block, "nin_shortcut"):
             if x.frames is not None:
                 x = Sum(self.zeros[len(x.bias)], (self._add(x),))
             short = block.nin_shortcut  # of a sum of one part, whose bias goes through by itself
             x = Sum(self._bias(short, x.bias), (_conv(short, x.parts[0]),))
-        return dataclasses.replace(x, bias=self._bias(block.conv2, x.bias), parts=(*x.parts, out))
+        bias = self._bias(block.conv2, x.bias)
+        if made is not None:
+            return dataclasses.replace(x, bias=bias, parts=(*x.parts, made))
+        made = torch.empty_like(normed) if padded is None else padded[:, :-1, :-1]
+        self.joined(nchw(normed), block.conv2.weight, nchw(x.parts[0]), bias, nchw(made))
+        return Sum(self.zeros[len(bias)], (made,))
 
     def _attend(self, attention: SelfAttention, x: Sum) -> Sum:
         normed, x = self._norm(attention.norm, x, silu=False)
         weight, bias = self.packed[id(attention)]
         N, H, W, C = normed.shape
         q, k, v = F.linear(normed.view(N, 1, H * W, C), weight, bias).chunk(3, -1)
-        mixed = F.scaled_dot_product_attention(q, k, v).reshape(N, H, W, C)
-        mixed = F.linear(mixed, attention.proj_out.weight.flatten(1))
-        return dataclasses.replace(x, bias=self._bias(attention.proj_out, x.bias), parts=(*x.parts, mixed))
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        weight, bias = attention.proj_out.weight.flatten(1), self._bias(attention.proj_out, x.bias)
+        if self.joined:
+            made = torch.addmm(x.parts[0].view(-1, C), mixed.reshape(-1, C), weight.T)
+            return Sum(bias, (made.view(N, H, W, C),))
+        mixed = F.linear(mixed.reshape(N, H, W, C), weight)
+        return dataclasses.replace(x, bias=bias, parts=(*x.parts, mixed))
+
+
+def _with_border(like: Sum, channels: int) -> Tensor:
+    """Memory for [N, H + 1, W + 1, channels] with zeros in its last row and column."""
+    N, H, W, _ = like.shape
+    made = torch.empty(N, H + 1, W + 1, channels, dtype=like.like.dtype, device=like.like.device)
+    made[:, H].zero_()
+    made[:, :, W].zero_()
+    return made
 
 
 def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from nextvid_mcore.config import ConfigError, ModelConfig, RunConfig, require
 from nextvid_mcore.rng import numpy_rng
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
 from nextvid_mcore.targets.base import check_latents, check_video
+from nextvid_mcore.targets.cudnn_sum import convolution_sum
 from nextvid_mcore.targets.lanes import Lane, Lanes
 
 PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest of the file is training's
@@ -44,6 +45,7 @@ class VaVae:
         fused: bool = False,
         lanes: int = 0,
         written: bool = False,
+        joined: bool = False,
     ) -> None:
         """`autoencoder` is where and in the dtype it is to run; mean, std: [latent], per channel.
 
@@ -51,7 +53,7 @@ class VaVae:
         activation in bf16. `fused`: the encoder with Triton between its convolutions (fused_vae.py), for
         chunks of one size; `decode` and without it everything runs eagerly, and is the reference. `lanes`:
         two chunks at a time go through it, with so many programs a multiprocessor that move memory
-        (lanes.py); `written`: as FusedEncoder's.
+        (lanes.py); `written`: as FusedEncoder's; `joined`: convolutions add residuals (cudnn_sum.py).
         """
         require(chunk > 0, f"frames per chunk must be positive, got {chunk}")
         self.model = model
@@ -70,7 +72,9 @@ class VaVae:
         if fused:
             from nextvid_mcore.targets.fused_vae import FusedEncoder  # Triton is not installed everywhere
 
-            self._network = FusedEncoder(self.autoencoder, written=written)
+            self._network = FusedEncoder(
+                self.autoencoder, written=written, joined=convolution_sum() if joined else None
+            )
 
     @staticmethod
     def channels_for(model: ModelConfig, shape: AutoencoderShape = VA_VAE) -> int:

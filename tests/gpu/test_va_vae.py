@@ -18,6 +18,7 @@ from nextvid_mcore import recipes
 from nextvid_mcore.config import ModelConfig, RunConfig, TransformerShape
 from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.targets.autoencoder import AutoencoderKL
+from nextvid_mcore.targets.cudnn_sum import convolution_sum
 from nextvid_mcore.targets.va_vae import VaVae
 
 BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
@@ -32,7 +33,7 @@ def test_the_fused_encoder_equals_the_eager_one() -> None:
     video[1] = video[1, :, :1]
     static = torch.tensor([False, True, False])
 
-    def latents(dtype: torch.dtype, fused: bool) -> torch.Tensor:
+    def latents(dtype: torch.dtype, fused: bool, **how: bool) -> torch.Tensor:
         autoencoder = AutoencoderKL()
         autoencoder.load_state_dict(weights)
         target = VaVae(
@@ -42,16 +43,46 @@ def test_the_fused_encoder_equals_the_eager_one() -> None:
             torch.ones(32),
             chunk=8,
             fused=fused,
+            **how,
         )
         return target.latents(video, static, first=1)
 
     exact = latents(torch.float32, False)
     eager, fused = (latents(torch.bfloat16, each) for each in (False, True))
-    errors = [float((x - exact).square().mean().sqrt() / exact.std()) for x in (eager, fused)]
+    forms = [eager, fused, *(latents(torch.bfloat16, True, **{how: True}) for how in ("written", "joined"))]
+    errors = [float((x - exact).square().mean().sqrt() / exact.std()) for x in forms]
     assert exact.shape == (3, 3, 64, 64) and 0 < errors[0] < 0.05
-    assert errors[1] < 1.5 * errors[0], errors
+    assert max(errors[1:]) < 1.5 * errors[0], errors
     for _ in range(3):  # programs that wait for each other's sums always find all of them
         assert torch.equal(latents(torch.bfloat16, True), fused)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "kernel"),
+    [((4, 128, 256, 256), 128, 3), ((3, 512, 16, 16), 512, 3), ((2, 128, 40, 24), 256, 1)],
+)
+@pytest.mark.parametrize("bordered", [False, True])
+def test_a_convolution_adds_residual_and_bias(shape, channels, kernel, bordered) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    (N, C, H, W), like = shape, {"device": "cuda", "generator": generator}
+    x = torch.randn(N, H, W, C, **like).to(torch.bfloat16).permute(0, 3, 1, 2)
+    weight = torch.randn(channels, C, kernel, kernel, **like).to(torch.bfloat16) / (kernel * C**0.5)
+    weight = weight.to(memory_format=torch.channels_last)
+    rest = torch.randn(N, H, W, channels, **like).to(torch.bfloat16).permute(0, 3, 1, 2)
+    bias = torch.randn(channels, **like)
+    whole = torch.full((N, H + bordered, W + bordered, channels), 7.0, dtype=torch.bfloat16, device="cuda")
+    out = whole[:, :H, :W].permute(0, 3, 1, 2)
+    add = convolution_sum()
+    add(x, weight, rest, bias, out)
+    wanted = torch.nn.functional.conv2d(x.float(), weight.float(), bias, padding=kernel // 2) + rest.float()
+    torch.testing.assert_close(out.float(), wanted, rtol=1e-2, atol=2e-2)
+    if bordered:
+        assert bool((whole[:, H] == 7).all()) and bool((whole[:, :, W] == 7).all())
+    first = out.clone()
+    for _ in range(20):
+        out.zero_()
+        add(x, weight, rest, bias, out)
+        assert torch.equal(out, first)
 
 
 def test_chunks_two_at_a_time_are_chunks_one_at_a_time() -> None:
@@ -61,11 +92,10 @@ def test_chunks_two_at_a_time_are_chunks_one_at_a_time() -> None:
     torch.manual_seed(0)
     autoencoder = AutoencoderKL().to("cuda", torch.bfloat16)
     video = torch.rand(4, 3, 16, 128, 128, device="cuda") * 2 - 1
-    for written in (False, True):
+    for how in ({}, {"written": True}, {"joined": True}):
         alone, beside = (
             VaVae(
-                model, autoencoder, torch.zeros(32), torch.ones(32), chunk=8, fused=True, lanes=lanes,
-                written=written,
+                model, autoencoder, torch.zeros(32), torch.ones(32), chunk=8, fused=True, lanes=lanes, **how
             )
             for lanes in (0, 2)
         )  # fmt: skip

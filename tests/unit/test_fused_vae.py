@@ -23,13 +23,21 @@ def autoencoder(multipliers: tuple[int, ...]) -> AutoencoderKL:
     return made.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
+def joined(x, weight, rest, bias, out):
+    """What cuDNN's graph does (targets/cudnn_sum.py)."""
+    out.copy_(torch.nn.functional.conv2d(x, weight, bias, padding=1) + rest)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"written": True}, {"joined": joined}, {"written": True, "joined": joined}]
+)
 @pytest.mark.parametrize(("multipliers", "shape"), [((1, 2), (2, 3, 24, 16)), ((2, 2), (1, 3, 16, 16))])
-def test_the_fused_encoder_equals_the_eager_one(multipliers, shape):
+def test_the_fused_encoder_equals_the_eager_one(multipliers, shape, how):
     """Images of several slices, the last not full; a first block as wide as the first convolution, or not."""
     made = autoencoder(multipliers)
     frames = clip(shape)
     wanted = made.encode(frames)
-    found = FusedEncoder(made, Tuning(tile=32 * 64, slice=32 * 128))(frames)
+    found = FusedEncoder(made, Tuning(tile=32 * 64, slice=32 * 128), **how)(frames)
     for got, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
