@@ -217,32 +217,50 @@ def _normalise(
 
 
 @triton.jit
-def _write(
-    a, b, frames, first, bias, lines, out, images,
+def _tile(
+    a, b, frames, first, bias, lines, out, i,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
     R: tl.constexpr, PARTS: tl.constexpr, FRAMES: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
     DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """The sum, normalised by `lines` or as it is, with zeros from (H, W) to (HIGH, WIDE)."""
+    """Tile i of the sum, normalised by `lines` or as it is, with zeros from (H, W) to (HIGH, WIDE)."""
     tiles: tl.constexpr = (HIGH * WIDE + R - 1) // R
+    n = i // tiles
+    p = i % tiles * R + tl.arange(0, R)
+    y, x = p // WIDE, p % WIDE
+    inside = (y < H) & (x < W)
     c = tl.arange(0, C)[None, :]
+    v = _summed(a, b, frames, first, bias, n, y, x, inside, H, W, C, R, not NORM, PARTS, FRAMES, DEPTH, PTX)
+    if NORM:
+        v = v * tl.load(lines + n * (2 * C) + c) + tl.load(lines + n * (2 * C) + C + c)
+        if SILU:
+            v = _silu_of_half(v, PTX)
+    v = tl.where(inside[:, None], v, 0.0)
+    at = n.to(tl.int64) * (HIGH * WIDE * C) + p[:, None] * C + c
+    tl.store(out + at, v, mask=(p < HIGH * WIDE)[:, None])
+
+
+@triton.jit
+def _write(
+    a, b, frames, first, bias, lines, out, count,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, PARTS: tl.constexpr, FRAMES: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
+    ONE: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """`count` tiles: a program's are one, or as many as there are for it (which takes more registers)."""
     i = tl.program_id(0)
-    while i < images * tiles:
-        n = i // tiles
-        p = i % tiles * R + tl.arange(0, R)
-        y, x = p // WIDE, p % WIDE
-        inside = (y < H) & (x < W)
-        v = _summed(
-            a, b, frames, first, bias, n, y, x, inside, H, W, C, R, not NORM, PARTS, FRAMES, DEPTH, PTX
+    if ONE:
+        _tile(
+            a, b, frames, first, bias, lines, out, i,
+            H, W, C, HIGH, WIDE, R, PARTS, FRAMES, NORM, SILU, DEPTH, PTX,
         )  # fmt: skip
-        if NORM:
-            v = v * tl.load(lines + n * (2 * C) + c) + tl.load(lines + n * (2 * C) + C + c)
-            if SILU:
-                v = _silu_of_half(v, PTX)
-        v = tl.where(inside[:, None], v, 0.0)
-        at = n.to(tl.int64) * (HIGH * WIDE * C) + p[:, None] * C + c
-        tl.store(out + at, v, mask=(p < HIGH * WIDE)[:, None])
-        i += tl.num_programs(0)
+    else:
+        while i < count:
+            _tile(
+                a, b, frames, first, bias, lines, out, i,
+                H, W, C, HIGH, WIDE, R, PARTS, FRAMES, NORM, SILU, DEPTH, PTX,
+            )  # fmt: skip
+            i += tl.num_programs(0)
 
 
 @dataclass(frozen=True)
@@ -374,13 +392,13 @@ def _write_to(
 ) -> None:
     (N, H, W, C), (_, high, wide, _) = x.shape, out.shape
     tile = max(16, 16384 // x.like.element_size() // C)
-    programs = N * triton.cdiv(high * wide, tile)
+    tiles = programs = N * triton.cdiv(high * wide, tile)
     if at_most is not None:
-        programs = min(programs, at_most * _processors(x.like.device)[0])
+        programs = min(tiles, at_most * _processors(x.like.device)[0])
     _write[(programs,)](
-        *x.pointers(), x.bias if lines is None else lines, out, N, H=H, W=W, C=C, HIGH=high, WIDE=wide,
+        *x.pointers(), x.bias if lines is None else lines, out, tiles, H=H, W=W, C=C, HIGH=high, WIDE=wide,
         R=tile, PARTS=len(x.parts), FRAMES=x.frames is not None, NORM=lines is not None, SILU=silu,
-        DEPTH=DEPTH, PTX=PTX, num_warps=8,
+        ONE=programs == tiles, DEPTH=DEPTH, PTX=PTX, num_warps=8,
     )  # fmt: skip
 
 
