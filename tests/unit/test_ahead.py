@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 from unit.fake_streams import FakeCuda, FakeStream, Made
 
+from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.targets.lanes import Lanes
-from nextvid_mcore.training import microbatch
+from nextvid_mcore.training import feed, microbatch
 from nextvid_mcore.training.ahead import Ahead
 from nextvid_mcore.training.engine import Engine
 
@@ -33,11 +35,11 @@ def test_early_work_waits_for_what_it_reads_alone_and_its_reader_for_it(cuda, ea
     cuda.launch("weights")
     ahead, made = Ahead(CUDA), Made()
     ahead.early = early
-    feed = FakeStream()
-    with torch.cuda.stream(feed):
+    side = FakeStream()
+    with torch.cuda.stream(side):
         cuda.launch("clips")
-    arrived = feed.record_event()
-    cuda.current.wait_stream(feed)
+    arrived = side.record_event()
+    cuda.current.wait_stream(side)
     cuda.launch("update")
 
     def work() -> Made:
@@ -102,6 +104,31 @@ def test_a_recorded_pass_waits_for_its_latents_or_for_all_of_the_step(cuda, monk
         there = {f"latents 1.{n}" for n in range(3 if all_first else i + 1)}
         assert there == {x for x in seen if x.startswith("latents 1")} and "update 0" in seen
         assert not any(x.startswith(("pass", "update")) for x in cuda.behind[f"latents 1.{i}"])
+
+
+def test_the_feed_says_when_clips_that_it_shared_have_arrived(cuda, monkeypatch):
+    cuda.launch("update")
+
+    def share(batch: ClipBatch, *rest: object) -> ClipBatch:
+        cuda.launch(f"clips {int(batch.index)}")
+        video = Made()
+        video.is_cuda = True
+        return dataclasses.replace(batch, video=video)
+
+    monkeypatch.setattr(feed, "share", share)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    one = torch.zeros(1, dtype=torch.int64)
+    made = feed.Feed.__new__(feed.Feed)
+    made._loader = iter(ClipBatch(torch.zeros(1), one + i, one, one.bool(), [""]) for i in range(2))
+    made._groups = SimpleNamespace(layout=SimpleNamespace(data=1))
+    made._guard = SimpleNamespace(update=lambda *counts: None)
+    layout = SimpleNamespace(micro_batches=lambda batch, micro: 2)
+    made._placement = SimpleNamespace(encoder=SimpleNamespace(layout=layout), clips=lambda seat, micro: 1)
+    made._seat, made._size, made._stream = None, 8, FakeStream()
+    made._shared = made._counts = True
+    point = SimpleNamespace(batch=2, micro_batch=1, stage=SimpleNamespace(frames=4))
+    for batch in made.next(point, 0).batches:
+        assert batch.arrived.seen == {"clips 0", "clips 1"} and batch.video.users == [cuda.current]
 
 
 def test_a_lane_keeps_its_order_and_two_of_them_keep_none(cuda):
