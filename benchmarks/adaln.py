@@ -76,7 +76,7 @@ class Case:
     def forward(self, leaves: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         x, y, bias, vectors = leaves or self.leaves
         shift, scale, gate, *_ = vectors.chunk(6, dim=-1)
-        return fused.gated_norm(x, (y, bias, gate), shift, scale, 1e-6)
+        return fused.gated_norm(x, fused.Added(y, bias, gate), shift, scale, 1e-6)
 
     def both(self) -> list[Tensor]:
         found = self.forward()

@@ -14,20 +14,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from nextvid_mcore.models import again, fused
+from nextvid_mcore.models import again, carried, fp8_adaln, fused
+from nextvid_mcore.models.fused import Added
 from nextvid_mcore.models.norm import mark_sequence_parallel
-
-Added = tuple[Tensor, Tensor, Tensor]  # a linear's output, its bias, and the gate of both
 
 
 def join(condition: Tensor, z: Tensor) -> Tensor:
     """tau's vector [1, rows, E] and z [n (/ tp), rows, E] as one tensor: recomputation follows no tuples."""
     return torch.cat([condition, z])
-
-
-def pending(x: Tensor) -> Added | None:
-    """What is still to be added to the residual stream x that comes from a layer."""
-    return getattr(x, "pending", None)
 
 
 def _norm_again(*args: Any) -> Tensor:
@@ -47,13 +41,13 @@ class Modulation(torch.nn.Linear):
         return super().forward(F.silu(condition)).chunk(self.parts, dim=-1)
 
 
-class AdaLNLayer(TransformerLayer):
+class AdaLNLayer(carried.Carries, TransformerLayer):
     """A DiT layer: shift, scale and gate round self-attention and MLP come from tau's vector.
 
-    There is one such vector a row, since a row is one frame at one tau. What the MLP adds is left to the next
-    norm, which reads the residual stream anyhow: its gate, the output and the bias are the stream's attribute
-    `pending`.
+    There is one such vector a row, since a row is one frame at one tau.
     """
+
+    itself = True  # whether the tokens attend to themselves
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -67,18 +61,23 @@ class AdaLNLayer(TransformerLayer):
         **unused: Any,
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [s, rows, E] and context, tau's vector [1, rows, E] or `join`ed -> the same two."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(context[:1])
-        hidden_states, x = self.normed(hidden_states, pending(hidden_states), shift1, scale1)
+        vectors, before = self.adaln(context[:1]), carried.pending(self)
+        if fp8_adaln.fits(self, hidden_states):
+            hidden_states, added = fp8_adaln.layer(self, hidden_states, before, vectors, rotary_pos_emb)
+            return self.left(hidden_states, added), context
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors
+        hidden_states, x = self.normed(hidden_states, before, shift1, scale1)
         y, bias = self.attend(x, context[1:], rotary_pos_emb)
-        hidden_states, x = self.normed(hidden_states, (y, bias, gate1), shift2, scale2)
+        hidden_states, x = self.normed(hidden_states, Added(y, bias, gate1), shift2, scale2)
         y, bias = self.mlp(x)
-        if self.config.recompute_granularity == "full":  # which hands on tensors without attributes
-            return fused.gated_add(hidden_states, gate2, y, bias), context
-        hidden_states = hidden_states.view_as(
-            hidden_states
-        )  # autograd keeps the other, which would keep itself
-        hidden_states.pending = y, bias, gate2
-        return hidden_states, context
+        return self.left(hidden_states, Added(y, bias, gate2)), context
+
+    def left(self, x: Tensor, added: Added) -> Tensor:
+        """The stream x as the layer gives it, to which `added` belongs (models/carried.py)."""
+        if not carried.waits(self):
+            return fused.gated_add(x, added.gate, added.y, added.bias)
+        self.behind.added = added
+        return x
 
     def normed(self, x: Tensor, added: Added | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """`fused.gated_norm` of the tokens."""
@@ -96,6 +95,8 @@ class AdaLNLayer(TransformerLayer):
 
 class CrossAdaLNLayer(AdaLNLayer):
     """Noisy tokens attend to z of their frame, and not to each other (Table 5, "Cross Attention")."""
+
+    itself = False
 
     def attend(self, x: Tensor, z: Tensor, rotary_pos_emb: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return self.cross_attention(x, key_value_states=self.keys(x, z), rotary_pos_emb=rotary_pos_emb)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from nextvid_mcore.models import fused
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-Added = tuple[Tensor, Tensor]  # the output of a linear, and that linear's bias
+Added = tuple[Any, ...]  # the output of a linear, that linear's bias, and in the decoder a gate (fused.Added)
 
 
 class Link:
@@ -52,7 +52,12 @@ def pending(layer: Carries) -> Added | None:
 
 def left(layer: TransformerLayer, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     """The stream x as `layer` gives it, to which y + bias belong."""
-    if layer.behind is None or layer.config.recompute_granularity == "full":
+    if not waits(layer):
         return fused.add(x, y, bias)
     layer.behind.added = y, bias
     return x
+
+
+def waits(layer: TransformerLayer) -> bool:
+    """Whether what `layer` adds last may wait."""
+    return layer.behind is not None and layer.config.recompute_granularity != "full"

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from nextvid_mcore.config import ModelConfig
 from nextvid_mcore.flow import timestep_embedding
-from nextvid_mcore.models import fused, specs
-from nextvid_mcore.models.adaln import CrossSelfAdaLNLayer, Modulation, join, pending
+from nextvid_mcore.models import carried, fused, specs
+from nextvid_mcore.models.adaln import CrossSelfAdaLNLayer, Modulation, join
 from nextvid_mcore.models.norm import mark_sequence_parallel
 from nextvid_mcore.rope import angles, grid_positions, turns
 
@@ -53,6 +53,7 @@ class Decoder(MegatronModule):
             None,
             groups,
         )
+        self.end = self.block.layers[-1].behind = carried.Link()  # to the last norm
         self.final_adaln = Modulation(config, 2)
         self.output = torch.nn.Linear(width, channels, dtype=dtype)
         for module in (self.input, self.tau_embed, self.output):
@@ -76,7 +77,7 @@ class Decoder(MegatronModule):
         hidden = self.layers(z, noisy.to(dtype), condition)
         shift, scale = self.final_adaln(condition)
         eps = self.config.layernorm_epsilon
-        return self.output(fused.gated_norm(hidden, pending(hidden), shift, scale, eps)[1])
+        return self.output(fused.gated_norm(hidden, self.end.take(), shift, scale, eps)[1])
 
     @staticmethod
     def input_width(width: int, channels: int) -> int:
@@ -84,7 +85,7 @@ class Decoder(MegatronModule):
         return width + channels
 
     def layers(self, z: Tensor, noisy: Tensor, condition: Tensor) -> Tensor:
-        """Input map and DiT layers, what is `pending` not yet added; condition: tau's vector [1, rows, E]."""
+        """Input map and DiT layers, but for what waits at the end; condition: tau's vector [1, rows, E]."""
         return self.block(
             hidden_states=self.input(torch.cat([z, noisy], dim=-1)),
             attention_mask=None,

@@ -105,6 +105,13 @@ def _written(
         grads = [drawn(ROWS, encoder.heads, encoder.head_width) for _ in range(3)]
         made = both(lambda *a: t.turn_backward(a[:3], *a[3:], gradient)[0], *grads, cos, sin)
         yield f"the kernel of rotation's derivative, {encoder.heads} heads", *made
+    shape = model.decoder
+    if "decoder" in used and fp8_layer.on("decoder") and model.condition == "concat":
+        cos, sin = turns(angles(torch.randint(0, 16, (ROWS, 3), generator=generator), shape.head_width))
+        grads = [drawn(ROWS, shape.heads, shape.head_width) for _ in range(3)]
+        made = both(lambda *a: t.turn_backward(a[:3], *a[3:], gradient)[0], *grads, cos, sin)
+        yield f"the kernel of rotation's derivative, {shape.heads} heads", *made
+        yield from _adaln(shape.width, model.norm_eps, whole, drawn, both, gradient)
     frame, width = model.tokens_per_frame, encoder.head_width
     if "reference" in used and fp8_layer.on("attention") and kernels.prefix_takes(frame, width, device):
         packed = drawn(2 * frame, 2, encoder.heads, 3, width).to(device)
@@ -113,6 +120,30 @@ def _written(
         low = kernels.prefix_low(*parts, pattern, (*_at(device, _scale()), e4m3))
         high = kernels.prefix(*parts, pattern).permute(2, 0, 1, 3).reshape(low.rows.shape).float()
         yield "the kernel of attention over prefixes", low, (high * SCALE).cpu()
+
+
+def _adaln(
+    width: int, eps: float, whole: Callable, drawn: Callable, both: Callable, gradient: torch.dtype
+) -> Iterator[tuple[str, Scaled, Tensor]]:
+    """What `_written` has of AdaLN's norms and gates."""
+    from nextvid_mcore.models import triton_adaln as t
+
+    if width > t.WIDEST:
+        return
+    size, row = (ROWS // 4, 4, width), (1, 4, width)
+    x, y, bias, gate = whole(*size), whole(*size), whole(width), whole(*row)
+    shift, scale = drawn(*row), drawn(*row)
+
+    def normed(*given: Tensor) -> Scaled:
+        return t.forward(*given[:6], eps, t.Quantum(*given[6:], torch.float8_e4m3fn))[1]
+
+    def gated(*given: Tensor) -> Scaled:
+        return t.backward(*given[:9], t.Quantum(*given[9:], gradient))[1]
+
+    yield f"the kernel of AdaLN's norm, {width} wide", *both(normed, x, y, bias, gate, shift, scale)
+    _, mean, rstd = torch.native_layer_norm(x.float(), (width,), None, None, eps)
+    given = drawn(*size), drawn(*size), x, y, bias, gate, scale, mean.flatten(), rstd.flatten()
+    yield f"the kernel of AdaLN's gradient, {width} wide", *both(gated, *given)
 
 
 def _scale() -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ linear is over; here that is queries-keys-values of the first layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
     from nextvid_mcore.models.attention import AttentionPattern
 
-SWITCHES = ("trained", "carry", "attention")
-SHIPPED = SWITCHES  # those that have been seen to be right on a GPU
+SWITCHES = ("trained", "carry", "attention", "decoder")
+SHIPPED = SWITCHES[:3]  # those that have been seen to be right on a GPU
 _SWITCHES = {name: name in SHIPPED for name in SWITCHES}
 
 
@@ -46,7 +47,7 @@ def use(**switches: bool) -> None:
     """What goes this way from now on.
 
     trained: passes with gradients too; carry: additions across layers; attention: its output is written in
-    FP8.
+    FP8; decoder: its layers too (models/fp8_adaln.py).
     """
     _SWITCHES.update(switches)
 
@@ -65,13 +66,11 @@ def encoder_layer(
 ) -> Tensor:
     """What EncoderLayer does: x [s, rows, D] -> the same shape."""
     attention, mlp, size, trained = layer.self_attention, layer.mlp, x.shape, torch.is_grad_enabled()
-    qkv, heads = attention.linear_qkv, attention.num_attention_heads_per_partition
     eps, (y, bias) = layer.config.layernorm_epsilon, carried.pending(layer) or (None, None)
     flat, y = x.flatten(0, 1), None if y is None else y.flatten(0, 1)
-    turning = Turning(qkv, opened(qkv, flat, trained), heads, eps, trained)
-    norm = layer.input_layernorm
+    qkv, norm, turning = attention.linear_qkv, layer.input_layernorm, Turning.of(attention, flat, trained)
     flat, *parts = _NormTurn.apply(
-        flat, y, bias, norm.weight, norm.bias, qkv.weight, qkv.bias, *rope.flatten(1, 2), turning
+        flat, y, bias, norm.weight, norm.bias, qkv.weight, qkv.bias, *rope.flatten(1, 2), turning, eps
     )
     y, bias = _project(attention, [part.unflatten(0, size[:2]) for part in parts], pattern, trained)
     norm, inside = layer.pre_mlp_layernorm, fp8_mlp.Inside.of(mlp, flat)
@@ -140,9 +139,48 @@ class Turning:
     linear: Any
     quantizers: tuple
     heads: int
-    eps: float
     trained: bool
     kept: tuple | None = None
+    first: bool = False
+
+    @classmethod
+    def of(cls, attention: Any, x: Tensor, trained: bool) -> Turning:
+        linear = attention.linear_qkv
+        return cls(linear, opened(linear, x, trained), attention.num_attention_heads_per_partition, trained)
+
+    def forward(self, low: Any, bias: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """[N, D] in FP8 -> queries, keys and values, turned: [N, A, d] each."""
+        from nextvid_mcore.models import triton_pieces
+
+        low_weight = weight(self.linear, self.quantizers, self.trained)
+        packed = product(low_weight, low, dtype, bias=bias).view(len(cos), self.heads, 3, -1)
+        parts = packed.unbind(2)
+        triton_pieces.turn(parts, packed, cos, sin, back=False)
+        if self.trained:
+            from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+            for_backward(self.linear, low_weight, low)
+            self.kept = low, low_weight, cos, sin
+            self.first = FP8GlobalStateManager.is_first_fp8_module()
+        return parts
+
+    def backward(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gradients of the input [N, D], of the weight and of the bias."""
+        from nextvid_mcore.models import triton_fp8
+
+        (low, low_weight, cos, sin), self.kept, dtype = self.kept, None, grads[0].dtype
+        to = self.quantizers[GRADIENT]
+        scaled, dbias = triton_fp8.turn_backward(grads, cos, sin, to.scale, to.amax, torch_dtype(to))
+        low_dy = as_te(scaled, to, dtype)
+        dx = product(low_weight, low_dy, dtype, layout="NN", grad=True)
+        return dx, weight_gradient(self.linear, low, low_dy), dbias
+
+    def finish(self) -> None:
+        """To be called where the backward pass of what this linear is a part of ends."""
+        if self.first:
+            from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+            FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
 
 
 class _NormTurn(torch.autograd.Function):
@@ -161,43 +199,22 @@ class _NormTurn(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         turning: Turning,
+        eps: float,
     ) -> tuple[Tensor, ...]:
-        from nextvid_mcore.models import triton_pieces
-
-        linear, quantizers, trained = turning.linear, turning.quantizers, turning.trained
-        norm = norm_weight, norm_bias, turning.eps
-        total, low, rest = _normed(x, y, added, norm, quantizers[INPUT], trained)
-        low_weight = weight(linear, quantizers, trained)
-        packed = product(low_weight, low, x.dtype, bias=linear_bias).view(len(x), turning.heads, 3, -1)
-        parts = packed.unbind(2)
-        triton_pieces.turn(parts, packed, cos, sin, back=False)
-        if trained:
-            from transformer_engine.pytorch.quantization import FP8GlobalStateManager
-
-            for_backward(linear, low_weight, low)
-            ctx.save_for_backward(total, *rest, norm_weight, cos, sin)
-            ctx.turning, ctx.added, turning.kept = turning, y is not None, (low, low_weight)
-            ctx.first = FP8GlobalStateManager.is_first_fp8_module()
+        norm = norm_weight, norm_bias, eps
+        total, low, rest = _normed(x, y, added, norm, turning.quantizers[INPUT], turning.trained)
+        parts = turning.forward(low, linear_bias, cos, sin, x.dtype)
+        if turning.trained:
+            ctx.save_for_backward(total, *rest, norm_weight)
+            ctx.turning, ctx.added = turning, y is not None
         return total, *parts
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from nextvid_mcore.models import triton_fp8
-
-        turning, (low, low_weight) = ctx.turning, ctx.turning.kept
-        turning.kept, to, dtype = None, turning.quantizers[GRADIENT], dtotal.dtype
-        *_, cos, sin = ctx.saved_tensors
-        scaled, dbias = triton_fp8.turn_backward(grads, cos, sin, to.scale, to.amax, torch_dtype(to))
-        low_dy = as_te(scaled, to, dtype)
-        dnormed = product(low_weight, low_dy, dtype, layout="NN", grad=True)
-        dweight = weight_gradient(turning.linear, low, low_dy)
-        del low, low_dy, scaled
+        dnormed, dweight, dbias = ctx.turning.backward(grads)
         found = _norm_backward(ctx, dnormed, dtotal)
-        if ctx.first:
-            from transformer_engine.pytorch.quantization import FP8GlobalStateManager
-
-            FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
-        return *found, dweight, dbias, None, None, None
+        ctx.turning.finish()
+        return *found, dweight, dbias, None, None, None, None
 
 
 class _NormMlp(torch.autograd.Function):

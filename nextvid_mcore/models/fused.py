@@ -14,7 +14,7 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -178,17 +178,29 @@ def gated_add(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     return x + gate * (y + bias)
 
 
+class Added(NamedTuple):
+    """What `gated_add` adds: a linear's output and bias, and the gate of both.
+
+    sink: what takes the gradient of y in FP8 (`fp8_products.Gradient`), if anything does.
+    """
+
+    y: Tensor
+    bias: Tensor
+    gate: Tensor
+    sink: Any = None
+
+
 def gated_norm(
-    x: Tensor, added: tuple[Tensor, Tensor, Tensor] | None, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor, added: Added | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """x with `added`, (y, bias, gate) as `gated_add` adds them, and `modulate` of it."""
+    """x with `added`, and `modulate` of it."""
     if compiles(x) and _state["gated_norm"]:
         kernels = _triton("triton_adaln")
         if kernels.fits(x):
-            return kernels.GatedNorm.apply(x, *(added or (None,) * 3), shift, scale, eps)
+            *added, sink = added or (None,) * 4
+            return kernels.GatedNorm.apply(x, *added, shift, scale, eps, sink)
     if added is not None:
-        y, bias, gate = added
-        x = gated_add(x, gate, y, bias)
+        x = gated_add(x, added.gate, added.y, added.bias)
     return x, modulate(x, shift, scale, eps)
 
 

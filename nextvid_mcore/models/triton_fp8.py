@@ -271,7 +271,7 @@ def gelu(
 ) -> Scaled:
     """Exact GELU of x [N, W] + bias [W], times `scale`, in `dtype`; `amax` [1] grows to its largest value."""
     if not x.is_cuda:
-        out = _scaled(F.gelu(x.float() + bias.float()), scale, amax, dtype, columns)
+        out = scaled(F.gelu(x.float() + bias.float()), scale, amax, dtype, columns)
         return out if rows else replace(out, rows=None)
     out, (number, width) = _room(x, x.shape, dtype, columns, rows), x.shape
     tile = TILE if columns else FLAT
@@ -292,7 +292,7 @@ def gelu_backward(
         a = (x.float() + bias.float()).requires_grad_()
         with torch.enable_grad():
             (grad,) = torch.autograd.grad(F.gelu(a), a, dy.float())
-        return _scaled(grad, scale, amax, dtype, True), grad.sum(0).to(bias.dtype)
+        return scaled(grad, scale, amax, dtype, True), grad.sum(0).to(bias.dtype)
     out, (rows, width) = _room(x, x.shape, dtype, True), x.shape
     grid = (triton.cdiv(width, BACK["BC"]), triton.cdiv(rows, BACK["BR"]))
     sums = torch.empty(grid[1], width, dtype=torch.float32, device=x.device)
@@ -318,7 +318,7 @@ def norm(
     if not x.is_cuda:
         total = x if y is None else x + (y + bias)
         normed = F.layer_norm(total.float(), total.shape[-1:], weight.float(), shift.float(), eps)
-        return total, _scaled(normed, scale, amax, dtype, False)
+        return total, scaled(normed, scale, amax, dtype, False)
     out, (rows, width), block = _room(x, x.shape, dtype, False), x.shape, triton.next_power_of_2(x.shape[-1])
     total = x if y is None else torch.empty_like(x)
     _norm[(triton.cdiv(rows, ROW["BR"]),)](
@@ -344,7 +344,7 @@ def norm_both(
         total, _ = norm(x, y, bias, weight, shift, eps, scale, amax, dtype)
         given = total.float(), total.shape[-1:], weight.float(), shift.float(), eps
         normed, mean, rstd = torch.native_layer_norm(*given)
-        return total, _scaled(normed, scale, amax, dtype, True), mean[:, 0], rstd[:, 0]
+        return total, scaled(normed, scale, amax, dtype, True), mean[:, 0], rstd[:, 0]
     out, (rows, width) = _room(x, x.shape, dtype, True), x.shape
     total = x if y is None else torch.empty_like(x)
     mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device)
@@ -371,7 +371,7 @@ def turn_backward(
             first, second = x[..., :half], x[..., half : 2 * half]
             parts.append(torch.cat((first * c + second * s, second * c - first * s, x[..., 2 * half :]), -1))
         packed = torch.stack((*parts, v), 2).flatten(1)
-        return _scaled(packed, scale, amax, dtype, True), packed.sum(0).to(grads[0].dtype)
+        return scaled(packed, scale, amax, dtype, True), packed.sum(0).to(grads[0].dtype)
     shares, parts = triton.cdiv(heads, TURN["HEADS"]), triton.cdiv(tokens, TURN["BT"])
     out = _room(grads[0], (tokens, heads * 3 * width), dtype, True)
     sums = grads[0].new_empty(parts, heads * 3 * width, dtype=torch.float32)
@@ -391,7 +391,7 @@ def _room(x: Tensor, size: Sequence[int], dtype: torch.dtype, columns: bool, row
     )
 
 
-def _scaled(y: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, columns: bool) -> Scaled:
+def scaled(y: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, columns: bool) -> Scaled:
     """The reference: fp32 `y` as the kernels store it."""
     amax.copy_(torch.maximum(amax, y.abs().max()))
     limit = torch.finfo(dtype).max

@@ -156,7 +156,7 @@ def test_adaln_by_our_kernels(monkeypatch, s: int, rows: int, width: int, added:
     def between(*leaves: Tensor) -> tuple[Tensor, ...]:
         *stream, vectors = leaves
         shift, scale, gate, *_ = vectors.chunk(6, dim=-1)  # as AdaLN's linear gives them
-        given = (*stream[1:], gate) if added else None
+        given = fused.Added(*stream[1:], gate) if added else None
         return fused.gated_norm(stream[0], given, shift, scale, 1e-6)[1 - past :]
 
     inputs = [x, y, bias, vectors] if added else [x, vectors]

@@ -34,7 +34,9 @@ def both(s: int, rows: int, width: int, added: bool, past: bool, dtype: torch.dt
     def values(dtype: torch.dtype) -> list[Tensor]:
         leaves = [z.detach().clone().to(dtype).requires_grad_() for z in (x, y, bias, six)]
         shift, scale, gate, *_ = leaves[3].chunk(6, dim=-1)  # as Modulation gives them
-        found = fused.gated_norm(leaves[0] * 1, (*leaves[1:3], gate) if added else None, shift, scale, 1e-5)
+        found = fused.gated_norm(
+            leaves[0] * 1, fused.Added(*leaves[1:3], gate) if added else None, shift, scale, 1e-5
+        )
         used = leaves if added else [leaves[0], leaves[3]]
         total = sum(
             (z * w).float().sum() for z, w in zip(found[1 - past :], weights[1 - past :], strict=True)
@@ -78,7 +80,7 @@ def test_a_decoder_by_our_kernels(monkeypatch, groups, condition: str) -> None: 
         from nextvid_mcore.models import triton_adaln
 
         calls.append(added is not None)
-        return triton_adaln.GatedNorm.apply(x, *(added or (None,) * 3), *rest)
+        return triton_adaln.GatedNorm.apply(x, *(added or (None,) * 3)[:3], *rest, None)
 
     for function in (given, by_kernels):
         monkeypatch.setattr(fused, "gated_norm", function)
