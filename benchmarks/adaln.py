@@ -47,7 +47,8 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 def by(kernels: bool) -> Iterator[None]:
     """Our kernels, or what is compiled."""
     before, compiles = dict(fused._state), fused.compiles
-    fused._state.update(compile=True, gated_norm=kernels)
+    fused.use(True)
+    fused.use_kernels(gated_norm=kernels)
     if not CUDA:
         fused.compiles = lambda x: kernels
     try:

@@ -2,9 +2,9 @@
 
 There these pieces only move memory, so a chain of them costs as many passes as it has operations. Called on
 CUDA tensors a function here runs compiled, by torch.compile or, where that makes several kernels of it, from
-models/triton_pieces.py; on a CPU, and inside `eager()`, it runs as it is written: that is the reference. The
-number of tokens (or rows) is left open in the compiled code, so ragged masks and longer clips compile nothing
-again; widths are constants of it.
+models/triton_pieces.py and triton_adaln.py; on a CPU, and inside `eager()`, it runs as it is written: that is
+the reference. The number of tokens (or rows) is left open in the compiled code, so ragged masks and longer
+clips compile nothing again; widths are constants of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
-_state = {"compile": True, "gated_norm": False}  # the latter: its kernels are models/triton_adaln.py's
+_state = {"compile": True, "gated_norm": True}  # the latter: by models/triton_adaln.py's kernels
 VARIANTS = 64  # compiled forms of one function: widths x precisions x with and without gradient
 
 
@@ -193,7 +193,7 @@ class Added(NamedTuple):
 def gated_norm(
     x: Tensor, added: Added | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """x with `added`, and `modulate` of it."""
+    """x with `added`, and `modulate` of it; our kernels are for tokens that are not too wide for them."""
     if compiles(x) and _state["gated_norm"]:
         kernels = _triton("triton_adaln")
         if kernels.fits(x):

@@ -18,7 +18,6 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled the
 def kernels(monkeypatch) -> None:
     """Our kernels are taken, inside `fused.eager()` what is written."""
     monkeypatch.setattr(fused, "compiles", lambda x: fused._state["compile"])
-    monkeypatch.setitem(fused._state, "gated_norm", True)
 
 
 def both(s: int, rows: int, width: int, added: bool, past: bool, dtype: torch.dtype) -> list[list[Tensor]]:

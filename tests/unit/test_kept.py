@@ -98,7 +98,6 @@ def as_on_a_gpu(monkeypatch) -> None:
         BiasGelu=BiasGelu, Turn=Turn, norm_backward=norm_backward, GatedNorm=GatedNorm, fits=lambda x: True
     )
     monkeypatch.setattr(fused, "_triton", lambda name="": stands_for)
-    monkeypatch.setitem(fused._state, "gated_norm", True)
     monkeypatch.setattr(kernels, "choose", lambda q, pattern: kernels.plain)  # one call, as FlexAttention is
     monkeypatch.setattr(kernels, "plain", lambda q, k, v, _=None: F.scaled_dot_product_attention(q, k, v))
     pieces = [piece for piece in vars(fused).values() if hasattr(piece, "compiled")]
