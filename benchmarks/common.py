@@ -145,7 +145,6 @@ class Bench:
         video = torch.randint(
             0, 256, (b, 3, stage.frames, size, size), dtype=torch.uint8, device=device, generator=generator
         )
-        arrived = torch.cuda.current_stream().record_event() if self.cuda else None
         encoder = self.placement.encoder.layout
         wave = self.point.micro_batch * encoder.data
         return [
@@ -155,7 +154,6 @@ class Bench:
                 label=torch.full((b,), -1),
                 static=torch.zeros(b, dtype=torch.bool),
                 items=[""] * b,
-                arrived=arrived,
             )
             for first in range(0, self.point.batch, wave)
         ]

@@ -1,12 +1,14 @@
 """VA-VAE online: what its encoder takes alone, and what the training step keeps of its rate with it.
 
-    python benchmarks/vae.py --encoders 32 32:joined 28:2:joined --accumulate 2 vit_g --model.backend te \
-        --train.micro-batch 16
+    python benchmarks/vae.py --encoders 32 32:joined 32:joined:copied --accumulate 2 vit_g \
+        --model.backend te --train.micro-batch 16 --train.cuda-graphs on
 
 Random weights of the true shape, frames that lie on the device, the clips' predicted frames alone, as in
-the step. First the encoder by itself, eager and in several forms (`Form`), with its kernels' time by kind;
-then whole steps in several places of it (`PLACES`): the first form in all of them, those that were fastest
-alone in the last two. Everything after RECIPE is a setting of the run, as of nextvid_mcore.pretrain.
+the step. First its second convolutions, by torch and with their sums by cuDNN's plans; then the encoder by
+itself, eager and in several forms (`Form`), with its kernels' time by kind; then whole steps with latents
+that lie on the device, with the first form on the step's own stream (in line) and beside it on its own
+(training/ahead.py), and beside it with those that were fastest alone. Everything after RECIPE is a setting
+of the run, as of nextvid_mcore.pretrain.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from arguments import least
 from common import PEAK_BF16, Bench, ResidentTarget, check, online_vae_target, quick_start
 from torch.profiler import ProfilerActivity, profile
@@ -30,57 +33,45 @@ from nextvid_mcore import cli, flops
 from nextvid_mcore.config import ConfigError, RunConfig, TargetConfig
 from nextvid_mcore.parallel.groups import init_distributed
 from nextvid_mcore.targets import target_channels
-from nextvid_mcore.targets.va_vae import VaVae
+from nextvid_mcore.targets.cudnn_sum import Refused, convolution_sum
+from nextvid_mcore.targets.va_vae import VA_VAE, VaVae
 
 KINDS = {
     "norms and sums": ("_normalise", "_statistics", "_write"),
     "convolutions": ("conv", "fprop", "cudnn", "xmma"),
 }
 
-PLACES = {
-    "in line": "on the step's own stream, before each pass",
-    "beside": "on a stream of its own, from where the step begins",
-    "early": "and from where its clips are there, beside the last step's update",
-    "early, first": "and no pass begins before all the step's latents are there",
-}
+PARTS = ["sums", "alone", "step"]
 
 
 @dataclass(frozen=True)
 class Form:
-    """Of the encoder, CHUNK[:LANES][:written][:joined]: frames that go through it at once; two chunks on
-    their way at a time, with so many programs a multiprocessor that move memory; the first convolution is
-    stored; convolutions add residuals.
+    """Of the encoder, CHUNK[:joined[:copied]]: frames that go through it at once; convolutions add residuals;
+    and what a strided convolution reads is copied into its border.
     """
 
     chunk: int
-    lanes: int = 0
-    written: bool = False
     joined: bool = False
+    copied: bool = False
 
     @staticmethod
     def read(text: str) -> Form:
-        words = text.split(":")
-        numbers = [word for word in words if word.isdigit()]
-        flags = words[len(numbers) :]
-        if numbers != words[: len(numbers)] or not 1 <= len(numbers) <= 2 or int(numbers[0]) == 0:
-            flags = ["?"]
-        if not set(flags) <= {"written", "joined"}:
+        chunk, *flags = text.split(":")
+        if not chunk.isdigit() or int(chunk) == 0 or flags != ["joined", "copied"][: len(flags)]:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not CHUNK[:LANES][:written][:joined], such as 28:2:joined; RECIPE comes after "
-                "another option"
+                f"{text!r} is not CHUNK[:joined[:copied]], such as 32:joined; RECIPE comes after another "
+                "option"
             )
-        return Form(*map(int, numbers), **dict.fromkeys(flags, True))
+        return Form(int(chunk), *(True for _ in flags))
 
     def __str__(self) -> str:
-        words = [str(self.chunk), *([f"lanes {self.lanes}"] if self.lanes else [])]
-        return ", ".join([*words, *(name for name in ("written", "joined") if getattr(self, name))])
+        return str(self.chunk) + " joined" * self.joined + " copied" * self.copied
 
     def of(self, target: VaVae) -> VaVae:
-        """The same networks in this form; without CUDA as they are."""
-        more = {"lanes": self.lanes, "written": self.written, "joined": self.joined} if target.fused else {}
+        """The same networks in this form."""
         return VaVae(
             target.model, target.autoencoder, target.mean.flatten(), target.std.flatten(), chunk=self.chunk,
-            fused=target.fused, **more,
+            fused=target.fused, joined=self.joined, bordered=not self.copied,
         )  # fmt: skip
 
 
@@ -116,6 +107,36 @@ def kernels(work: Callable[[], object]) -> None:
     print("  ".join(f"{kind}: {spent / 1e3:.1f} ms, {spent / total:.0%}" for kind, spent in kinds.items()))
     for name, spent in times.most_common(10):
         print(f"    {spent / 1e3:8.2f} ms  {name[:100]}")
+
+
+def sums(config: RunConfig, chunk: int) -> None:
+    """The convolutions that are followed by a sum: ms by torch without it, and of cuDNN's plans with it."""
+    size, width = config.model.image_size, VA_VAE.width
+    print(f"\n{'frames, channels, size':<26} {'torch':>7}   cuDNN with the sum, by plan, ms")
+    for level, multiplier in enumerate(VA_VAE.multipliers):
+        n, c = size >> level, width * multiplier
+        x, rest = (
+            torch.randn(chunk, n, n, c, device="cuda").bfloat16().permute(0, 3, 1, 2) for _ in range(2)
+        )
+        weight = torch.randn(c, c, 3, 3, device="cuda").bfloat16().to(memory_format=torch.channels_last)
+        bias = torch.randn(c, device="cuda")
+        with torch.backends.cudnn.flags(benchmark=True):
+            plain = median(lambda x=x, w=weight: F.conv2d(x, w, padding=1), 5)
+        for border in (0, 1):
+            name = f"{chunk}, {c}, {n}{', in a border' * border}"
+            whole = torch.empty(chunk, n + border, n + border, c, dtype=x.dtype, device="cuda")
+            out = whole[:, :n, :n].permute(0, 3, 1, 2)
+            try:
+                convolution_sum()(x, weight, rest, bias, out)
+            except Refused as error:
+                print(f"{name:<26} {1e3 * plain:>7.3f}   {error}", flush=True)
+                continue
+            error = float((out - (F.conv2d(x, weight, bias.to(x.dtype), padding=1) + rest)).abs().max())
+            times = "  ".join(f"{each:.3f}" for each in convolution_sum().times[-1])
+            print(
+                f"{name:<26} {1e3 * plain:>7.3f}   {times}   (off by {error:.2f} of {out.std():.0f})",
+                flush=True,
+            )
 
 
 def alone(config: RunConfig, forms: list[Form], times: int) -> list[Form]:
@@ -164,7 +185,7 @@ def alone(config: RunConfig, forms: list[Form], times: int) -> list[Form]:
 
 
 def in_the_step(config: RunConfig, first: Form, others: list[Form], steps: int, warmup: int) -> None:
-    """Whole steps, one set of networks for all rows."""
+    """Whole steps, one set of networks for all rows: `first` in line and beside, then the others beside."""
     with quick_start(online_vae_target):
         bench = Bench(config)
     engine, clips = bench.step.engine, config.micro_batch(config.stages[0])
@@ -177,12 +198,10 @@ def in_the_step(config: RunConfig, first: Form, others: list[Form], steps: int, 
         f"\n{config.recipe}, {frames} frames, tau {tau}, {size // clips} x {clips}, {model.backend}, "
         f"{'recorded' if engine.graphs else 'eager'}"
     )
-    places = list(PLACES)
-    rows = [(place, first) for place in places] + [(place, f) for f in others for place in places[-2:]]
+    rows = [("in line", first), *(("beside", form) for form in (first, *others))]
     for place, form in [("resident", None), *rows, ("resident again", None)]:
         engine.target = resident if form is None else form.of(target)
-        engine.ahead.stream = None if form is None or place == "in line" else stream
-        engine.ahead.early, engine.all_first = place.startswith("early"), place.endswith("first")
+        engine.ahead.stream = stream if place == "beside" else None
         if bench.cuda:
             torch.cuda.empty_cache()
         name = place if form is None else f"{place}: {form}"
@@ -203,7 +222,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--parts", nargs="+", default=["alone", "step"], choices=["alone", "step"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--encoders", type=Form.read, nargs="+", default=[Form(32)], metavar="FORM")
     parser.add_argument("--best", type=least(0), default=2, help="of the other forms, so many in the step")
     parser.add_argument("--frames", type=least(1), default=16)
@@ -228,11 +247,13 @@ def main(argv: list[str]) -> int:
         cli.fail(error)
     failed = 0
     first, *others = args.encoders
-    for part in sorted(args.parts):
+    for part in [each for each in PARTS if each in args.parts]:
         try:
-            if part == "alone":
+            if part == "sums" and torch.cuda.is_available():
+                sums(config, first.chunk)
+            elif part == "alone":
                 others = [form for form in alone(config, args.encoders, args.steps) if form != first]
-            else:
+            elif part == "step":
                 in_the_step(config, first, others[: args.best], args.steps, args.warmup)
         except Exception:  # the other part is still worth having
             traceback.print_exc()

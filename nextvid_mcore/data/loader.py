@@ -63,7 +63,6 @@ class ClipBatch:
     bad: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) met on the way
     bad_samples: int = 0  # clips of this batch that met one or more bad files
     refused: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of clips that NVDEC refused
-    arrived: torch.cuda.Event | None = None  # where `video` is on a GPU: when it is there; None: not known
 
     def pin_memory(self) -> ClipBatch:
         return replace(

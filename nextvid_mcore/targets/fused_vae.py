@@ -6,7 +6,6 @@ the biases of both, which no convolution adds. The reference is AutoencoderKL.en
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -21,7 +20,6 @@ from nextvid_mcore.targets.autoencoder import (
     ResidualBlock,
     SelfAttention,
 )
-from nextvid_mcore.targets.lanes import Lane
 from nextvid_mcore.targets.triton_vae import Sum, Tuning, add, matrix_of, nchw, nhwc, normalise
 
 
@@ -46,16 +44,16 @@ class FusedEncoder:
         self,
         autoencoder: AutoencoderKL,
         tuning: Tuning | None = None,
-        written: bool = False,
         joined: Joined | None = None,
+        bordered: bool = True,
     ) -> None:
-        """written: the first convolution is stored, and not made again wherever it is needed. joined: a
-        convolution that adds the residual (targets/cudnn_sum.py), so that no sum is left to be added up.
+        """joined: a convolution that adds the residual (targets/cudnn_sum.py), so that no sum is left to be
+        added up. bordered: it writes into memory with the border that a strided convolution wants.
         """
         check(autoencoder.shape)
-        self.joined = joined
+        self.joined, self.bordered = joined, bordered
         self.encoder, self.quant_conv = autoencoder.encoder, autoencoder.quant_conv
-        self.tuning, self.written = tuning, written
+        self.tuning = tuning
         self.first = matrix_of(self.encoder.conv_in.weight)
         self.packed = {
             id(m): (
@@ -71,26 +69,22 @@ class FusedEncoder:
         self.zeros = {width: torch.zeros(width, device=self.first.device) for width in widths}
 
     @torch.no_grad()
-    def __call__(self, frames: Tensor, lane: Lane | None = None) -> tuple[Tensor, Tensor]:
-        """[N, 3, H, W] -> mean and log variance, [N, latent, h, w]; in `lane`, else on the current stream."""
-        self.moves = lane.moves if lane else contextlib.nullcontext
-        self.at_most = lane.at_most if lane else None
+    def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, 3, H, W] -> mean and log variance, [N, latent, h, w]."""
         arrived = torch.zeros(self.norms, len(frames), dtype=torch.int32, device=frames.device)
         self.arrived = iter(arrived.unbind())
         x = Sum(self._bias(self.encoder.conv_in), frames=frames.contiguous(), first=self.first)
-        if self.written:
-            x = Sum(self.zeros[len(x.bias)], (self._add(x),))
         for level in self.encoder.down:
             padded = None
             for i, block in enumerate(level.block):
-                if self.joined and level.resample and i == len(level.block) - 1:
+                if self.joined and self.bordered and level.resample and i == len(level.block) - 1:
                     padded = _with_border(x, block.conv2.out_channels)
                 x = self._block(block, x, padded)
                 if level.attn:
                     x = self._attend(level.attn[i], x)
             if level.resample:
                 conv = level.downsample.conv
-                padded = self._add(x, padded=1) if padded is None else padded
+                padded = add(x, padded=1) if padded is None else padded
                 x = Sum(self._bias(conv), (_conv(conv, padded),))
         mid = self.encoder.mid
         x = self._block(mid.block_2, self._attend(mid.attn_1, self._block(mid.block_1, x)))
@@ -113,16 +107,10 @@ class FusedEncoder:
     def _norm(self, norm: nn.GroupNorm, x: Sum, **how: bool) -> tuple[Tensor, Sum]:
         """Normalised x with SiLU; and x, added up where it had two parts, or has to be there as it is."""
         keep = len(x.parts) > 1 or (self.joined is not None and x.frames is not None)
-        with self.moves():
-            normed, kept = normalise(
-                x, norm.weight, norm.bias, next(self.arrived), keep=keep, tuning=self.tuning,
-                at_most=self.at_most, **how,
-            )  # fmt: skip
+        normed, kept = normalise(
+            x, norm.weight, norm.bias, next(self.arrived), keep=keep, tuning=self.tuning, **how
+        )
         return normed, Sum(self.zeros[len(x.bias)], (kept,)) if keep else x
-
-    def _add(self, x: Sum, padded: int = 0) -> Tensor:
-        with self.moves():
-            return add(x, padded, self.at_most)
 
     def _block(self, block: ResidualBlock, x: Sum, padded: Tensor | None = None) -> Sum:
         """padded [N, H + 1, W + 1, C]: what is joined goes there, but for the last row and column."""
@@ -133,7 +121,7 @@ class FusedEncoder:
         made = None if self.joined else _conv(block.conv2, normed)
         if hasattr(block, "nin_shortcut"):
             if x.frames is not None:
-                x = Sum(self.zeros[len(x.bias)], (self._add(x),))
+                x = Sum(self.zeros[len(x.bias)], (add(x),))
             short = block.nin_shortcut  # of a sum of one part, whose bias goes through by itself
             x = Sum(self._bias(short, x.bias), (_conv(short, x.parts[0]),))
         bias = self._bias(block.conv2, x.bias)

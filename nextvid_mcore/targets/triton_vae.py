@@ -217,16 +217,16 @@ def _normalise(
 
 
 @triton.jit
-def _tile(
-    a, b, frames, first, bias, lines, out, i,
+def _write(
+    a, b, frames, first, bias, lines, out,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
     R: tl.constexpr, PARTS: tl.constexpr, FRAMES: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
     DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Tile i of the sum, normalised by `lines` or as it is, with zeros from (H, W) to (HIGH, WIDE)."""
+    """The sum, normalised by `lines` or as it is, with zeros from (H, W) to (HIGH, WIDE)."""
     tiles: tl.constexpr = (HIGH * WIDE + R - 1) // R
-    n = i // tiles
-    p = i % tiles * R + tl.arange(0, R)
+    n = tl.program_id(0) // tiles
+    p = tl.program_id(0) % tiles * R + tl.arange(0, R)
     y, x = p // WIDE, p % WIDE
     inside = (y < H) & (x < W)
     c = tl.arange(0, C)[None, :]
@@ -238,29 +238,6 @@ def _tile(
     v = tl.where(inside[:, None], v, 0.0)
     at = n.to(tl.int64) * (HIGH * WIDE * C) + p[:, None] * C + c
     tl.store(out + at, v, mask=(p < HIGH * WIDE)[:, None])
-
-
-@triton.jit
-def _write(
-    a, b, frames, first, bias, lines, out, count,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
-    R: tl.constexpr, PARTS: tl.constexpr, FRAMES: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
-    ONE: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """`count` tiles: a program's are one, or as many as there are for it (which takes more registers)."""
-    i = tl.program_id(0)
-    if ONE:
-        _tile(
-            a, b, frames, first, bias, lines, out, i,
-            H, W, C, HIGH, WIDE, R, PARTS, FRAMES, NORM, SILU, DEPTH, PTX,
-        )  # fmt: skip
-    else:
-        while i < count:
-            _tile(
-                a, b, frames, first, bias, lines, out, i,
-                H, W, C, HIGH, WIDE, R, PARTS, FRAMES, NORM, SILU, DEPTH, PTX,
-            )  # fmt: skip
-            i += tl.num_programs(0)
 
 
 @dataclass(frozen=True)
@@ -325,12 +302,10 @@ def normalise(
     keep: bool = False,
     in_place: bool = False,
     tuning: Tuning | None = None,
-    at_most: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """GroupNorm of x with weight and bias [C], and SiLU -> [N, H, W, C]; and x itself if it is to be kept.
 
-    arrived: zeros [N], int32, for this call alone. in_place: into the memory of x's one part. at_most:
-    programs that a multiprocessor is to hold, so that something else has room beside them.
+    arrived: zeros [N], int32, for this call alone. in_place: into the memory of x's one part.
     """
     N, H, W, C = x.shape
     tuning = tuning or tuning_of(x)
@@ -353,8 +328,6 @@ def normalise(
     )  # fmt: skip
     ahead = (tuning.stages - 1) * len(x.parts) * tile * C * width + 8 * C + 1024
     room = waiting(tuning, tiles, ahead, x.like.device)
-    if at_most is not None:
-        room = min(room, max(slices, at_most * _processors(x.like.device)[0]))
     if tuning.at_once and slices <= room and (PTX or slices == 1):  # the interpreter's programs don't wait
         images = min(N, room // slices)
         _normalise[(images * slices,)](
@@ -364,7 +337,7 @@ def normalise(
         lines = torch.empty(N, 2, C, dtype=torch.float32, device=out.device)
         _statistics[(N * slices,)](*of, lines, EPS, **shape)
         rest = x if kept is None else Sum(torch.zeros_like(x.bias), (kept,))
-        _write_to(out, rest, lines, silu, at_most)
+        _write_to(out, rest, lines, silu)
     return out, kept
 
 
@@ -379,26 +352,21 @@ def tuning_of(x: Sum) -> Tuning:
     )
 
 
-def add(x: Sum, padded: int = 0, at_most: int | None = None) -> Tensor:
-    """x [N, H + padded, W + padded, C], zeros at the bottom and the right. at_most: as `normalise`'s."""
+def add(x: Sum, padded: int = 0) -> Tensor:
+    """x [N, H + padded, W + padded, C], zeros at the bottom and the right."""
     N, H, W, C = x.shape
     out = torch.empty(N, H + padded, W + padded, C, dtype=x.like.dtype, device=x.like.device)
-    _write_to(out, x, at_most=at_most)
+    _write_to(out, x)
     return out
 
 
-def _write_to(
-    out: Tensor, x: Sum, lines: Tensor | None = None, silu: bool = False, at_most: int | None = None
-) -> None:
+def _write_to(out: Tensor, x: Sum, lines: Tensor | None = None, silu: bool = False) -> None:
     (N, H, W, C), (_, high, wide, _) = x.shape, out.shape
     tile = max(16, 16384 // x.like.element_size() // C)
-    tiles = programs = N * triton.cdiv(high * wide, tile)
-    if at_most is not None:
-        programs = min(tiles, at_most * _processors(x.like.device)[0])
-    _write[(programs,)](
-        *x.pointers(), x.bias if lines is None else lines, out, tiles, H=H, W=W, C=C, HIGH=high, WIDE=wide,
-        R=tile, PARTS=len(x.parts), FRAMES=x.frames is not None, NORM=lines is not None, SILU=silu,
-        ONE=programs == tiles, DEPTH=DEPTH, PTX=PTX, num_warps=8,
+    _write[(N * triton.cdiv(high * wide, tile),)](
+        *x.pointers(), x.bias if lines is None else lines, out, H=H, W=W, C=C, HIGH=high, WIDE=wide, R=tile,
+        PARTS=len(x.parts), FRAMES=x.frames is not None, NORM=lines is not None, SILU=silu, DEPTH=DEPTH,
+        PTX=PTX, num_warps=8,
     )  # fmt: skip
 
 

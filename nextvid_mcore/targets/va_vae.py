@@ -10,7 +10,6 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +22,6 @@ from nextvid_mcore.rng import numpy_rng
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
 from nextvid_mcore.targets.base import check_latents, check_video
 from nextvid_mcore.targets.cudnn_sum import convolution_sum
-from nextvid_mcore.targets.lanes import Lane, Lanes
 
 PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest of the file is training's
 VA_VAE = AutoencoderShape()
@@ -43,17 +41,15 @@ class VaVae:
         seed: int = 0,
         chunk: int = 32,
         fused: bool = False,
-        lanes: int = 0,
-        written: bool = False,
         joined: bool = False,
+        bordered: bool = True,
     ) -> None:
         """`autoencoder` is where and in the dtype it is to run; mean, std: [latent], per channel.
 
         `chunk` frames go through the network at a time: 32 frames of 256 x 256 need about 0.5 GB an
         activation in bf16. `fused`: the encoder with Triton between its convolutions (fused_vae.py), for
-        chunks of one size; `decode` and without it everything runs eagerly, and is the reference. `lanes`:
-        two chunks at a time go through it, with so many programs a multiprocessor that move memory
-        (lanes.py); `written`: as FusedEncoder's; `joined`: convolutions add residuals (cudnn_sum.py).
+        chunks of one size; `decode` and without it everything runs eagerly, and is the reference. `joined`:
+        its convolutions add residuals (cudnn_sum.py); `bordered`: as FusedEncoder's.
         """
         require(chunk > 0, f"frames per chunk must be positive, got {chunk}")
         self.model = model
@@ -66,14 +62,12 @@ class VaVae:
         )
         self.sample_posterior, self.seed = sample_posterior, seed
         self.chunk, self.fused = chunk, fused
-        self.lanes = Lanes(self.device, at_most=lanes) if lanes else None
-        self._seen: set[int] = set()  # sizes of chunks that went through it
         self._network = self.autoencoder.encode
         if fused:
             from nextvid_mcore.targets.fused_vae import FusedEncoder  # Triton is not installed everywhere
 
             self._network = FusedEncoder(
-                self.autoencoder, written=written, joined=convolution_sum() if joined else None
+                self.autoencoder, joined=convolution_sum() if joined else None, bordered=bordered
             )
 
     @staticmethod
@@ -149,14 +143,9 @@ class VaVae:
             places = torch.cat([places, places[-1:].expand(-count % self.chunk, -1)])
         clips, frames = self._to_device(places.T.contiguous())
         by_frame = video.transpose(1, 2)  # [B, T, 3, H, W]
-
-        def work(i: slice, lane: Lane | None = None) -> tuple[Tensor, Tensor]:
-            return self._encode(self._prepare(by_frame[clips[i], frames[i]]), lane)
-
-        # a first call alone makes what chunks share, and cuDNN looks for its kernels
-        lanes = self.lanes if self.chunk in self._seen else None
-        mean, logvar = self._chunks(work, len(places), lanes)
-        self._seen.add(self.chunk)
+        mean, logvar = self._chunks(
+            lambda i: self._encode(self._prepare(by_frame[clips[i], frames[i]])), len(places)
+        )
         mean, logvar = mean[:count], logvar[:count]
         if count < B * T:
             # A static clip's later frames do not advance the count: they point at its first frame.
@@ -186,20 +175,17 @@ class VaVae:
         (frames,) = self._chunks(lambda i: (self.autoencoder.decode(self._prepare(values[i])),), len(values))
         return rearrange(frames, "(b t) c h w -> b c t h w", b=latents.shape[0])
 
-    def _chunks(
-        self, work: Callable[..., tuple[Tensor, ...]], count: int, lanes: Lanes | None = None
-    ) -> tuple[Tensor, ...]:
+    def _chunks(self, work: Callable[[slice], tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
         """Apply `work` to slices of at most `chunk` frames; join each of its results in float32."""
-        slices = [slice(start, start + self.chunk) for start in range(0, count, self.chunk)]
-        parts = lanes.run([partial(work, i) for i in slices]) if lanes else [work(i) for i in slices]
+        parts = [work(slice(start, start + self.chunk)) for start in range(0, count, self.chunk)]
         return tuple(torch.cat([part.float() for part in column]) for column in zip(*parts, strict=True))
 
-    def _encode(self, frames: Tensor, lane: Lane | None = None) -> tuple[Tensor, Tensor]:
+    def _encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         # With one shape of input cuDNN may try its kernels once and keep the fastest.
         before = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = before or self.fused
         try:
-            return self._network(frames) if lane is None else self._network(frames, lane)
+            return self._network(frames)
         finally:
             torch.backends.cudnn.benchmark = before
 

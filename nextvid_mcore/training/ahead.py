@@ -2,14 +2,13 @@
 
 The target's encoder waits for memory in its norms where the ViTs keep the tensor cores busy, and nobody
 needs its latents before the flow loss: so they are begun before the reference pass, on a CUDA stream of
-their own. They wait for nothing but the clips: a step's first ones are made while the last step's update
-still moves memory. And a step's losses are copied to the host before the update, so that who reads them does
-not wait for it, but prepares the next step meanwhile.
+their own. And a step's losses are copied to the host before the update, so that who reads them does not
+wait for it, but prepares the next step meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,26 +20,13 @@ class Ahead:
     """Starts work now, or without CUDA when its result is asked for."""
 
     def __init__(self, device: torch.device) -> None:
-        """early: work may begin before what the step's stream was given has ended."""
-        self.early = False
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())  # where networks were filled
 
-    def start(self, work: Callable[[], Tensor], after: Sequence[torch.cuda.Event] | None = None) -> Pending:
-        """Begin `work`; what it reads must stay as it is until the returned function was called, once.
-
-        after: events behind which all lies that `work` reads; None: behind all that the current stream was
-        given. What it writes is its own: the allocator gives it memory of this stream, and its result's
-        memory away only when the stream that asked for it is done with it.
-        """
+    def start(self, work: Callable[[], Tensor]) -> Pending:
+        """Begin `work`; what it reads must stay as it is until the returned function was called, once."""
         if self.stream is None:
             return work
-        if after is None or not self.early:
-            self.stream.wait_stream(torch.cuda.current_stream())
-        else:
-            for event in after:
-                self.stream.wait_event(event)
+        self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             made = work()
             done = self.stream.record_event()

@@ -76,7 +76,6 @@ class Engine:
         self.shares = 1 if seats.placement.separate else home.data // source.data
         self.share_number = self.groups.tensor_rank // (self.groups.layout.tensor // self.shares)
         self.ahead = Ahead(self.device)
-        self.all_first = False  # recorded passes wait until all their step's latents are there
         self.graphs: Graphs | None = None  # where micro-batches are recorded
         self.traffic = edges.Traffic()
 
@@ -89,10 +88,8 @@ class Engine:
         latents = [self.latents(clip) for clip in clips]
         if self.graphs is not None:
             watchdog.enter("forward and backward")
-            waited = (each() if each else None for each in latents)  # just before they are read
-            if self.all_first:
-                waited = iter(list(waited))
-            for i, (clip, ready) in enumerate(zip(clips, waited, strict=True)):
+            for i, (clip, made) in enumerate(zip(clips, latents, strict=True)):
+                ready = made() if made else None
                 self.graphs.run(clip, ready, point.stage.tau_samples, len(clips), watch, first=i == 0)
             return
         watchdog.enter("reference pass")
@@ -199,12 +196,7 @@ class Engine:
         if "decoder" not in self.model.holds:
             return None
         share = self.share(clip)
-        after = None  # a clip on a GPU, who knows since when
-        if not clip.video.is_cuda:
-            after = ()  # on the host it is whole
-        elif clip.arrived is not None:
-            after = (clip.arrived,)
-        return self.ahead.start(lambda: microbatch.predicted_latents(share, self.target, self.device), after)
+        return self.ahead.start(lambda: microbatch.predicted_latents(share, self.target, self.device))
 
     def part(self, x: Tensor, dim: int) -> Tensor:
         """Of a tensor with a clip a place along `dim`, those that predictor and decoder take here."""

@@ -137,12 +137,9 @@ class Feed:
                     share(mine[i] if mine else None, clips, frames, self._size, self._groups)
                     for i in range(count)
                 ]
-            if self._stream is not None:
-                arrived = self._stream.record_event()
-                for i, batch in enumerate(batches):
-                    if batch.video.is_cuda:  # made there, and read on the step's own stream
-                        batch.video.record_stream(torch.cuda.current_stream())
-                        batches[i] = dataclasses.replace(batch, arrived=arrived)
+            for batch in batches:
+                if batch.video.is_cuda:  # made there, and read on the step's own stream
+                    batch.video.record_stream(torch.cuda.current_stream())
         return StepData(batches, bad, refused, signal, time.perf_counter() - begin)
 
     @contextlib.contextmanager

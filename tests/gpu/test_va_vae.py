@@ -1,4 +1,4 @@
-"""VA-VAE's encoder in bf16, eager and fused, against fp32; and whole steps with it in line, beside and early.
+"""VA-VAE's encoder in bf16, eager and fused, against fp32; and whole steps with it in line and beside.
 
 Tolerance: a bf16 encoder of random weights is off by a few per cent of the latents' spread, whatever rounds
 first. Fused it may not be worse than eager by more than half.
@@ -49,7 +49,7 @@ def test_the_fused_encoder_equals_the_eager_one() -> None:
 
     exact = latents(torch.float32, False)
     eager, fused = (latents(torch.bfloat16, each) for each in (False, True))
-    forms = [eager, fused, *(latents(torch.bfloat16, True, **{how: True}) for how in ("written", "joined"))]
+    forms = [eager, fused, *(latents(torch.bfloat16, True, **{how: True}) for how in ("joined",))]
     errors = [float((x - exact).square().mean().sqrt() / exact.std()) for x in forms]
     assert exact.shape == (3, 3, 64, 64) and 0 < errors[0] < 0.05
     assert max(errors[1:]) < 1.5 * errors[0], errors
@@ -85,32 +85,11 @@ def test_a_convolution_adds_residual_and_bias(shape, channels, kernel, bordered)
         assert torch.equal(out, first)
 
 
-def test_chunks_two_at_a_time_are_chunks_one_at_a_time() -> None:
-    """To the bit, many times: lanes share nothing, whatever order their kernels run in."""
-    shape = TransformerShape(width=24, depth=1, heads=2, mlp=48)
-    model = ModelConfig(encoder=shape, image_size=128, patch_size=16, tubelet_size=2)
-    torch.manual_seed(0)
-    autoencoder = AutoencoderKL().to("cuda", torch.bfloat16)
-    video = torch.rand(4, 3, 16, 128, 128, device="cuda") * 2 - 1
-    for how in ({}, {"written": True}, {"joined": True}):
-        alone, beside = (
-            VaVae(
-                model, autoencoder, torch.zeros(32), torch.ones(32), chunk=8, fused=True, lanes=lanes, **how
-            )
-            for lanes in (0, 2)
-        )  # fmt: skip
-        wanted = alone.latents(video)
-        for _ in range(50):
-            assert torch.equal(beside.latents(video), wanted)
-
-
-WAYS = {  # own stream, early, all_first, lanes
-    "in line": (False, False, False, 0),
-    "beside": (True, False, False, 0),
-    "early": (True, True, False, 0),
-    "all first": (True, True, True, 0),
-    "early in lanes": (True, True, False, 2),
-    "all first in lanes": (True, True, True, 2),
+WAYS = {
+    "in line": (False, False),
+    "beside": (True, False),
+    "joined": (False, True),
+    "joined beside": (True, True),
 }
 
 
@@ -139,16 +118,16 @@ def losses(graphs: str) -> dict[str, list[float]]:
     assert loaded.fused and stream is not None
 
     def slow(*args: object) -> object:
-        torch.cuda._sleep(30_000_000)  # some 15 ms, in which the next step's latents are made
+        torch.cuda._sleep(30_000_000)  # some 15 ms, by which the host is ahead
         return update(*args)
 
     step.optimizers.step = slow
     for _ in range(2):
         bench.take()
-    for way, (own, engine.ahead.early, engine.all_first, lanes) in WAYS.items():
+    for way, (own, joined) in WAYS.items():
         engine.ahead.stream = stream if own else None
         engine.target = VaVae(
-            config.model, loaded.autoencoder, loaded.mean, loaded.std, chunk=4, fused=True, lanes=lanes
+            config.model, loaded.autoencoder, loaded.mean, loaded.std, chunk=4, fused=True, joined=joined
         )
         found[way] = [step.run(bench.point, _clips(config, i)).loss_flow for i in range(8)]
     assert (graphs == "on") == any(
@@ -177,13 +156,14 @@ def _clips(config: RunConfig, step: int) -> list[ClipBatch]:
         video = found[1].video.to("cuda", non_blocking=True)
     torch.cuda.current_stream().wait_stream(feed)
     video.record_stream(torch.cuda.current_stream())
-    found[1] = dataclasses.replace(found[1], video=video, arrived=feed.record_event())
+    found[1] = dataclasses.replace(found[1], video=video)
     return found
 
 
 @pytest.mark.parametrize("graphs", ["off", "on"])
-def test_when_and_where_latents_are_made_changes_no_loss(graphs: str) -> None:
+def test_where_latents_are_made_changes_no_loss(graphs: str) -> None:
     found = run(losses, 1, graphs)[0]
-    wanted = found["in line"]
-    assert len(set(wanted)) == len(wanted)  # latents of another step would show
-    assert all(each == wanted for each in found.values()), found
+    for one, other in (("in line", "beside"), ("joined", "joined beside")):
+        assert found[one] == found[other], found
+        assert len(set(found[one])) == len(found[one])  # latents of another step would show
+    assert found["joined"] == pytest.approx(found["in line"], rel=1e-2)
