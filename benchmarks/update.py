@@ -104,7 +104,7 @@ def repeated(optimizers: RoleOptimizers, count: int) -> str:
     right = not other and lengths == 1 and 2 * moved_on > len(state)
     return (
         f"{'the same' if right else 'NOT THE SAME'}: 2 x {count} updates, {other} of {len(state)} tensors "
-        f"differ, {lengths} different norms, {moved_on} tensors have moved"
+        f"differ, {lengths} norm{'s' * (lengths > 1)} in all of them, {moved_on} tensors have moved"
     )
 
 

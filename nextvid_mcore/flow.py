@@ -71,7 +71,12 @@ def draw_tau(
     # Odd multiples of 2 ** -24 are exact in float32: neither end can be rounded to.
     bins = np.stack([rng.numpy_rng(seed, "tau", int(index)).integers(0, 1 << 23, shape) for index in indices])
     tau = torch.from_numpy((2 * bins + 1).astype(np.float32) * np.float32(2.0**-24))
-    return tau.expand(-1, -1, frames, -1).contiguous().to(device)
+    tau = tau.expand(-1, -1, frames, -1).contiguous()
+    if (
+        torch.device(device).type == "cuda"
+    ):  # from memory that is not pinned the host would wait for the device
+        return tau.pin_memory().to(device, non_blocking=True)
+    return tau.to(device)
 
 
 def draw_noise(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import parity
+import test_fast_paths
 import torch
-from launch import shared
+from launch import run, shared
 from small import build, config, drawn_step, snapshot
 from unit.test_triton_update import (  # noqa: F401  collected here again, on the GPU
     test_a_gradient_that_is_not_finite_changes_nothing,
@@ -95,8 +97,10 @@ def test_ten_steps_are_megatron_cores() -> None:
 def host_is_ahead() -> tuple[bool, bool, int]:
     """Whether the update was given out, and the device still busy before it, when the host read the norm."""
     _, optimizers = made(True)
-    drawn_step(optimizers, 0)  # compiles
-    given, seen = [], []
+    drawn_step(optimizers, 0)
+    loss, given, seen = torch.ones((), device="cuda"), [], []
+    for _ in range(2):  # a kernel's first launch waits: CUDA loads it then
+        optimizers.step(loss)
     update, read = OnePass.update, ahead.Report.read
 
     def giving(self: OnePass, norm: torch.Tensor, number: int) -> None:
@@ -108,7 +112,6 @@ def host_is_ahead() -> tuple[bool, bool, int]:
         return read(self)
 
     OnePass.update, ahead.Report.read = giving, reading
-    loss = torch.ones((), device="cuda")
     torch.cuda.synchronize()
     torch.cuda._sleep(CYCLES)
     slept = torch.cuda.current_stream().record_event()
@@ -123,7 +126,28 @@ def host_is_ahead() -> tuple[bool, bool, int]:
 
 
 def test_the_host_waits_for_nothing_before_the_update() -> None:
-    assert shared(1).run(host_is_ahead)[0] == (True, False, 2)
+    assert shared(1).run(host_is_ahead)[0] == (True, False, 4)
+
+
+def recorded_step() -> bool:
+    optimizer.use_one_pass(True)
+    config = test_fast_paths.small("te", True, "on")
+    step = parity.built(config)
+    point = parity.schedule(config).at(0)
+    clips = parity.clips(config, point, 0, 1)
+    for _ in range(5):
+        step.run(point, clips)
+    ours = step.optimizers.one_pass is not None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return ours and step.run(point, clips).applied
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        step.close()
+
+
+def test_a_recorded_step_waits_for_its_numbers_alone() -> None:
+    assert run(recorded_step, 1, timeout=300)[0]
 
 
 def test_without_compiled_pieces_it_is_megatron_cores() -> None:
