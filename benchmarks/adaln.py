@@ -37,8 +37,18 @@ if not CUDA:
 from nextvid_mcore.models import fused, triton_adaln  # noqa: E402
 
 ROWS = {"tau 1": 224, "tau 4": 560}
-# tokens of a forward program, warps, programs for a multiprocessor
-TILES = [(16, 4, 8), (16, 4, 24), (8, 4, 12), (32, 4, 12), (16, 8, 12), (16, 2, 12), (16, 2, 24), (16, 1, 48)]
+# tokens of a forward program, warps, tokens of a backward program (None: as shipped)
+TILES = [
+    (8, 4, None),
+    (32, 4, None),
+    (16, 4, 16),
+    (16, 4, 64),
+    (16, 4, 112),
+    (16, 4, 128),
+    (16, 4, 256),
+    (16, 4, 272),
+]
+TILES += [(16, 2, 32), (16, 8, 64)]
 PLAYS = 100
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
@@ -124,7 +134,7 @@ def tried(lines: list[str], *args: object) -> None:
 
 
 def searched(lines: list[str], late: float, width: int, tokens: int) -> None:
-    names = ("FORWARD_TOKENS", "WARPS", "PROGRAMS")
+    names = ("FORWARD_TOKENS", "WARPS", "SHARE")
     usual = [getattr(triton_adaln, name) for name in names]
     for shape, rows in ROWS.items():
         case = Case(rows, width, tokens)
@@ -133,7 +143,7 @@ def searched(lines: list[str], late: float, width: int, tokens: int) -> None:
                 break
             for name, value in zip(names, tile, strict=True):
                 setattr(triton_adaln, name, value)
-            tried(lines, shape, f"tokens, warps, programs {tile}", True, case, False)
+            tried(lines, shape, f"tokens, warps, tokens {tile}", True, case, False)
     for name, value in zip(names, usual, strict=True):
         setattr(triton_adaln, name, value)
 

@@ -50,7 +50,9 @@ def both(s: int, rows: int, width: int, added: bool, past: bool, dtype: torch.dt
 
 @interpreted
 @pytest.mark.parametrize(("added", "past"), [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize(("s", "rows", "width"), [(37, 3, 384), (16, 11, 48), (5, 1, 200), (70, 2, 33)])
+@pytest.mark.parametrize(
+    ("s", "rows", "width"), [(37, 3, 384), (16, 11, 48), (5, 1, 200), (70, 2, 33), (32, 2, 64)]
+)
 def test_gated_norm(kernels, s: int, rows: int, width: int, added: bool, past: bool) -> None:
     found, wanted = both(s, rows, width, added, past, torch.float32)
     assert len(found) == len(wanted) == (6 if added else 4)
