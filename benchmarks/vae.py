@@ -4,11 +4,11 @@
         --model.backend te --train.micro-batch 16 --train.cuda-graphs on
 
 Random weights of the true shape, frames that lie on the device, the clips' predicted frames alone, as in
-the step. First its second convolutions, by torch and with their sums by cuDNN's plans; then the encoder by
-itself, eager and in several forms (`Form`), with its kernels' time by kind; then whole steps with latents
-that lie on the device, with the first form on the step's own stream (in line) and beside it on its own
-(training/ahead.py), and beside it with those that were fastest alone. Everything after RECIPE is a setting
-of the run, as of nextvid_mcore.pretrain.
+the step. First the encoder's second convolutions, by torch and with their sums by cuDNN's plans; its norms,
+cut in several ways; the encoder by itself, eager and in several forms (`Form`), with its kernels' time by
+kind; then whole steps with latents that lie on the device, with the first form on the step's own stream (in
+line) and beside it on its own (training/ahead.py), and beside it with those that were fastest alone.
+Everything after RECIPE is a setting of the run, as of nextvid_mcore.pretrain.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from arguments import least
 from common import PEAK_BF16, Bench, ResidentTarget, check, online_vae_target, quick_start
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from nextvid_mcore import cli, flops
@@ -36,39 +37,60 @@ from nextvid_mcore.targets import target_channels
 from nextvid_mcore.targets.cudnn_sum import Refused, convolution_sum
 from nextvid_mcore.targets.va_vae import VA_VAE, VaVae
 
+try:
+    from nextvid_mcore.targets import triton_vae
+except ImportError:  # Triton is not installed everywhere
+    triton_vae = None
+
 KINDS = {
     "norms and sums": ("_normalise", "_statistics", "_write"),
     "convolutions": ("conv", "fprop", "cudnn", "xmma"),
 }
 
-PARTS = ["sums", "alone", "step"]
+PARTS = ["sums", "norms", "alone", "step"]
+TUNINGS = [
+    {},
+    {"ahead": True},
+    {"slice": 16384},
+    {"slice": 16384, "ahead": True},
+    {"slice": 16384, "ahead": True, "hints": True},
+    {"slice": 16384, "ahead": True, "hints": True, "stages": 4},
+    {"slice": 16384, "ahead": True, "hints": True, "tile": 2048},
+    {"hints": True},
+]
+best = triton_vae.PLAIN if triton_vae else None  # of TUNINGS, once part `norms` has run
 
 
 @dataclass(frozen=True)
 class Form:
-    """Of the encoder, CHUNK[:joined[:copied]]: frames that go through it at once; convolutions add residuals;
-    and what a strided convolution reads is copied into its border.
+    """Of the encoder, CHUNK[:joined][:copied][:tuned]: frames that go through it at once; convolutions add
+    residuals; what a strided convolution reads is then copied into its border; norms are cut as was fastest
+    in part `norms`.
     """
 
     chunk: int
     joined: bool = False
     copied: bool = False
+    tuned: bool = False
 
     @staticmethod
     def read(text: str) -> Form:
         chunk, *flags = text.split(":")
-        if not chunk.isdigit() or int(chunk) == 0 or flags != ["joined", "copied"][: len(flags)]:
+        if not chunk.isdigit() or int(chunk) == 0 or not set(flags) <= {"joined", "copied", "tuned"}:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not CHUNK[:joined[:copied]], such as 32:joined; RECIPE comes after another "
-                "option"
+                f"{text!r} is not CHUNK[:joined][:copied][:tuned], such as 32:joined; RECIPE comes after "
+                "another option"
             )
-        return Form(int(chunk), *(True for _ in flags))
+        return Form(int(chunk), **dict.fromkeys(flags, True))
 
     def __str__(self) -> str:
-        return str(self.chunk) + " joined" * self.joined + " copied" * self.copied
+        flags = [name for name in ("joined", "copied", "tuned") if getattr(self, name)]
+        return " ".join([str(self.chunk), *flags])
 
     def of(self, target: VaVae) -> VaVae:
-        """The same networks in this form."""
+        """The same networks in this form; norms anywhere are cut as it says."""
+        if triton_vae:
+            triton_vae.PLAIN = best if self.tuned else triton_vae.Tuning()
         return VaVae(
             target.model, target.autoencoder, target.mean.flatten(), target.std.flatten(), chunk=self.chunk,
             fused=target.fused, joined=self.joined, bordered=not self.copied,
@@ -137,6 +159,51 @@ def sums(config: RunConfig, chunk: int) -> None:
                 f"{name:<26} {1e3 * plain:>7.3f}   {times}   (off by {error:.2f} of {out.std():.0f})",
                 flush=True,
             )
+
+
+def norms(config: RunConfig, chunk: int) -> None:
+    """Norms of one and two convolutions' outputs, us by tuning; a copy is what memory allows."""
+    global best
+    size, width, times = config.model.image_size, VA_VAE.width, {}
+    places = [(0, 1), (1, 1), (1, 2), (2, 1)]  # level, parts
+    shapes = [(chunk, size >> n, size >> n, width * VA_VAE.multipliers[n]) for n, _ in places]
+    heads = [f"{c} x {n}: {parts}" for (_, n, _, c), (_, parts) in zip(shapes, places, strict=True)]
+    print("\n" + "".join(f"{head:>14}" for head in heads) + "   us")
+    for tuning in [None, *TUNINGS]:
+        row, again = [], ""
+        for shape, (_, parts) in zip(shapes, places, strict=True):
+            x = [torch.randn(shape, device="cuda").bfloat16() for _ in range(parts)]
+            like = torch.empty_like(x[0])
+            weight, bias = (torch.randn(shape[-1], device="cuda").bfloat16() for _ in range(2))
+            total = triton_vae.Sum(bias.float(), tuple(x))
+
+            def work(total=total, weight=weight, bias=bias, tuning=tuning, x=x, like=like) -> Tensor:
+                if tuning is None:
+                    return like.copy_(x[0])
+                arrived = torch.zeros(len(like), dtype=torch.int32, device="cuda")
+                how = triton_vae.Tuning(**tuning)
+                return triton_vae.normalise(total, weight, bias, arrived, keep=len(x) > 1, tuning=how)[0]
+
+            first = work()
+            if not all(torch.equal(work(), first) for _ in range(20)):
+                again = "   ANOTHER RESULT LATER"
+            row.append(1e6 * steady(work))
+            del x, like, total, first
+        times[str(tuning)] = row[0]
+        name = "copy" if tuning is None else " ".join(f"{k}={v:d}" for k, v in tuning.items()) or "as it is"
+        print("".join(f"{each:>14.1f}" for each in row) + f"   {name}{again}", flush=True)
+    best = triton_vae.Tuning(**min(TUNINGS, key=lambda tuning: times[str(tuning)]))
+
+
+def steady(work: Callable[[], object], times: int = 20) -> float:
+    """Seconds of a call among many in a row."""
+    work()
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    synchronize()
+    return (time.perf_counter() - start) / times
 
 
 def alone(config: RunConfig, forms: list[Form], times: int) -> list[Form]:
@@ -251,6 +318,8 @@ def main(argv: list[str]) -> int:
         try:
             if part == "sums" and torch.cuda.is_available():
                 sums(config, first.chunk)
+            elif part == "norms" and torch.cuda.is_available():
+                norms(config, first.chunk)
             elif part == "alone":
                 others = [form for form in alone(config, args.encoders, args.steps) if form != first]
             elif part == "step":

@@ -77,3 +77,24 @@ def test_programs_wait_for_each_other_only_where_a_gpu_runs_them_all(monkeypatch
 def test_widths_that_are_no_powers_of_two_are_refused():
     with pytest.raises(ConfigError, match=r"\[96, 192\].*--target.compile False"):
         FusedEncoder(AutoencoderKL(AutoencoderShape(width=96, multipliers=(1, 2), latent=4)))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_program_that_is_an_image_ahead_makes_the_same_of_each(keep):
+    torch.manual_seed(0)
+    x = Sum(torch.randn(64), tuple(torch.randn(7, 4, 4, 64) for _ in range(1 + keep)))
+    weight, bias = torch.rand(64), torch.rand(64)
+    waits, goes_on = (
+        normalise(
+            x, weight, bias, torch.zeros(7, dtype=torch.int32), keep=keep,
+            tuning=Tuning(programs=1, ahead=ahead, hints=ahead),
+        )[0]
+        for ahead in (False, True)
+    )  # fmt: skip
+    assert torch.equal(waits, goes_on)
+    wanted = torch.nn.functional.group_norm(
+        (sum(x.parts) + x.bias).permute(0, 3, 1, 2), 32, weight, bias, 1e-6
+    )
+    torch.testing.assert_close(
+        goes_on.permute(0, 3, 1, 2), torch.nn.functional.silu(wanted), rtol=1e-4, atol=1e-4
+    )
