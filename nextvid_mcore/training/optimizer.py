@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from nextvid_mcore.training.one_pass import OnePass
 
 STUDENT, DECODER = "student", "decoder"
-ONE_PASS = False  # as shipped
+ONE_PASS = True  # as shipped
 _state = {"one_pass": ONE_PASS}
 
 
