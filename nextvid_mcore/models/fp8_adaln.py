@@ -55,7 +55,7 @@ def layer(
     shift1, scale1, gate1, shift2, scale2, gate2 = vectors
     attention, mlp, eps = module.self_attention, module.mlp, module.config.layernorm_epsilon
     qkv, (one, two) = attention.linear_qkv, (mlp.linear_fc1, mlp.linear_fc2)
-    turning = Turning.of(attention, x.flatten(0, 1), True)
+    turning = Turning.of(attention, "qkv", x.flatten(0, 1))
     added = added or (None,) * 4
     x, *parts = _Turned.apply(
         x, *added[:3], shift1, scale1, qkv.weight, qkv.bias, *rope.flatten(1, 2), turning, added[3], eps

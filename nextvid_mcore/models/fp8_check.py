@@ -91,27 +91,30 @@ def _written(
             yield f"the kernel of GELU's derivative {width} wide", *back
     encoder = model.encoder
     trained = "student" in used and fp8_layer.on("trained")
+    reads = "predictor" in used and fp8_layer.on("predictor") and model.context == "isolated"
+    decodes = "decoder" in used and fp8_layer.on("decoder") and model.condition == "concat"
+    normed: dict[int, bool] = {}  # widths; in both directions?
     if "student" in used or "reference" in used:
-        x, y, weight = whole(ROWS, encoder.width), whole(ROWS, encoder.width), drawn(encoder.width)
-        for added in ((None, None), (y, whole(encoder.width))):
+        normed[encoder.width] = trained
+    if reads:
+        normed[model.predictor.width] = True
+    for width, in_both in normed.items():
+        x, y, weight = whole(ROWS, width), whole(ROWS, width), drawn(width)
+        for added in ((None, None), (y, whole(width))):
             given = (x, *added, weight, weight)
             made = both(lambda *a: t.norm(*a[:5], model.norm_eps, *a[5:], e4m3)[1], *given)
-            yield f"the norm's kernel {encoder.width} wide", *made
-            if trained:
+            yield f"the norm's kernel {width} wide", *made
+            if in_both:
                 made = both(lambda *a: t.norm_both(*a[:5], model.norm_eps, *a[5:], e4m3)[1], *given)
-                yield f"the norm's kernel {encoder.width} wide in both directions", *made
-    if trained:
-        cos, sin = turns(angles(torch.randint(0, 16, (ROWS, 3), generator=generator), encoder.head_width))
-        grads = [drawn(ROWS, encoder.heads, encoder.head_width) for _ in range(3)]
-        made = both(lambda *a: t.turn_backward(a[:3], *a[3:], gradient)[0], *grads, cos, sin)
-        yield f"the kernel of rotation's derivative, {encoder.heads} heads", *made
-    shape = model.decoder
-    if "decoder" in used and fp8_layer.on("decoder") and model.condition == "concat":
+                yield f"the norm's kernel {width} wide in both directions", *made
+    turning = [(encoder, 3)] * trained + [(model.predictor, 1), (model.predictor, 2)] * reads
+    for shape, parts in turning + [(model.decoder, 3)] * decodes:
         cos, sin = turns(angles(torch.randint(0, 16, (ROWS, 3), generator=generator), shape.head_width))
-        grads = [drawn(ROWS, shape.heads, shape.head_width) for _ in range(3)]
-        made = both(lambda *a: t.turn_backward(a[:3], *a[3:], gradient)[0], *grads, cos, sin)
-        yield f"the kernel of rotation's derivative, {shape.heads} heads", *made
-        yield from _adaln(shape.width, model.norm_eps, whole, drawn, both, gradient)
+        grads = [drawn(ROWS, shape.heads, shape.head_width) for _ in range(parts)]
+        made = both(lambda *a, n=parts: t.turn_backward(a[:n], *a[n:], gradient)[0], *grads, cos, sin)
+        yield f"the kernel of rotation's derivative, {parts} x {shape.heads} heads", *made
+    if decodes:
+        yield from _adaln(model.decoder.width, model.norm_eps, whole, drawn, both, gradient)
     frame, width = model.tokens_per_frame, encoder.head_width
     if "reference" in used and fp8_layer.on("attention") and kernels.prefix_takes(frame, width, device):
         packed = drawn(2 * frame, 2, encoder.heads, 3, width).to(device)

@@ -213,12 +213,12 @@ def _norm_both(x, y, bias, weight, shift, total, mean, rstd, scale, amax, invers
 
 @triton.jit
 def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns_out, sums, tokens,
-                   A: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, LIMIT: tl.constexpr,
-                   HEADS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):  # fmt: skip
+                   A: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, HALF: tl.constexpr,
+                   LIMIT: tl.constexpr, HEADS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):  # fmt: skip
     """HEADS heads of BT tokens of queries, keys or values: as triton_pieces._turn goes back, not rounded."""
-    W: tl.constexpr = A * 3 * D
+    W: tl.constexpr = A * PARTS * D
     shares: tl.constexpr = (A + HEADS - 1) // HEADS
-    kind, part = tl.program_id(0) % 3, tl.program_id(0) // 3 // shares
+    kind, part = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS // shares
     by = tl.load(scale)
     if tl.program_id(0) == 0:
         tl.store(inverse, 1.0 / by)
@@ -227,7 +227,7 @@ def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns
     low = d < HALF
     partner = tl.where(low, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
     inside = (t < tokens)[:, None] & (d < D)[None, :]
-    turns = (d < 2 * HALF) & (kind < 2)
+    turns = (d < 2 * HALF) & ((kind < PARTS - 1) | (PARTS == 1))
     angle = t.to(tl.int64)[:, None] * HALF + tl.where(low, d, d - HALF)[None, :]
     c = tl.load(cos + angle, mask=inside & turns[None, :], other=1.0)
     s = tl.load(sin + angle, mask=inside & turns[None, :], other=0.0)
@@ -235,7 +235,7 @@ def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns
     # Triton's interpreter multiplies the bits of bf16 as if they were integers
     swap = (d[:, None] == partner[None, :]).to(dq.dtype.element_ty if GPU else tl.float32)
     most = tl.zeros([BT, BD], tl.float32)
-    head = tl.program_id(0) // 3 % shares * HEADS
+    head = tl.program_id(0) // PARTS % shares * HEADS
     at = x + t.to(tl.int64)[:, None] * (A * D)
     ahead = tl.load(at + head * D + d[None, :], mask=inside, other=0.0)
     stop = tl.minimum(head + HEADS, A)
@@ -244,7 +244,7 @@ def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns
         there = inside & (head + 1 < stop)
         ahead = tl.load(at + (head + 1) * D + d[None, :], mask=there, other=0.0)
         y = y.to(tl.float32) * c + tl.dot(y.to(swap.dtype), swap, input_precision="ieee") * s
-        to = (head * 3 + kind) * D + d
+        to = (head * PARTS + kind) * D + d
         tl.store(sums + part.to(tl.int64) * W + to, tl.sum(y, 0), mask=d < D)
         _put(y, by, rows_out, columns_out, t, to, inside, tokens, W, LIMIT, True)
         most = tl.maximum(most, tl.abs(y))
@@ -358,26 +358,25 @@ def norm_both(
 def turn_backward(
     grads: Sequence[Tensor], cos: Tensor, sin: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype
 ) -> tuple[Scaled, Tensor]:
-    """Gradient of packed heads [N, A * 3 * d], both directions, and of a bias added to them.
+    """Gradient of packed heads [N, A * parts * d], both directions, and of a bias added to them.
 
-    grads: of queries, keys and values [N, A, d]; the first two were turned by cos and sin, fp32 [N, R / 2].
+    grads: of [q, k, v], [k, v] or [q], [N, A, d] each; q and k were turned by cos and sin, fp32 [N, R / 2].
     """
-    (tokens, heads, width), half = grads[0].shape, cos.shape[1]
+    (tokens, heads, width), half, count = grads[0].shape, cos.shape[1], len(grads)
     if not grads[0].is_cuda:
-        q, k, v = (x.float() for x in grads)
-        c, s = cos[:, None], sin[:, None]
-        parts = []
-        for x in (q, k):
+        c, s, parts = cos[:, None], sin[:, None], [x.float() for x in grads]
+        for i, x in enumerate(parts[: max(1, count - 1)]):
             first, second = x[..., :half], x[..., half : 2 * half]
-            parts.append(torch.cat((first * c + second * s, second * c - first * s, x[..., 2 * half :]), -1))
-        packed = torch.stack((*parts, v), 2).flatten(1)
+            parts[i] = torch.cat((first * c + second * s, second * c - first * s, x[..., 2 * half :]), -1)
+        packed = torch.stack(parts, 2).flatten(1)
         return scaled(packed, scale, amax, dtype, True), packed.sum(0).to(grads[0].dtype)
     shares, parts = triton.cdiv(heads, TURN["HEADS"]), triton.cdiv(tokens, TURN["BT"])
-    out = _room(grads[0], (tokens, heads * 3 * width), dtype, True)
-    sums = grads[0].new_empty(parts, heads * 3 * width, dtype=torch.float32)
-    _turn_backward[(parts * shares * 3,)](
-        *(x.contiguous() for x in grads), cos, sin, scale, amax, out.inverse, out.rows, out.columns, sums,
-        tokens, A=heads, D=width, HALF=cos.shape[1], LIMIT=torch.finfo(dtype).max,
+    out = _room(grads[0], (tokens, heads * count * width), dtype, True)
+    sums = grads[0].new_empty(parts, heads * count * width, dtype=torch.float32)
+    given = [x.contiguous() for x in grads]
+    _turn_backward[(parts * shares * count,)](
+        given[0], given[min(1, count - 1)], given[-1], cos, sin, scale, amax, out.inverse, out.rows,
+        out.columns, sums, tokens, A=heads, D=width, PARTS=count, HALF=half, LIMIT=torch.finfo(dtype).max,
         BD=max(16, triton.next_power_of_2(width)), **TURN,
     )  # fmt: skip
     return out, triton_pieces.sum_of(sums, grads[0].dtype)

@@ -210,8 +210,8 @@ def test_recorded_equals_eager(recipe: str) -> None:
             assert off < 10 * rel, role
 
 
-DECODER = {"decoder": True}
-WHOLE = {"trained": True, "carry": True, "attention": True, **DECODER}
+NARROW = {"decoder": True, "predictor": True}
+WHOLE = {"trained": True, "carry": True, "attention": True, **NARROW}
 
 
 def write_fp8(pieces: bool, **layers: bool) -> None:
@@ -258,21 +258,25 @@ def close(found: tuple, wanted: tuple, label: str) -> None:
         assert off < GRADIENT / 2, role
 
 
-@pytest.mark.parametrize("layers", [{}, {"attention": True}, {"carry": True}, DECODER, WHOLE], ids=str)
+@pytest.mark.parametrize(
+    "layers",
+    [{}, {"attention": True}, {"carry": True}, {"decoder": True}, {"predictor": True}, WHOLE],
+    ids=str,
+)
 def test_pieces_that_quantise(layers: dict[str, bool]) -> None:
     """The same numbers as GELU and norm in bf16 that are then quantised, but for a rounding in between."""
     wanted = shared(1).run(with_pieces, False, timeout=60)[0]
     found = shared(1).run(with_pieces, True, "none", layers, timeout=60)[0]
     passes, trained = (3 + 2) * (BATCH // MICRO), layers.get("trained", False)  # three rehearsals
-    none, decoder = dict.fromkeys(wanted[2], 0), layers.get("decoder", False)
+    none, decoder, predictor = dict.fromkeys(wanted[2], 0), *(layers.get(role, False) for role in NARROW)
     assert wanted[2] == none | {"add": passes * 2 * (4 + 4 + 2)}  # the norm's addition is one too
-    left = 1 if layers.get("carry") else 4
+    left, left_narrow = (1, 1) if layers.get("carry") else (4, 2)
     assert {name: count / passes for name, count in found[2].items()} == {
         "gelu": 4 + 4 + 2 + 2,
         "norm": 2 * 4,
-        "norm_both": 2 * 4 * trained,
-        "turn_backward": 4 * trained + 2 * decoder,
-        "add": 2 * 2 + left + (left if trained else 2 * 4),
+        "norm_both": 2 * 4 * trained + 2 * 2 * predictor,
+        "turn_backward": 4 * trained + 2 * decoder + 2 * 2 * predictor,
+        "add": (left_narrow if predictor else 2 * 2) + left + (left if trained else 2 * 4),
         "prefix_low": 4 * layers.get("attention", False) * (torch.cuda.get_device_capability() == (9, 0)),
         "forward": 2 * 2 * decoder,
         "backward": 2 * 2 * decoder,

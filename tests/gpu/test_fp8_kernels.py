@@ -131,13 +131,16 @@ def test_norm_in_both_directions(rows: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize(("tokens", "heads", "width"), [(1000, 3, 64), (16128, 22, 64), (100, 9, 24)])
-def test_rotation_back(dtype: torch.dtype, tokens: int, heads: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("parts", "tokens", "heads", "width"),
+    [(3, 1000, 3, 64), (3, 16128, 22, 64), (3, 100, 9, 24), (1, 57344, 12, 32), (2, 1000, 12, 32)],
+)
+def test_rotation_back(dtype: torch.dtype, parts: int, tokens: int, heads: int, width: int) -> None:
     from nextvid_mcore.models import triton_fp8
     from nextvid_mcore.rope import angles, turns
 
     generator = torch.Generator().manual_seed(0)
-    grads = torch.randn(3, tokens, heads, width, generator=generator).bfloat16()
+    grads = torch.randn(parts, tokens, heads, width, generator=generator).bfloat16()
     grads[0, 0, 0, 0] = 30.0  # beyond what the scale leaves room for
     cos, sin = turns(angles(torch.randint(0, 16, (tokens, 3), generator=generator), width))
     found = {}

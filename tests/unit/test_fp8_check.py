@@ -74,6 +74,15 @@ def test_the_decoders_kernels_are_checked_too(monkeypatch, kernel: str) -> None:
     check(decoder="delayed")
 
 
+@pytest.mark.parametrize("role", ["predictor", "decoder"])
+def test_rotations_are_checked_for_every_network(monkeypatch, role: str) -> None:
+    broken(monkeypatch, "turn_backward")
+    with pytest.raises(ConfigError, match="rotation's derivative"):
+        check(**{role: "delayed"})
+    fp8_layer.use(**{role: False})
+    check(**{role: "delayed"})
+
+
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_kernels_are_checked_before_a_run(monkeypatch, kernel: str) -> None:
     broken(monkeypatch, kernel)
@@ -82,8 +91,9 @@ def test_kernels_are_checked_before_a_run(monkeypatch, kernel: str) -> None:
     check(student="current")
     if kernel in ("norm_both", "turn_backward"):  # nobody calls them
         check(reference="delayed")
-        check(all="delayed", roles=("predictor",))
-        fp8_layer.use(trained=False, decoder=False)
+        fp8_layer.use(decoder=False, predictor=False)
+        check(all="delayed", roles=("predictor", "decoder"))
+        fp8_layer.use(trained=False)
         check(all="delayed")
     check(all="delayed", tensor=2)
     check(all="delayed", recompute="full")
