@@ -12,7 +12,8 @@ A process ends with one of these codes (torchrun itself answers 1 when one of it
     4    the data can't be read: too many bad files, or a loader failed
     5    a checkpoint can't be read or written, or another program is in the folder
     6    a rank died or hung, or nothing went on for parallel.timeout seconds (parallel/watchdog.py)
-    138  saved and ended because of SIGUSR1        143  because of SIGTERM
+    138  saved and ended because of SIGUSR1, as 143 SIGTERM, 130 Ctrl-C, 129 a terminal that was closed;
+         130 too where Ctrl-C came twice, or before the first step: ended at once
 
 Heavy imports stand inside `main`: loader processes import this module again.
 """
@@ -91,6 +92,9 @@ def train(config: RunConfig, options: cli.Options) -> int:
         cli.fail(error, EXIT_CHECKPOINT)
     except ConfigError as error:
         cli.fail(error, everywhere=True)
+    except KeyboardInterrupt:
+        saved = "what was saved stays, and the same command goes on from there"
+        cli.fail(f"ended at once by Ctrl-C; {saved}", 128 + signal.SIGINT, everywhere=True)
     finally:
         if dist.is_initialized() and not joined:
             dist.destroy_process_group()

@@ -19,15 +19,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
-HELD = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+HELD = {signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
 @contextmanager
 def shield() -> Iterator[None]:
     """Processes started inside are born with these signals blocked, before they run a line of ours."""
+    resource_tracker.ensure_running()  # its start unblocks SIGINT and SIGTERM, in this process too
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     try:
         yield

@@ -23,7 +23,6 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 import torch.distributed as dist
@@ -54,9 +53,8 @@ from nextvid_mcore.training.saving import Saver
 from nextvid_mcore.training.start import changes, find_checkpoint
 from nextvid_mcore.training.step import StepResult, TrainStep
 from nextvid_mcore.training.together import together
+from nextvid_mcore.training.told import Told
 from nextvid_mcore.training.wandb_sink import WandbSink
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class NonFiniteError(RuntimeError):
@@ -87,7 +85,7 @@ class Trainer:
         seed_trackers(config.train.seed, self.groups)
         self.guard = BadShareGuard(config.data.max_bad_share, config.data.bad_window)
         self.skipped = 0  # steps skipped in a row
-        self.signal = 0
+        self.told = Told(says=self.rank == 0)
         self.checkpoints = out / "checkpoints"
         self.lock = together(f"starting in {out}", self._lock)
         self.watch.start()
@@ -118,6 +116,8 @@ class Trainer:
         self.saver = Saver(
             self.checkpoints, config, self.train_step.optimizers, saving.keep, saving.asynchronous, newest
         )
+        if self.step < self.schedule.total_steps:
+            self.saver.check_space()
         self.profiler = StepProfiler(config.profile, out, self.rank, self.progress.say)
         self.inventory: Inventory | None = Inventory(self.train_step.parts())
 
@@ -205,7 +205,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end of the schedule (or of `train.steps`). Returns the process's exit code."""
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self.told.listen()
         loader: Iterator[ClipBatch] | None = None
         try:
             self._say_what_is_used()
@@ -218,8 +218,7 @@ class Trainer:
                 self.saver.wait()
             raise
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self.told.close()
             if loader is not None:
                 loader.close()
             for sink in (self.profiler, self.progress, self.metrics, self.evals, self.wandb):
@@ -246,7 +245,7 @@ class Trainer:
             watchdog.enter("data loading", self.step + 1)
             self.profiler.begin(self.step + 1)
             point = self.schedule.at(self.step)
-            data = feed.next(point, self.signal)
+            data = feed.next(point, self.told.number)
             if data.signal:
                 return self._interrupted(data.signal)
             result = self._step(point, data)
@@ -370,9 +369,6 @@ class Trainer:
             f"{point.samples_before + point.batch - 1}; the newest checkpoint is in {self.checkpoints}. "
             "Lower the learning rate, or look at these samples"
         )
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number  # acted on between two steps, by all ranks together
 
     def _interrupted(self, number: int) -> int:
         if self.step > self.schedule.first_step_of_run:

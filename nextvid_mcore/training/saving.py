@@ -82,7 +82,7 @@ def _delete_old(root: Path, newest: Path, keep: int) -> None:
 
 
 def _require_space(folder: Path, state: dict[str, Any]) -> None:
-    """Fail before the first byte if the disk is too full."""
+    """Fail before the first byte if the disk is too full for another checkpoint in `folder`."""
     mine = sum(
         entry.data.numel() * entry.data.element_size()
         for entry in nested_values(state)
@@ -170,6 +170,21 @@ class Saver:
             self._abandon(partial)
             raise
 
+    def check_space(self) -> None:
+        """Before the first step: fail now rather than in the hour when the first checkpoint is due."""
+
+        def action() -> None:
+            if dist.get_rank() == 0:
+                self._sweep()
+            _require_space(self.root.parent, sharded_state(self.optimizers, loading=True))
+
+        together(f"starting in {self.root.parent}", action)
+
+    def _sweep(self) -> None:
+        """Away with what a process that died was writing."""
+        for leftover in self.root.glob(".step_*"):
+            shutil.rmtree(leftover)
+
     def poll(self) -> Path | None:
         """Between two steps: the checkpoint that has just become whole, if one has.
 
@@ -214,8 +229,7 @@ class Saver:
         if dist.get_rank() != 0:
             return False
         self.root.mkdir(parents=True, exist_ok=True)
-        for leftover in self.root.glob(".step_*"):
-            shutil.rmtree(leftover)
+        self._sweep()
         if final.exists():
             try:
                 manifest.check_content(final, manifest.read_manifest(final))

@@ -76,11 +76,11 @@ def pretrain(argvs: list[list[str]]) -> list[int]:
 
 
 def pretrain_with_signals(data: Path, out: Path) -> list[int]:
-    """Rank 1 alone gets SIGTERM in step 3, and SIGUSR1 in step 4 of the next start; then to the end."""
+    """Rank 1 alone gets SIGTERM in step 2, in later starts Ctrl-C in 3 and SIGUSR1 in 4; then to the end."""
     from nextvid_mcore.training.step import TrainStep
 
     take = TrainStep.run
-    when = {3: signal.SIGTERM, 4: signal.SIGUSR1}
+    when = {2: signal.SIGTERM, 3: signal.SIGINT, 4: signal.SIGUSR1}
 
     def step(self, point, clips):
         if os.environ["RANK"] == "1" and point.step + 1 in when:
@@ -89,7 +89,7 @@ def pretrain_with_signals(data: Path, out: Path) -> list[int]:
 
     TrainStep.run = step
     try:
-        return pretrain([words(data, out)] * 3)
+        return pretrain([words(data, out)] * 4)
     finally:
         TrainStep.run = take
 
@@ -213,7 +213,7 @@ def test_layouts_agree_and_a_resumed_run_is_the_unbroken_one(data: Path, whole: 
 
 def test_a_signal_to_one_rank_saves_and_ends_all(data: Path, tmp_path: Path):
     codes = shared(2).run(pretrain_with_signals, data, tmp_path / "signalled", timeout=300)
-    assert codes == [[143, 138, 0]] * 2
+    assert codes == [[143, 130, 138, 0]] * 2
     saved = [path.name for path in sorted((tmp_path / "signalled" / "checkpoints").iterdir())]
     assert saved == ["step_00000003", "step_00000004", "step_00000006"]
     assert shared(2).run(pretrain, [words(data, tmp_path / "unbroken")], timeout=300) == [[0]] * 2

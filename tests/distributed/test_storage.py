@@ -13,6 +13,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -245,6 +246,22 @@ def test_a_full_disk_ends_the_run_and_names_the_last_good_one(
     assert "step_00000004 failed on rank 0" in text and "File too large" in text and "GB are free in" in text
     assert f"the last whole one is {out}/checkpoints/step_00000002" in text
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def spoken_on_a_small_disk(argv: list[str]) -> list[tuple[int, str]]:
+    with mock.patch.object(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 0, 10**6)):
+        return spoken([argv])
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_said_before_the_first_step(
+    data: Path, whole: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    ((code, text),) = shared(1).run(spoken_on_a_small_disk, words(data, out))[0]
+    assert code == 5 and f"starting in {out} failed on rank 0: a checkpoint needs 0.0" in text, text
+    assert f"but 0.001 GB are free in {out}; make room" in text and not read(out / "metrics.jsonl")
+    ((code, _),) = shared(1).run(spoken_on_a_small_disk, words(data, whole))[0]
+    assert code == 0, "a run that is complete saves nothing"
 
 
 class Evil:

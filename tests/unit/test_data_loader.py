@@ -261,10 +261,25 @@ def test_signals_to_the_whole_job_are_the_parents_to_answer(
     batches = iterate(build_dataset(configure(tmp_path, media_items)), requests, workers=1)
     next(batches)
     [pid] = workers()
-    for name in ("INT", "TERM", "USR1"):
+    for name in ("INT", "HUP", "TERM", "USR1"):
         subprocess.run(["/bin/sh", "-c", f"kill -s {name} {pid}"], check=True)  # not from its parent
     assert [batch.index.item() for batch in batches] == list(range(1, 9))
     assert end([pid])
+
+
+def test_the_first_worker_of_a_process_is_shielded_too() -> None:
+    """multiprocessing's own resource tracker, which the first one starts, unblocks SIGINT and SIGTERM."""
+    look = (
+        "import multiprocessing, signal\n"
+        "from nextvid_mcore.data.workers import HELD, shield\n"
+        "if __name__ == '__main__':\n"
+        "    with shield():\n"
+        "        process = multiprocessing.get_context('spawn').Process(target=print)\n"
+        "        process.start()\n"
+        "        assert HELD <= signal.pthread_sigmask(signal.SIG_BLOCK, ())\n"
+        "    process.join()\n"
+    )
+    subprocess.run([sys.executable, "-c", look], check=True)
 
 
 def test_a_worker_that_dies_is_an_error(tmp_path: Path, media_items: dict[str, list[Item]]) -> None:
