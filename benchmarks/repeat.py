@@ -1,12 +1,14 @@
 """Whether attention's kernels give the same numbers every time: forward and backward, thousands of calls.
 
     python benchmarks/repeat.py vit_g:16:16 vit_g:64:4 digits:16:32 --seconds 30 --beside
+    python benchmarks/repeat.py vit_g:16:16 --kernels adaln --seconds 30    # the decoder's norms and gates
 
 A race between threads shows once in hundreds of calls, and more often beside other processes: a comparison
 with fp32 that agrees proves little. Here a recorded pass is played again and again on the same inputs, its
 memory painted with NaN before each half, and output and gradients are compared with the first call's, to the
 bit. A case is recipe:frames:clips; all patterns of benchmarks/attention.py are run, each in a process of its
-own, one after another or (`--beside`) all at once. Ends with 1 if a call differed.
+own, one after another or (`--beside`) all at once. Ends with 1 if a call differed. `adaln` is no attention: the
+kernels of the decoder's AdaLN, in bf16 and writing FP8.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from nextvid_mcore.models.attention import AttentionPattern
 from nextvid_mcore.training.graphs import own_stream
 
 PATTERNS = ("reference", "student", "predictor", "decoder")
-KERNELS = ("gluon_stairs", "triton_stairs", "gluon_prefix", "triton_prefix", "flex")
+KERNELS = ("gluon_stairs", "triton_stairs", "gluon_prefix", "triton_prefix", "flex", "adaln")
 AT_ONCE = 50  # plays between two looks
 DIFFERED = 3
 
@@ -51,14 +53,8 @@ def kernel_of(name: str, pattern: AttentionPattern | None, tokens: int) -> Calla
     return lambda q, k, v: attend(q, k, v, frame if name.endswith("prefix") else stairs)
 
 
-def paint(like: list[Tensor]) -> None:
-    """NaN in the memory that the next tensors of these sizes get."""
-    painted = [torch.full_like(x, float("nan")) for x in like for _ in range(2)]
-    del painted
-
-
-def repeat(case: tuple, call: Callable[..., Tensor], seconds: float) -> tuple[int, list[int], list[int], str]:
-    """Calls, of how many each of (out, dq, dk, dv) was not finite or another, and where it first was."""
+def attended(case: tuple, call: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
+    """out, dq, dk and dv of `call` on inputs of the case's shape; out alone where no gradient is wanted."""
     _, rows, count, width, queries, keys, _, backward = case
     device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
@@ -80,9 +76,52 @@ def repeat(case: tuple, call: Callable[..., Tensor], seconds: float) -> tuple[in
         paint([x.detach() for x in leaves])
         return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
+    return once
+
+
+def modulated(rows: int, width: int, tokens: int) -> Callable[[], list[Tensor]]:
+    """Outputs and gradients of `fused.gated_norm`, and what its kernels write in FP8, as bytes."""
+    import adaln
+
+    from nextvid_mcore.models import triton_adaln
+
+    case = adaln.Case(rows, width, tokens)
+    x, y, bias, vectors = (z.detach() for z in case.leaves)
+    shift, scale, gate, *_ = vectors.chunk(6, dim=-1)
+    amax = torch.zeros(2, 1, device="cuda")
+    quanta = [
+        triton_adaln.Quantum(torch.tensor(20.0, device="cuda"), most, dtype)
+        for most, dtype in zip(amax, (torch.float8_e4m3fn, torch.float8_e5m2), strict=True)
+    ]
+
+    def once() -> list[Tensor]:
+        sums = torch.empty(2 * rows * tokens, device="cuda")
+        paint([x, x, sums])
+        out = case.forward()
+        paint([x, x])
+        found = [*(z.detach() for z in out), *torch.autograd.grad(out, case.leaves, case.grads)]
+        total, low, *moments = triton_adaln.forward(x, y, bias, gate, shift, scale, 1e-6, quanta[0])
+        paint([x, low.rows.view(torch.uint8)])
+        saved = total, y, bias, gate, scale, *moments
+        dx, dy, *more = triton_adaln.backward(*case.grads[::-1], *saved, quanta[1])
+        return [*found, low.rows.view(torch.uint8), *moments, dx, dy.rows.view(torch.uint8), *more]
+
+    return once
+
+
+def paint(like: list[Tensor]) -> None:
+    """NaN in the memory that the next tensors of these sizes get; of bytes, the largest."""
+    painted = [
+        torch.full_like(x, float("nan") if x.is_floating_point() else 255) for x in like for _ in range(2)
+    ]
+    del painted
+
+
+def repeat(once: Callable[[], list[Tensor]], seconds: float) -> tuple[int, list[int], list[int], str]:
+    """Calls, of how many each result (out, dq, dk, dv) was not finite or another, and where it first was."""
     first = [x.clone() for x in once()]
     found = [torch.empty_like(x) for x in first]
-    broken, other = (torch.zeros(len(first), dtype=torch.int64, device=device) for _ in range(2))
+    broken, other = (torch.zeros(len(first), dtype=torch.int64, device="cuda") for _ in range(2))
 
     def play() -> None:
         for i, (x, y, kept) in enumerate(zip(once(), first, found, strict=True)):
@@ -102,11 +141,17 @@ def repeat(case: tuple, call: Callable[..., Tensor], seconds: float) -> tuple[in
         torch.cuda.synchronize()
         calls += AT_ONCE
     where = ""
-    for name, n, x, y in zip(("out", "dq", "dk", "dv"), other.tolist(), found, first, strict=False):
+    for i, (n, x, y) in enumerate(zip(other.tolist(), found, first, strict=True)):
         if n:
             at = (x != y).nonzero()
-            where += f" {name} at {at[0].tolist()} to {at[-1].tolist()} ({len(at)} values)"
+            where += f" {i} at {at[0].tolist()} to {at[-1].tolist()} ({len(at)} values)"
     return calls, broken.tolist(), other.tolist(), where
+
+
+def suits(kernel: str, pattern: str) -> bool:
+    if kernel in ("flex", "adaln"):
+        return (kernel == "adaln") == (pattern == "decoder")
+    return (pattern == "reference") == kernel.endswith("prefix")
 
 
 def one(args: argparse.Namespace) -> int:
@@ -116,10 +161,14 @@ def one(args: argparse.Namespace) -> int:
     device = torch.device("cuda")
     found = attention.cases(argparse.Namespace(recipe=recipe, tau=1), int(frames), int(clips), device)
     case = next(x for x in found if x[0] == args.only[0])
-    call = kernel_of(args.kernels[0], case[6], case[4])
-    if call is None:
-        raise SystemExit(f"{args.kernels[0]} is not for the {case[0]}'s pattern here")
-    calls, broken, other, where = repeat(case, call, args.seconds)
+    if args.kernels[0] == "adaln":
+        once = modulated(case[1], case[2] * case[3], case[4])
+    else:
+        call = kernel_of(args.kernels[0], case[6], case[4])
+        if call is None:
+            raise SystemExit(f"{args.kernels[0]} is not for the {case[0]}'s pattern here")
+        once = attended(case, call)
+    calls, broken, other, where = repeat(once, args.seconds)
     name = f"{args.cases[0]:<14} {case[0]:<10} {args.kernels[0]:<14}"
     print(f"{name} {calls:>8} {sum(broken):>10} {sum(other):>10}{where}", flush=True)
     return DIFFERED if sum(other) else 0
@@ -146,8 +195,7 @@ def main() -> None:
         for case in args.cases
         for kernel in args.kernels
         for pattern in args.only
-        if (pattern == "reference") == kernel.endswith("prefix")
-        or (kernel == "flex" and pattern != "decoder")
+        if suits(kernel, pattern)
     ]
     command = [sys.executable, str(Path(__file__).resolve()), "--one", "--seconds", str(args.seconds)]
     with ThreadPoolExecutor(len(runs) if args.beside else 1) as threads:
