@@ -7,8 +7,8 @@ A race between threads shows once in hundreds of calls, and more often beside ot
 with fp32 that agrees proves little. Here a recorded pass is played again and again on the same inputs, its
 memory painted with NaN before each half, and output and gradients are compared with the first call's, to the
 bit. A case is recipe:frames:clips; all patterns of benchmarks/attention.py are run, each in a process of its
-own, one after another or (`--beside`) all at once. Ends with 1 if a call differed. `adaln` is no attention: the
-kernels of the decoder's AdaLN, in bf16 and writing FP8.
+own, one after another or (`--beside`) all at once. Ends with 1 if a call differed. `adaln` is no attention:
+the kernels of the decoder's AdaLN, in bf16 and writing FP8.
 """
 
 from __future__ import annotations
