@@ -313,7 +313,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/fp8_convergence"))
     parser.add_argument("--plot-only", type=Path, nargs="+", metavar="JSONL", help="nothing is trained")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for path in args.plot_only or ():
+        if not path.is_file():
+            parser.error(f"--plot-only {path}: no such file")
+    return args
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", choices=recipes.names())
+    parser.add_argument("recipe", choices=recipes.names(), metavar="RECIPE")
     parser.add_argument("--backend", default="te", choices=["local", "te"])
     parser.add_argument("--compile", type=int, default=1)
     parser.add_argument("--graphs", default="auto", choices=["auto", "on", "off"])

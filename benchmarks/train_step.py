@@ -107,6 +107,7 @@ def configure(case: dict[str, Any], world: int) -> RunConfig:
         ),
         train=dataclasses.replace(
             config.train,
+            steps=None,  # an ablation's: more than its first stage has
             micro_batch=case["micro_batch"],
             precision=case["precision"],
             cuda_graphs=case["graphs"],
@@ -118,6 +119,13 @@ def check(case: dict[str, Any], world: int) -> None:
     """Raise ConfigError where `case` can't be measured on this machine's `world` processes."""
     ranks, tensor, recipe = 1 if case["gpus"] == 1 else world, case["tensor"], case["recipe"]
     require(recipe in recipes.names(), f"recipe={recipe}: there are {', '.join(recipes.names())}")
+    for key in ("micro_batch", "accumulate", "frames", "tau"):
+        require(case[key] >= 1, f"{key}={case[key]}: give 1 or more")
+    require(
+        case["gpus"] in (0, 1, world),
+        f"gpus={case['gpus']}: {world} process{'es were' if world > 1 else ' was'} started; give 1, for "
+        f"every GPU by itself, or start {case['gpus']} with torchrun --nproc-per-node",
+    )
     require(
         tensor >= 1 and ranks % tensor == 0,
         f"tensor={tensor} can't share {ranks} process{'es' if ranks > 1 else ''}; start a multiple of it "
@@ -130,14 +138,19 @@ def check(case: dict[str, Any], world: int) -> None:
         f"vae={case['vae']}: recipe {recipe} has patches of {config.model.patch_size} pixels, VA-VAE's "
         "latents 16; leave vae out or take vit_l, vit_h or vit_g",
     )
-    common.check(config, ranks)
+    try:
+        common.check(config, ranks)
+    except ConfigError as error:  # it names the trainer's flags
+        raise ConfigError(
+            str(error).replace("--model.backend ", "backend=").replace("--train.cuda-graphs ", "graphs=")
+        ) from None
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[str, Any]]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", choices=recipes.names())
+    parser.add_argument("recipe", choices=recipes.names(), metavar="RECIPE")
     parser.add_argument("--case", action="append", default=[], help='such as "backend=te tau=4"')
     parser.add_argument("--backend", default="te", choices=["local", "te"])
     parser.add_argument("--fp8", default="none")

@@ -46,7 +46,8 @@ def ours(argv: list[str], tau: int, frames: int, size: int) -> RunConfig:
     batch = config.micro_batch(config.stages[0])
     stage = dataclasses.replace(config.stages[0], frames=frames, tau_samples=tau, batch=batch)
     target = TargetConfig("va_vae" if config.model.patch_size == 16 else "pixels")
-    return dataclasses.replace(config, stages=(stage,), target=target)
+    train = dataclasses.replace(config.train, steps=None)  # an ablation's: more than its first stage has
+    return dataclasses.replace(config, stages=(stage,), target=target, train=train)
 
 
 @dataclasses.dataclass(frozen=True)

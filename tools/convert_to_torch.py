@@ -42,6 +42,7 @@ from torch import Tensor  # noqa: E402
 
 from nextvid_mcore import flops  # noqa: E402
 from nextvid_mcore.config import ConfigError, Fp8Config, RunConfig, is_made, require  # noqa: E402
+from nextvid_mcore.evaluation.results import writable_folder  # noqa: E402
 from nextvid_mcore.hub import FILES, HubError, export, load_decoder, load_encoder, load_predictor  # noqa: E402
 from nextvid_mcore.hub.hf import write as hf  # noqa: E402
 
@@ -323,6 +324,7 @@ def convert(args: argparse.Namespace) -> None:
     out, for_hf = Path(args.out), args.format == "hf"
     require(not (for_hf and args.all), "--format hf exports the encoder alone; leave --all out")
     check_out(out, args.force)
+    writable_folder(out.absolute().parent, "the folder of --out,")
     path = find_checkpoint(Path(args.run))
     model, step = load_model(path, args.weights, args.all)
     print(f"{path}: step {step} of {model.run.recipe}, {args.weights} weights of the encoder")

@@ -71,6 +71,11 @@ def settings(args: argparse.Namespace) -> tuple[RunConfig, Path, Path]:
         is_run = False
     if is_run:
         config, export = read_run(args.folder), args.export or args.folder / "encoder"
+        require(
+            export.exists(),
+            f"{export} does not exist; export the run first: python tools/convert_to_torch.py {args.folder} "
+            f"--out {export} --all",
+        )
         out = args.out or args.folder / "plots"
     else:
         exported, export = hub.load_config(args.folder), args.folder

@@ -17,16 +17,17 @@ class TransformerShape:
     heads: int
     mlp: int  # width of the MLP's hidden layer
 
-    def __post_init__(self) -> None:
+    def check(self, role: str) -> None:
         for name in ("width", "depth", "heads", "mlp"):
-            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+            require(getattr(self, name) > 0, f"{role} {name} must be positive, got {getattr(self, name)}")
         require(
             self.width % self.heads == 0,
-            f"width {self.width} is not divisible by {self.heads} heads; change one of them",
+            f"{role} width {self.width} is not divisible by {self.heads} heads; change one of them",
         )
         require(
             (self.width // self.heads) % 2 == 0 and self.width // self.heads >= 6,
-            f"heads of width {self.width // self.heads} are too narrow or odd for 3D RoPE (even, 6 or more)",
+            f"{role} heads of width {self.width // self.heads} are too narrow or odd for 3D RoPE (even, 6 or "
+            "more); change its width or heads",
         )
 
     @property
@@ -58,6 +59,8 @@ class ModelConfig:
     compile: bool = True  # on CUDA: fuse what stands between matrix products (models/fused.py)
 
     def __post_init__(self) -> None:
+        for role in ("encoder", "predictor", "decoder"):
+            getattr(self, role).check(role)
         require(self.patch_size > 0 and self.tubelet_size > 0, "patch and tubelet sizes must be positive")
         require(
             self.image_size % self.patch_size == 0,

@@ -253,7 +253,10 @@ def _separate(config: RunConfig, world_size: int) -> Placement:
     try:
         encoder = resolve_layout(config, left, ("student", "reference"))
     except ConfigError as error:
-        raise ConfigError(f"of {world_size} ranks, {sizes} leave {left} for the encoder: {error}") from None
+        raise ConfigError(
+            f"of {world_size} ranks, {sizes} leave {left} for the encoder: {error}, or "
+            f"give {' and '.join(names)} more: {', '.join(f'--parallel.{name}.data' for name in names)}"
+        ) from None
     reference = ("reference",)
     roles = {"generator": _generator_roles(config), "predictor": ("predictor",), "decoder": ("decoder",)}
     with_generator = parallel.reference == "generator" and config.model.align

@@ -19,6 +19,7 @@ from nextvid_mcore.parallel.stages import last_stage_layers
 from nextvid_mcore.schedule import Schedule
 
 WIDTH = 100
+H100, SHARE = 989e12, 0.4  # its dense bf16 FLOP/s, and about what the step has reached with VA-VAE beside it
 
 
 def check(config: RunConfig, world_size: int, dry_run: bool = False) -> Placement:
@@ -151,13 +152,16 @@ def _schedule(config: RunConfig, placement: Placement, notes: list[str]) -> Iter
     yield (
         "  stage         steps  frames  batch  micro-batches  tau       learning rate  flow LR  TFLOP/clip"
     )
-    samples = tokens = work = 0.0
+    samples = tokens = work = executed = 0.0
     for stage in config.stages:
         batch, clip = config.batch(stage), flops.clip_flops(config, stage)
         clips = stage.steps * batch
         samples += clips
         tokens += clips * config.model.token_frames(stage.frames) * config.model.tokens_per_frame
         work += clips * clip.total
+        executed += clips * (
+            flops.clip_flops(config, stage, executed=True).total + flops.target_flops(config, stage)
+        )
         rate = f"{stage.lr_start:g} -> {stage.lr_end:g}"
         passes = f"{memory.micro_batches(config, placement, stage)} x {config.micro_batch(stage)}"
         flow = "main" if stage.flow_lr is None else f"{stage.flow_lr:g}"
@@ -170,6 +174,12 @@ def _schedule(config: RunConfig, placement: Placement, notes: list[str]) -> Iter
         f"  in all {schedule.schedule_steps:,} steps, {_count(samples)} clips, {_count(tokens)} tokens, "
         f"{work:.3g} FLOP"
     )
+    hours = executed / (SHARE * H100) / 3600
+    if hours >= 1:
+        yield (
+            f"  about {hours:,.0f} GPU-hours, {hours / 24 / placement.world:,.1f} days on {placement.world} "
+            f"such GPU{'s' * (placement.world > 1)}, where {SHARE:.0%} of an H100's bf16 peak are reached"
+        )
     yield from (f"  {note}" for note in notes)
     start, end = schedule.first_step_of_run, schedule.total_steps
     if (start, end) != (0, schedule.schedule_steps):

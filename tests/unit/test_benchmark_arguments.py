@@ -46,6 +46,7 @@ def test_train_step(arguments: list[str], message: str, capsys: pytest.CaptureFi
             "--micro-batch: invalid int value: 'x'",
         ),
         ("decode", ["/nowhere", "--seconds", "0"], "--seconds: 0 is too small; give more than 0"),
+        ("fp8_convergence", ["--plot-only", "/nowhere"], "--plot-only /nowhere: no such file"),
     ],
 )
 def test_numbers_that_cannot_be(
@@ -81,16 +82,32 @@ def test_fp8_of_a_case() -> None:
         ("graphs=on", "cuda_graphs on: there is no CUDA device"),
         ("recipe=vit_x", "recipe=vit_x: there are tiny"),
         ("tensor=2", "tensor=2 can't share 1 process;"),
+        ("gpus=2", "gpus=2: 1 process was started"),
+        ("micro_batch=0", "micro_batch=0: give 1 or more"),
+        ("accumulate=-1", "accumulate=-1: give 1 or more"),
+        ("backend=te", "pip install .*, or use backend=local"),
         ("vae=1", "vae=1: recipe tiny has patches of 8 pixels"),
     ],
 )
 def test_a_case_that_cannot_be_is_refused_before_any_is_measured(case: str, words: str) -> None:
+    import torch
     import train_step
+
+    if torch.cuda.is_available() and case == "backend=te":
+        pytest.skip("Transformer Engine may be there")
 
     _, cases = train_step.parse(["tiny", "--backend", "local", "--case", "", "--case", case])
     train_step.check(cases[0], 1)
     with pytest.raises(ConfigError, match=words):
         train_step.check(cases[1], 1)
+
+
+@pytest.mark.parametrize("recipe", ["table2_align", "table11_tau4_30k"])
+def test_a_recipe_with_fewer_steps_of_its_own(recipe: str) -> None:
+    import train_step
+
+    _, cases = train_step.parse([recipe, "--backend", "local", "--micro-batch", "1"])
+    train_step.check(cases[0], 1)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ def test_switch_spellings(words: str, value: bool):
         ("tiny --mask.mode foo", "invalid choice 'foo'"),
         ("tiny --dry-run --mask.keep 0.3 0.2", "mask keep 0.3 of 64 tokens is 19.2"),
         ("tiny --dry-run --stages.2.frames 7", "7 frames: must be a multiple of the tubelet size 2"),
-        ("tiny --dry-run --model.encoder.width 97", "width 97 is not divisible by 4 heads"),
+        ("tiny --dry-run --model.decoder.depth 0", "decoder depth must be positive, got 0"),
+        ("tiny --dry-run --model.encoder.width 97", "encoder width 97 is not divisible by 4 heads"),
         (
             "tiny --dry-run --data.sets k400",
             "--data.sets: a data set is given as NAME=WEIGHT (k400=0.4), got",

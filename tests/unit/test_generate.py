@@ -200,6 +200,10 @@ def test_mistakes_are_one_sentence(
         (("--fps", "0"), "--fps must be positive, got 0"),
         (("--frames", "-4"), "--frames must be 1 or more, got -4"),
         (("--out", str(tmp_path / "file")), "file cannot be written"),
+        (
+            ("--export", str(tmp_path / "none")),
+            f"export the run first: python tools/convert_to_torch.py {run}",
+        ),
     ):
         monkeypatch.setattr("sys.argv", ["generate", str(run), *options])
         assert module.main() == 2 and message in capsys.readouterr().err
