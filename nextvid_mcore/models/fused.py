@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
-_state = {"compile": True, "gated_norm": True}  # the latter: by models/triton_adaln.py's kernels
+# gated_norm: by models/triton_adaln.py's kernels; monitors: compiled too
+_state = {"compile": True, "gated_norm": True, "monitors": False}
 VARIANTS = 64  # compiled forms of one function: widths x precisions x with and without gradient
 
 
@@ -208,6 +209,30 @@ def gated_norm(
 def squared_error(x: Tensor, y: Tensor) -> Tensor:
     """Mean over D of (x - y)^2 in fp32; x [n, M, rows, D], y [n, 1, rows, D] the same for every M."""
     return (x.float() - y).square().mean(-1)
+
+
+@fuse(open_dim=2)
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    return F.cosine_similarity(x.float(), y.float(), dim=-1)
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Over D in fp32; x [n, M, ..., D], y [n, 1, ..., D] the same for every M."""
+    if x.dim() < 4 or not _state["monitors"]:
+        return F.cosine_similarity(x.float(), y.float(), dim=-1)
+    return _cosine(x.flatten(2, -2), y.flatten(2, -2)).view(x.shape[:-1])
+
+
+def moments(x: Tensor) -> Tensor:
+    """Of shares of x's rows [N, W], which are read once: fp32 [shares, 1 + 2 W].
+
+    A share's count, and its channels' means and sums of squared deviations.
+    """
+    if compiles(x) and _state["monitors"]:
+        return _triton().moments(x)
+    x = x.float()
+    mean = x.mean(0)
+    return torch.cat([torch.full_like(mean[:1], len(x)), mean, (x - mean).square().sum(0)])[None]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

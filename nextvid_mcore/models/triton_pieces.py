@@ -5,6 +5,7 @@ On a GPU these pieces only move memory, so what counts is how often a tensor is 
     gelu    with bias; the backward pass adds up the bias's gradient while it has the numbers.
     norm    backward: adds the gradient that comes past it on the residual, and adds up those of weight, bias,
             and of the bias of the linear before.
+    moments of channels over all tokens, in one pass (training/monitors.py).
     turn    rotary positions in place, so that values are not copied; the backward pass writes the gradient
             of the packed heads at once. Heads are read and written as whole vectors.
 
@@ -23,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 SHARE = 128  # rows whose sum one program of GELU's backward pass takes
+MOMENTS_SHARE = 512  # rows of a program that takes moments
 NORM_PROGRAMS = 4  # of the norm's backward pass a multiprocessor holds at once
 # Of rotary turns: tokens of a program, its heads at most, and how many of them load at once. A thread has one
 # vector of 8 values of each part, so that a multiprocessor of an H100 holds 24 warps or more.
@@ -146,6 +148,35 @@ def _norm_backward(
 
 
 @triton.jit
+def _moments(x, out, rows, share, W: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Count, means and squared deviations of `share` rows: of a lane as its rows come, then of all lanes."""
+    tiles: tl.constexpr = (W + BC - 1) // BC
+    c, lane = tl.program_id(0) % tiles * BC + tl.arange(0, BC), tl.arange(0, BR)
+    part = tl.program_id(0) // tiles
+    number = tl.minimum(rows - part * share, share)
+    level = tl.zeros([BR, BC], tl.float32)
+    spread = tl.zeros([BR, BC], tl.float32)
+    step = 0
+    while step * BR < number:
+        r = step * BR + lane
+        inside = (r < number)[:, None] & (c < W)[None, :]
+        at = (part * share + r).to(tl.int64)[:, None] * W + c[None, :]
+        a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        apart = tl.where(inside, a - level, 0.0)
+        level += apart / (step + 1)
+        spread += tl.where(inside, apart * (a - level), 0.0)
+        step += 1
+    count = tl.maximum((number - lane + BR - 1) // BR, 0).to(tl.float32)[:, None]
+    mean = tl.sum(level * count, 0) / number
+    apart = level - mean[None, :]
+    to = out + part.to(tl.int64) * (1 + 2 * W)
+    tl.store(to + 1 + c, mean, mask=c < W)
+    tl.store(to + 1 + W + c, tl.sum(spread + count * apart * apart, 0), mask=c < W)
+    if tl.program_id(0) % tiles == 0:
+        tl.store(to, number.to(tl.float32))
+
+
+@triton.jit
 def _add_up(sums, out, parts, W: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     total = tl.zeros([BP, BC], tl.float32)
@@ -218,6 +249,15 @@ def sum_of(sums: Tensor, dtype: torch.dtype) -> Tensor:
     parts, width = sums.shape
     out = torch.empty(width, dtype=dtype, device=sums.device)
     _add_up[(triton.cdiv(width, 32),)](sums, out, parts, W=width, BP=128, BC=32)
+    return out
+
+
+def moments(x: Tensor) -> Tensor:
+    """Of shares of x's rows [N, W]: count, means and squared deviations, fp32 [shares, 1 + 2 W]."""
+    x, (rows, width) = x.contiguous(), x.shape
+    parts = triton.cdiv(rows, MOMENTS_SHARE)
+    out = torch.empty(parts, 1 + 2 * width, dtype=torch.float32, device=x.device)
+    _moments[(parts * triton.cdiv(width, 64),)](x, out, rows, MOMENTS_SHARE, W=width, BR=16, BC=64)
     return out
 
 

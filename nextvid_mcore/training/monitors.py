@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
+
+from nextvid_mcore.models import fused
 
 
 class Moments:
@@ -25,16 +26,17 @@ class Moments:
     @classmethod
     def of(cls, x: Tensor) -> Moments:
         """Moments of `x` [..., W] over all leading dimensions."""
-        x = x.detach().reshape(-1, x.shape[-1]).float()
-        mean = x.mean(0)
-        deviations = (x - mean).square().sum(0)
-        count = torch.full_like(mean[:1], x.shape[0])
-        return cls(torch.cat([count, mean, deviations]).double())
+        in_memory = sorted(range(x.dim() - 1), key=x.stride, reverse=True)  # a permuted tensor is not copied
+        return cls._of_union(fused.moments(x.detach().permute(*in_memory, -1).flatten(0, -2)).double())
 
     @classmethod
     def merged(cls, parts: Iterable[Moments]) -> Moments:
         """The moments of the union, whatever the parts' sizes."""
-        rows = torch.stack([part.packed for part in parts])  # [parts, 1 + 2 W]
+        return cls._of_union(torch.stack([part.packed for part in parts]))
+
+    @classmethod
+    def _of_union(cls, rows: Tensor) -> Moments:
+        """rows: [parts, 1 + 2 W], float64."""
         count, (mean, deviations) = rows[:, :1], rows[:, 1:].chunk(2, dim=1)
         total = count.sum(0)
         middle = (count * mean).sum(0) / total
@@ -54,7 +56,7 @@ def moments(z: Tensor, reference: Tensor | None = None, aligned: Tensor | None =
     """Packed, of z, and of reference and of its cosine with aligned if there are these: `Collapse.NAMES`."""
     if reference is None:
         return (Moments.of(z).packed,)
-    cosine = F.cosine_similarity(aligned.detach().float(), reference.detach().float(), dim=-1)
+    cosine = fused.cosine(aligned.detach(), reference.detach())
     return tuple(Moments.of(x).packed for x in (z, reference, cosine.unsqueeze(-1)))
 
 

@@ -144,6 +144,20 @@ def test_reference_attention_over_prefixes(heads: int, d: int, frames: int, n: i
     assert max(errors) < 1e-2
 
 
+def test_monitors_compiled(monkeypatch) -> None:
+    """Cosine and moments at ViT-G's sizes, of a tensor as the predictor gives it, against fp32 as written."""
+    from nextvid_mcore.training.monitors import moments
+
+    torch.manual_seed(0)
+    z = draw(3 * 64, 2, 4, 384).unflatten(0, (3, 64)).permute(1, 2, 0, 3, 4) + 30
+    reference, aligned = draw(64, 1, 3, 4, 1408).float(), draw(64, 2, 3, 4, 1408)
+    with fused.eager():
+        wanted = moments(z, reference, aligned)
+    monkeypatch.setitem(fused._state, "monitors", True)
+    for found, right in zip(moments(z, reference, aligned), wanted, strict=True):
+        torch.testing.assert_close(found, right, rtol=2e-3, atol=2e-5)
+
+
 @pytest.mark.parametrize("width", [384, 200, 1408])  # the last is too wide for our kernels
 @pytest.mark.parametrize(("s", "rows"), [(256, 224), (101, 7), (3, 1)])
 @pytest.mark.parametrize(("added", "past"), [(True, True), (True, False), (False, True)])

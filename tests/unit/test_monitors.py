@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nextvid_mcore.models import fused
 from nextvid_mcore.training.monitors import Collapse, Constant, Moments
 
 
@@ -37,6 +38,16 @@ def test_a_collapse_far_from_zero_is_seen():
     assert seen == pytest.approx(x.float().double().var(0, unbiased=False).mean().item(), rel=1e-2)
     naive = (x.float().square().mean(0) - x.float().mean(0).square()).mean().item()
     assert abs(naive - seen) > seen
+
+
+def test_permuted_features_are_not_copied(monkeypatch):
+    seen = []
+    given = fused.moments
+    monkeypatch.setattr(fused, "moments", lambda x: seen.append(x.data_ptr()) or given(x))
+    x = torch.randn(3, 4, 5, 6)
+    found = [Moments.of(y).packed for y in (x, x.permute(2, 0, 1, 3), x[:, 1:])]
+    assert seen[0] == seen[1] == x.data_ptr() != seen[2]
+    assert torch.equal(found[0], found[1]) and found[2][0] == 45
 
 
 def test_each_step_starts_empty():
