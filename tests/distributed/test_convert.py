@@ -174,7 +174,7 @@ def test_bf16_and_failures(
     capsys.readouterr()
     for arguments, message in (
         ((source, "--out", out), "is not empty"),
-        ((source, "--out", out / "config.json" / "x"), "config.json cannot be written (Not a directory)"),
+        ((source, "--out", out / "config.json" / "x"), "config.json cannot be written (File exists); name"),
         ((tmp_path / "none", "--out", tmp_path / "b"), "no such folder"),
         ((out, "--out", tmp_path / "b"), "holds no whole checkpoint"),
         ((source, "--out", tmp_path / "b", "--clips", "nowhere.mp4"), "--clips nowhere.mp4: no such file"),
