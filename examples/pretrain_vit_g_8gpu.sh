@@ -3,6 +3,10 @@
 # where it stopped. More settings go at the end: examples/pretrain_vit_g_8gpu.sh --train.global-batch 256
 # Transformer Engine is taken where it is installed (extra gpu); FP8=delayed takes its FP8: docs/fp8.md
 set -euo pipefail
+if ! command -v torchrun >/dev/null; then
+    echo "$0: no torchrun; in the clone: bash scripts/install.sh train && . .venv/bin/activate" >&2
+    exit 1
+fi
 
 DATA=${DATA:-data/manifest}                       # written by tools/build_manifest.py
 VALIDATION=${VALIDATION:-data/manifest_val}

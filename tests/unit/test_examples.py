@@ -4,6 +4,7 @@ that it would have started goes through `--dry-run --world-size` with its own nu
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -136,6 +137,14 @@ def test_micro_batches_are_the_recipes_and_fp8_is_a_word(script: Path, tmp_path:
     config, _ = cli.parse([*low.arguments, "--dry-run"])
     assert set(config.fp8.recipes().values()) == {"delayed"}
     assert check(config, low.world_size, dry_run=True).world == low.world_size
+
+
+@pytest.mark.parametrize("script", [*NODE, *SLURM], ids=lambda s: s.name)
+def test_without_an_environment_they_say_how_to_get_one(script: Path, tmp_path: Path) -> None:
+    env = {"PATH": str(tmp_path), "SLURM_SUBMIT_DIR": str(ROOT)}
+    ended = subprocess.run([shutil.which("bash"), script], env=env, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "no torchrun; in the clone: bash scripts/install.sh train && . .venv/bin/activate" in ended.stderr
 
 
 def test_scripts_that_are_started_otherwise_say_how(tmp_path: Path) -> None:
