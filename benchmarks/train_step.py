@@ -35,7 +35,7 @@ from world import first_says, join, leave
 
 from nextvid_mcore import cli, flops, recipes
 from nextvid_mcore.config import ConfigError, Fp8Config, RoleParallel, RunConfig, require
-from nextvid_mcore.models import fp8_layer
+from nextvid_mcore.models import fp8_layer, fused
 from nextvid_mcore.training import optimizer
 
 KEYS = {
@@ -43,7 +43,8 @@ KEYS = {
     "backend": str,
     "fp8": str,  # none, current, delayed, blockwise: of all roles, or role:recipe,role:recipe
     "fp8_fused": int,  # 0: delayed's GELU writes bf16, which is then quantised
-    "fp8_layer": str,  # models/fp8_layer.py's ways: trained,carry,attention; all, none
+    "fp8_layer": str,  # models/fp8_layer.py's ways: trained,carry,attention,decoder,predictor; all, none
+    "pieces": str,  # models/fused.py's: gated_norm,monitors; all, none
     "recompute": str,
     "compile": int,
     "one_pass": int,  # the update in one kernel
@@ -65,6 +66,12 @@ KEYS = {
 WAITS = 8  # printed beside the kernels
 
 
+WAYS = {
+    "fp8_layer": (fp8_layer.SWITCHES, fp8_layer.SHIPPED),
+    "pieces": (fused.KERNELS, fused.SHIPPED),
+}
+
+
 def fp8_config(text: str, fused: int) -> Fp8Config:
     recipes = dict(part.partition(":")[::2] for part in text.split(",")) if ":" in text else {"all": text}
     known = ("all", *Fp8Config().recipes())
@@ -72,12 +79,12 @@ def fp8_config(text: str, fused: int) -> Fp8Config:
     return Fp8Config(**recipes, fused=bool(fused))
 
 
-def layer_switches(text: str) -> dict[str, bool]:
-    """For fp8_layer.use."""
-    known = fp8_layer.SWITCHES
-    names = {"as_shipped": fp8_layer.SHIPPED, "none": (), "all": known}.get(text)
-    names = text.split(",") if names is None else names
-    require(set(names) <= set(known), f"fp8_layer={text}: there are {', '.join(known)}, all and none")
+def switches(case: dict[str, Any], key: str) -> dict[str, bool]:
+    """For fp8_layer.use and fused.use_kernels."""
+    known, shipped = WAYS[key]
+    names = {"as_shipped": shipped, "none": (), "all": known}.get(case[key])
+    names = case[key].split(",") if names is None else names
+    require(set(names) <= set(known), f"{key}={case[key]}: there are {', '.join(known)}, all and none")
     return {name: name in names for name in known}
 
 
@@ -132,7 +139,8 @@ def check(case: dict[str, Any], world: int) -> None:
         "with torchrun --nproc-per-node",
     )
     config = configure(case, ranks)
-    layer_switches(case["fp8_layer"])
+    for key in WAYS:
+        switches(case, key)
     require(
         not case["vae"] or config.target.kind == "va_vae",
         f"vae={case['vae']}: recipe {recipe} has patches of {config.model.patch_size} pixels, VA-VAE's "
@@ -156,6 +164,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     parser.add_argument("--fp8", default="none")
     parser.add_argument("--fp8-fused", type=int, default=1)
     parser.add_argument("--fp8-layer", default="as_shipped")
+    parser.add_argument("--pieces", default="as_shipped")
     parser.add_argument("--recompute", default="none", choices=["none", "pieces", "core_attn", "full"])
     parser.add_argument("--compile", type=int, default=1)
     parser.add_argument("--one-pass", type=int, default=int(optimizer.ONE_PASS))
@@ -198,7 +207,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
 
 def measure(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[str, Any]:
     config = configure(case, world)
-    fp8_layer.use(**layer_switches(case["fp8_layer"]))
+    fp8_layer.use(**switches(case, "fp8_layer"))
+    fused.use_kernels(**switches(case, "pieces"))
     optimizer.use_one_pass(bool(case["one_pass"]))
     if case["vae"]:
         from common import online_vae_target

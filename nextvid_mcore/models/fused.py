@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
-# gated_norm: by models/triton_adaln.py's kernels; monitors: compiled too
-_state = {"compile": True, "gated_norm": True, "monitors": False}
+KERNELS = ("gated_norm", "monitors")
+SHIPPED = KERNELS[:1]  # those that have been seen to be right on a GPU
+_state = {"compile": True} | {name: name in SHIPPED for name in KERNELS}
 VARIANTS = 64  # compiled forms of one function: widths x precisions x with and without gradient
 
 
@@ -32,7 +33,11 @@ def use(compile: bool) -> None:
 
 
 def use_kernels(**kernels: bool) -> None:
-    """Of which pieces compiled tensors take our kernels from now on, in place of torch.compile's."""
+    """What compiled tensors take from now on.
+
+    gated_norm: models/triton_adaln.py's kernels in place of torch.compile's; monitors: `cosine` and `moments`
+    in one pass each, in place of torch's.
+    """
     _state.update(kernels)
 
 

@@ -68,7 +68,7 @@ def _opened(scale, inverse):
 
 
 @triton.jit
-def _forward(
+def _adaln_forward(
     x, y, bias, gate, shift, scale, total, normed, mean, rstd, by, amax, inverse, tokens, rows, gate_stride,
     stride, eps, SHARE: tl.constexpr, D: tl.constexpr, ADD: tl.constexpr, LIMIT: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
@@ -120,7 +120,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _adaln_backward(
     dnormed, dpast, total, y, gate, scale, mean, rstd, dx, dy, sums, by, amax, inverse, tokens, rows,
     gate_stride, stride, share, D: tl.constexpr, ADD: tl.constexpr, PAST: tl.constexpr, LIMIT: tl.constexpr,
     ACROSS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
@@ -208,7 +208,7 @@ def _backward(
 
 
 @triton.jit
-def _gather(
+def _adaln_gather(
     sums, gate, bias, dshift, dscale, dgate, biases, rows, length, share, gate_stride,
     D: tl.constexpr, ADD: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -310,7 +310,7 @@ def forward(
     normed = torch.empty_like(x) if low is None else x.new_empty(s * rows, width, dtype=low.dtype)
     mean, rstd = torch.empty(2, s * rows, dtype=torch.float32, device=x.device)
     quantum, inverse, limit = _given(low, x)
-    _forward[(rows * triton.cdiv(s, FORWARD_TOKENS),)](
+    _adaln_forward[(rows * triton.cdiv(s, FORWARD_TOKENS),)](
         x, y, bias, gate, shift, scale, total, normed, mean, rstd, *quantum, inverse, s, rows, gate_stride,
         stride, eps, SHARE=FORWARD_TOKENS, ADD=y is not None, LIMIT=limit, **_tile(width),
     )  # fmt: skip
@@ -386,7 +386,7 @@ def backward(
     gate, gate_stride = _rows(gate) if added else (None, 0)
     scale, stride = _rows(scale)
     quantum, inverse, limit = _given(low, total)
-    _backward[(programs,)](
+    _adaln_backward[(programs,)](
         dnormed, dpast, total, y, gate, scale, mean, rstd, dx, dy, sums, *quantum, inverse, s, rows,
         gate_stride, stride, share, ADD=added, PAST=dpast is not None, LIMIT=limit, ACROSS=across,
         **tile, **({"maxnreg": REGISTERS} if width <= 384 else {}),
@@ -394,7 +394,7 @@ def backward(
     blocks = triton.cdiv(rows, GATHERED_ROWS)
     found = scale.new_empty(3 if added else 2, 1, rows, width)
     biases = sums.new_empty(blocks, width) if added else None
-    _gather[(blocks * triton.cdiv(width, tile["BC"]),)](
+    _adaln_gather[(blocks * triton.cdiv(width, tile["BC"]),)](
         sums, gate, bias, found[0], found[1], found[-1], biases, rows, length, share, gate_stride,
         D=width, ADD=added, BR=GATHERED_ROWS, BC=tile["BC"],
     )  # fmt: skip
