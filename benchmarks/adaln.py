@@ -56,7 +56,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 @contextlib.contextmanager
 def by(kernels: bool) -> Iterator[None]:
     """Our kernels, or what is compiled."""
-    before, compiles = dict(fused._state), fused.compiles
+    before, compiles = fused.takes("gated_norm"), fused.compiles
     fused.use(True)
     fused.use_kernels(gated_norm=kernels)
     if not CUDA:
@@ -64,7 +64,7 @@ def by(kernels: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        fused._state.update(before)
+        fused.use_kernels(gated_norm=before)
         fused.compiles = compiles
 
 

@@ -206,9 +206,18 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
 
 
 def measure(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[str, Any]:
+    before = {name: fused.takes(name) for name in fused.KERNELS}
+    if case["pieces"] != "as_shipped":
+        fused.use_kernels(**switches(case, "pieces"))
+    try:
+        return _measured(args, case, world)
+    finally:
+        fused.use_kernels(**before)
+
+
+def _measured(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[str, Any]:
     config = configure(case, world)
     fp8_layer.use(**switches(case, "fp8_layer"))
-    fused.use_kernels(**switches(case, "pieces"))
     optimizer.use_one_pass(bool(case["one_pass"]))
     if case["vae"]:
         from common import online_vae_target

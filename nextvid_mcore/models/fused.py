@@ -41,6 +41,11 @@ def use_kernels(**kernels: bool) -> None:
     _state.update(kernels)
 
 
+def takes(kernels: str) -> bool:
+    """Whether compiled tensors take `kernels` (`use_kernels`)."""
+    return _state[kernels]
+
+
 def compiles(x: Tensor) -> bool:
     """Whether work on `x` is compiled."""
     return x.is_cuda and _state["compile"]
@@ -200,7 +205,7 @@ def gated_norm(
     x: Tensor, added: Added | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """x with `added`, and `modulate` of it; our kernels are for tokens that are not too wide for them."""
-    if compiles(x) and _state["gated_norm"]:
+    if compiles(x) and takes("gated_norm"):
         kernels = _triton("triton_adaln")
         if kernels.fits(x):
             *added, sink = added or (None,) * 4
@@ -223,7 +228,7 @@ def _cosine(x: Tensor, y: Tensor) -> Tensor:
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
     """Over D in fp32; x [n, M, ..., D], y [n, 1, ..., D] the same for every M."""
-    if x.dim() < 4 or not _state["monitors"]:
+    if x.dim() < 4 or not takes("monitors"):
         return F.cosine_similarity(x.float(), y.float(), dim=-1)
     return _cosine(x.flatten(2, -2), y.flatten(2, -2)).view(x.shape[:-1])
 
@@ -233,7 +238,7 @@ def moments(x: Tensor) -> Tensor:
 
     A share's count, and its channels' means and sums of squared deviations.
     """
-    if compiles(x) and _state["monitors"]:
+    if compiles(x) and takes("monitors"):
         return _triton().moments(x)
     x = x.float()
     mean = x.mean(0)
