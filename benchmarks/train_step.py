@@ -177,7 +177,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--sequence", type=int, default=0)
-    parser.add_argument("--overlap", default="off", choices=["auto", "on", "off"])
+    parser.add_argument("--overlap", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--generator", type=int, default=0)
     parser.add_argument("--vae", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)

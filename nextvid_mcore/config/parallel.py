@@ -36,7 +36,7 @@ class ParallelConfig:
     sequence: bool = False  # sequence parallelism inside the tensor groups
     # rows that sequence parallelism exchanges travel beside the products (models/overlapped.py); auto: in
     # recorded passes of two tensor ranks in bf16, where one GPU reaches the other's memory; on: in all passes
-    tensor_overlap: Literal["auto", "on", "off"] = "off"
+    tensor_overlap: Literal["auto", "on", "off"] = "auto"
     # in the backward pass: norms and GELUs, attention, or whole layers
     recompute: Literal["none", "pieces", "core_attn", "full"] = "none"
     timeout: float = 600.0  # seconds without progress after which the run ends (parallel/watchdog.py)

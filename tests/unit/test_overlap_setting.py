@@ -27,8 +27,9 @@ def made(line: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("line", "world", "wanted"),
     [
-        (TWO, 2, "never"),
+        (TWO, 2, "recorded"),  # the default
         (f"{TWO} {AUTO}", 2, "recorded"),
+        (f"{TWO} --parallel.tensor-overlap off", 2, "never"),
         (f"{TWO} --parallel.tensor-overlap on --train.cuda-graphs off", 2, "always"),
         (f"{AUTO} --parallel.encoder.tensor 2", 2, "never"),  # no sequence parallelism
         (f"{TWO} {AUTO} --train.cuda-graphs off", 2, "never"),
