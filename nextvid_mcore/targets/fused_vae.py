@@ -7,6 +7,7 @@ the biases of both, which no convolution adds. The reference is AutoencoderKL.en
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,10 @@ from nextvid_mcore.targets.autoencoder import (
     ResidualBlock,
     SelfAttention,
 )
+from nextvid_mcore.targets.cudnn_sum import Refused
 from nextvid_mcore.targets.triton_vae import Sum, Tuning, add, matrix_of, nchw, nhwc, normalise
+
+log = logging.getLogger(__name__)
 
 
 def check(shape: AutoencoderShape) -> None:
@@ -71,6 +75,14 @@ class FusedEncoder:
     @torch.no_grad()
     def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """[N, 3, H, W] -> mean and log variance, [N, latent, h, w]."""
+        try:
+            return self._encode(frames)
+        except Refused as reason:
+            log.warning("VA-VAE's convolutions don't add residuals here, and others do, slower: %s", reason)
+        self.joined = None
+        return self._encode(frames)
+
+    def _encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         arrived = torch.zeros(self.norms, len(frames), dtype=torch.int32, device=frames.device)
         self.arrived = iter(arrived.unbind())
         x = Sum(self._bias(self.encoder.conv_in), frames=frames.contiguous(), first=self.first)

@@ -9,6 +9,7 @@ from unit.narrow_vae import clip
 from nextvid_mcore.config import ConfigError
 from nextvid_mcore.targets import triton_vae
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
+from nextvid_mcore.targets.cudnn_sum import Refused
 from nextvid_mcore.targets.fused_vae import FusedEncoder
 from nextvid_mcore.targets.triton_vae import Sum, Tuning, normalise, waiting
 
@@ -38,6 +39,19 @@ def test_the_fused_encoder_equals_the_eager_one(multipliers, shape, how):
     found = FusedEncoder(made, Tuning(tile=32 * 64, slice=32 * 128), **how)(frames)
     for got, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_where_no_convolution_adds_residuals_others_do_and_it_is_said(caplog):
+    def refuses(*tensors):
+        raise Refused("no plan for this")
+
+    made, frames = autoencoder((1, 2)), clip((1, 3, 16, 16))
+    encoder = FusedEncoder(made, joined=refuses)
+    for _ in range(2):
+        torch.testing.assert_close(encoder(frames), made.encode(frames), rtol=1e-4, atol=1e-4)
+    assert [r.getMessage() for r in caplog.records if "no plan for this" in r.getMessage()] == [
+        "VA-VAE's convolutions don't add residuals here, and others do, slower: no plan for this"
+    ]
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
