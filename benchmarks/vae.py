@@ -1,6 +1,6 @@
 """VA-VAE online: what its encoder takes alone, and what the training step keeps of its rate with it.
 
-    python benchmarks/vae.py --encoders 32 32:joined 32:joined:copied --accumulate 2 vit_g \
+    python benchmarks/vae.py --encoders 32 32:joined 32:joined:tuned --accumulate 2 vit_g \
         --model.backend te --train.micro-batch 16 --train.cuda-graphs on
 
 Random weights of the true shape, frames that lie on the device, the clips' predicted frames alone, as in
@@ -63,28 +63,26 @@ best = triton_vae.PLAIN if triton_vae else None  # of TUNINGS, once part `norms`
 
 @dataclass(frozen=True)
 class Form:
-    """Of the encoder, CHUNK[:joined][:copied][:tuned]: frames that go through it at once; convolutions add
-    residuals; what a strided convolution reads is then copied into its border; norms are cut as was fastest
-    in part `norms`.
+    """Of the encoder, CHUNK[:joined][:tuned]: frames that go through it at once; convolutions add residuals;
+    norms are cut as was fastest in part `norms`.
     """
 
     chunk: int
     joined: bool = False
-    copied: bool = False
     tuned: bool = False
 
     @staticmethod
     def read(text: str) -> Form:
         chunk, *flags = text.split(":")
-        if not chunk.isdigit() or int(chunk) == 0 or not set(flags) <= {"joined", "copied", "tuned"}:
+        if not chunk.isdigit() or int(chunk) == 0 or not set(flags) <= {"joined", "tuned"}:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not CHUNK[:joined][:copied][:tuned], such as 32:joined; RECIPE comes after "
+                f"{text!r} is not CHUNK[:joined][:tuned], such as 32:joined; RECIPE comes after "
                 "another option"
             )
         return Form(int(chunk), **dict.fromkeys(flags, True))
 
     def __str__(self) -> str:
-        flags = [name for name in ("joined", "copied", "tuned") if getattr(self, name)]
+        flags = [name for name in ("joined", "tuned") if getattr(self, name)]
         return " ".join([str(self.chunk), *flags])
 
     def of(self, target: VaVae) -> VaVae:
@@ -93,7 +91,7 @@ class Form:
             triton_vae.PLAIN = best if self.tuned else triton_vae.Tuning()
         return VaVae(
             target.model, target.autoencoder, target.mean.flatten(), target.std.flatten(), chunk=self.chunk,
-            fused=target.fused, joined=self.joined, bordered=not self.copied,
+            fused=target.fused, joined=self.joined,
         )  # fmt: skip
 
 
@@ -143,22 +141,19 @@ def sums(config: RunConfig, chunk: int) -> None:
         weight = torch.randn(c, c, 3, 3, device="cuda").bfloat16().to(memory_format=torch.channels_last)
         bias = torch.randn(c, device="cuda")
         with torch.backends.cudnn.flags(benchmark=True):
-            plain = median(lambda x=x, w=weight: F.conv2d(x, w, padding=1), 5)
-        for border in (0, 1):
-            name = f"{chunk}, {c}, {n}{', in a border' * border}"
-            whole = torch.empty(chunk, n + border, n + border, c, dtype=x.dtype, device="cuda")
-            out = whole[:, :n, :n].permute(0, 3, 1, 2)
-            try:
-                convolution_sum()(x, weight, rest, bias, out)
-            except Refused as error:
-                print(f"{name:<26} {1e3 * plain:>7.3f}   {error}", flush=True)
-                continue
-            error = float((out - (F.conv2d(x, weight, bias.to(x.dtype), padding=1) + rest)).abs().max())
-            times = "  ".join(f"{each:.3f}" for each in convolution_sum().times[-1])
-            print(
-                f"{name:<26} {1e3 * plain:>7.3f}   {times}   (off by {error:.2f} of {out.std():.0f})",
-                flush=True,
-            )
+            plain = steady(lambda x=x, w=weight: F.conv2d(x, w, padding=1), 5)
+        out = torch.empty_like(rest)
+        name = f"{chunk}, {c}, {n}"
+        try:
+            convolution_sum()(x, weight, rest, bias, out)
+        except Refused as error:
+            print(f"{name:<26} {1e3 * plain:>7.3f}   {error}", flush=True)
+            continue
+        error = float((out - (F.conv2d(x, weight, bias.to(x.dtype), padding=1) + rest)).abs().max())
+        times = "  ".join(f"{each:.3f}" for each in convolution_sum().times[-1])
+        print(
+            f"{name:<26} {1e3 * plain:>7.3f}   {times}   (off by {error:.2f} of {out.std():.0f})", flush=True
+        )
 
 
 def norms(config: RunConfig, chunk: int) -> None:

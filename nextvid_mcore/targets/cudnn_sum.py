@@ -56,6 +56,7 @@ class Descriptor:
     def __init__(self, kind: int, *attributes: tuple[int, int, list], finalize: bool = True) -> None:
         self.at = ctypes.c_void_p()
         self.kept = [x for _, _, values in attributes for x in values]  # what it points to
+        self.destroy = _library().cudnnBackendDestroyDescriptor  # here also when the process ends
         _call("cudnnBackendCreateDescriptor", kind, ctypes.byref(self.at))
         for name, type_, values in attributes:
             plain = [x.at if isinstance(x, Descriptor) else x for x in values]
@@ -66,7 +67,7 @@ class Descriptor:
 
     def __del__(self) -> None:
         if self.at:
-            _library().cudnnBackendDestroyDescriptor(self.at)
+            self.destroy(self.at)
 
     def read(self, name: int, type_: int, array: Any) -> int:
         """Fill `array`; returns how many there are."""
@@ -180,7 +181,11 @@ class ConvolutionSum:
         self.times: list[list[float]] = []  # ms of the plans that were tried, by shape
 
     def __call__(self, x: Tensor, weight: Tensor, rest: Tensor, bias: Tensor, out: Tensor) -> None:
-        """x [N, C, H, W], weight [C', C, k, k], k odd, rest and out [N, C', H, W], bias [C']; any strides."""
+        """x [N, C, H, W], weight [C', C, k, k], k odd, rest and out [N, C', H, W], all with their channels
+        last, bias [C'].
+        """
+        for each in (x, weight, rest, out):  # cuDNN takes other strides, and writes as if they were these
+            assert each.is_contiguous(memory_format=torch.channels_last), (each.shape, each.stride())
         tensors = [x, weight, rest, bias.view(1, -1, 1, 1), out]
         key = tuple((each.dtype, each.shape, each.stride(), each.device) for each in tensors)
         handle = self._handle(x.device)

@@ -2,6 +2,10 @@
 
 What is carried from block to block is a sum that is not yet added up: a residual, the last convolution, and
 the biases of both, which no convolution adds. The reference is AutoencoderKL.encode, eager.
+
+Everything is turned by 180 degrees: the frames, every window of weights, and in the end the latents back.
+What the autoencoder pads at the bottom and the right before it halves the grid then lies at the top and the
+left, where a convolution's own padding of 1 is all that a stride of 2 meets: nothing is copied into a border.
 """
 
 from __future__ import annotations
@@ -42,23 +46,27 @@ Joined = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 class FusedEncoder:
-    """Stands for `autoencoder.encode`. Its weights are read where they lie, and may not change after."""
+    """Stands for `autoencoder.encode`, whose weights may not change after."""
 
     def __init__(
         self,
         autoencoder: AutoencoderKL,
         tuning: Tuning | None = None,
         joined: Joined | None = None,
-        bordered: bool = True,
     ) -> None:
         """joined: a convolution that adds the residual (targets/cudnn_sum.py), so that no sum is left to be
-        added up. bordered: it writes into memory with the border that a strided convolution wants.
+        added up.
         """
         check(autoencoder.shape)
-        self.joined, self.bordered = joined, bordered
+        self.joined = joined
         self.encoder, self.quant_conv = autoencoder.encoder, autoencoder.quant_conv
         self.tuning = tuning
-        self.first = matrix_of(self.encoder.conv_in.weight)
+        self.turned = {
+            id(m): m.weight.flip(2, 3).contiguous(memory_format=torch.channels_last)
+            for m in self.encoder.modules()
+            if isinstance(m, nn.Conv2d)
+        }
+        self.first = matrix_of(self.turned[id(self.encoder.conv_in)])
         self.packed = {
             id(m): (
                 torch.cat([part.weight.flatten(1) for part in (m.q, m.k, m.v)]),
@@ -85,24 +93,24 @@ class FusedEncoder:
     def _encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         arrived = torch.zeros(self.norms, len(frames), dtype=torch.int32, device=frames.device)
         self.arrived = iter(arrived.unbind())
-        x = Sum(self._bias(self.encoder.conv_in), frames=frames.contiguous(), first=self.first)
+        frames = frames.flip(2, 3).contiguous()
+        x = Sum(self._bias(self.encoder.conv_in), frames=frames, first=self.first)
         for level in self.encoder.down:
-            padded = None
             for i, block in enumerate(level.block):
-                if self.joined and self.bordered and level.resample and i == len(level.block) - 1:
-                    padded = _with_border(x, block.conv2.out_channels)
-                x = self._block(block, x, padded)
+                x = self._block(block, x)
                 if level.attn:
                     x = self._attend(level.attn[i], x)
             if level.resample:
                 conv = level.downsample.conv
-                padded = add(x, padded=1) if padded is None else padded
-                x = Sum(self._bias(conv), (_conv(conv, padded),))
+                there = len(x.parts) == 1 and x.bias is self.zeros[len(x.bias)]
+                whole = x.parts[0] if there else add(x)
+                x = Sum(self._bias(conv), (self._conv(conv, whole),))
         mid = self.encoder.mid
         x = self._block(mid.block_2, self._attend(mid.attn_1, self._block(mid.block_1, x)))
         normed, _ = self._norm(self.encoder.norm_out, x)
-        out = self.quant_conv(self.encoder.conv_out(nchw(normed)))
-        mean, logvar = out.chunk(2, dim=1)
+        last = self.encoder.conv_out
+        out = self.quant_conv(F.conv2d(nchw(normed), self.turned[id(last)], last.bias, padding=1))
+        mean, logvar = out.flip(2, 3).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def _bias(self, conv: nn.Conv2d, before: Tensor | None = None) -> Tensor:
@@ -124,23 +132,28 @@ class FusedEncoder:
         )
         return normed, Sum(self.zeros[len(x.bias)], (kept,)) if keep else x
 
-    def _block(self, block: ResidualBlock, x: Sum, padded: Tensor | None = None) -> Sum:
-        """padded [N, H + 1, W + 1, C]: what is joined goes there, but for the last row and column."""
+    def _conv(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """[N, H, W, C] -> [N, H', W', C'], without its bias."""
+        weight = self.turned[id(conv)]
+        out = F.conv2d(nchw(x), weight, None, conv.stride, weight.shape[-1] // 2)
+        return nhwc(out.contiguous(memory_format=torch.channels_last))
+
+    def _block(self, block: ResidualBlock, x: Sum) -> Sum:
         normed, x = self._norm(block.norm1, x)
-        out = Sum(self._bias(block.conv1), (_conv(block.conv1, normed),))
+        out = Sum(self._bias(block.conv1), (self._conv(block.conv1, normed),))
         del normed
         normed, _ = self._norm(block.norm2, out, in_place=True)
-        made = None if self.joined else _conv(block.conv2, normed)
+        made = None if self.joined else self._conv(block.conv2, normed)
         if hasattr(block, "nin_shortcut"):
             if x.frames is not None:
                 x = Sum(self.zeros[len(x.bias)], (add(x),))
             short = block.nin_shortcut  # of a sum of one part, whose bias goes through by itself
-            x = Sum(self._bias(short, x.bias), (_conv(short, x.parts[0]),))
+            x = Sum(self._bias(short, x.bias), (self._conv(short, x.parts[0]),))
         bias = self._bias(block.conv2, x.bias)
         if made is not None:
             return dataclasses.replace(x, bias=bias, parts=(*x.parts, made))
-        made = torch.empty_like(normed) if padded is None else padded[:, :-1, :-1]
-        self.joined(nchw(normed), block.conv2.weight, nchw(x.parts[0]), bias, nchw(made))
+        made = torch.empty_like(normed)
+        self.joined(nchw(normed), self.turned[id(block.conv2)], nchw(x.parts[0]), bias, nchw(made))
         return Sum(self.zeros[len(bias)], (made,))
 
     def _attend(self, attention: SelfAttention, x: Sum) -> Sum:
@@ -155,18 +168,3 @@ class FusedEncoder:
             return Sum(bias, (made.view(N, H, W, C),))
         mixed = F.linear(mixed.reshape(N, H, W, C), weight)
         return dataclasses.replace(x, bias=bias, parts=(*x.parts, mixed))
-
-
-def _with_border(like: Sum, channels: int) -> Tensor:
-    """Memory for [N, H + 1, W + 1, channels] with zeros in its last row and column."""
-    N, H, W, _ = like.shape
-    made = torch.empty(N, H + 1, W + 1, channels, dtype=like.like.dtype, device=like.like.device)
-    made[:, H].zero_()
-    made[:, :, W].zero_()
-    return made
-
-
-def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """[N, H, W, C] -> [N, H', W', C'], without its bias."""
-    out = F.conv2d(nchw(x), conv.weight, None, conv.stride, conv.padding)
-    return nhwc(out.contiguous(memory_format=torch.channels_last))

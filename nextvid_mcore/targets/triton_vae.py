@@ -3,7 +3,7 @@
     normalise   GroupNorm and SiLU of a sum, in one reading of it from memory. The programs of an image add
                 up their slices, wait for each other, and read their slices again, which the L2 cache still
                 has: few images are in flight at a time. Sums are added in a fixed order.
-    add         a sum, with the row and column of zeros that a strided convolution wants.
+    add         a sum.
 
 The sum is of up to two convolutions' outputs, their biases, and the first convolution of the frames, which is
 not read but made again: a product of 27 (padded to 32) with 128 numbers a pixel costs less than the 16.8 MB
@@ -231,27 +231,26 @@ def _normalise(
 @triton.jit
 def _write(
     a, b, frames, first, bias, lines, out,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
-    R: tl.constexpr, PARTS: tl.constexpr, FRAMES: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
-    DEPTH: tl.constexpr, PTX: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
+    FRAMES: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """The sum, normalised by `lines` or as it is, with zeros from (H, W) to (HIGH, WIDE)."""
-    tiles: tl.constexpr = (HIGH * WIDE + R - 1) // R
+    """The sum, normalised by `lines` or as it is."""
+    tiles: tl.constexpr = (H * W + R - 1) // R
+    EVEN: tl.constexpr = H * W == tiles * R
     n = tl.program_id(0) // tiles
     p = tl.program_id(0) % tiles * R + tl.arange(0, R)
-    y, x = p // WIDE, p % WIDE
-    inside = (y < H) & (x < W)
+    inside = (p < H * W) | EVEN
     c = tl.arange(0, C)[None, :]
     v = _summed(
-        a, b, frames, first, bias, n, y, x, inside, H, W, C, R, not NORM, PARTS, FRAMES, "", DEPTH, PTX
+        a, b, frames, first, bias, n, p // W, p % W, inside,
+        H, W, C, R, not NORM, PARTS, FRAMES, "", DEPTH, PTX,
     )  # fmt: skip
     if NORM:
         v = v * tl.load(lines + n * (2 * C) + c) + tl.load(lines + n * (2 * C) + C + c)
         if SILU:
             v = _silu_of_half(v, PTX)
-    v = tl.where(inside[:, None], v, 0.0)
-    at = n.to(tl.int64) * (HIGH * WIDE * C) + p[:, None] * C + c
-    tl.store(out + at, v, mask=(p < HIGH * WIDE)[:, None])
+    at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + c
+    tl.store(out + at, v, mask=inside[:, None])
 
 
 @dataclass(frozen=True)
@@ -371,21 +370,19 @@ def tuning_of(x: Sum) -> Tuning:
     )
 
 
-def add(x: Sum, padded: int = 0) -> Tensor:
-    """x [N, H + padded, W + padded, C], zeros at the bottom and the right."""
-    N, H, W, C = x.shape
-    out = torch.empty(N, H + padded, W + padded, C, dtype=x.like.dtype, device=x.like.device)
+def add(x: Sum) -> Tensor:
+    """x [N, H, W, C]."""
+    out = torch.empty(x.shape, dtype=x.like.dtype, device=x.like.device)
     _write_to(out, x)
     return out
 
 
 def _write_to(out: Tensor, x: Sum, lines: Tensor | None = None, silu: bool = False) -> None:
-    (N, H, W, C), (_, high, wide, _) = x.shape, out.shape
+    N, H, W, C = x.shape
     tile = max(16, 16384 // x.like.element_size() // C)
-    _write[(N * triton.cdiv(high * wide, tile),)](
-        *x.pointers(), x.bias if lines is None else lines, out, H=H, W=W, C=C, HIGH=high, WIDE=wide, R=tile,
-        PARTS=len(x.parts), FRAMES=x.frames is not None, NORM=lines is not None, SILU=silu, DEPTH=DEPTH,
-        PTX=PTX, num_warps=8,
+    _write[(N * triton.cdiv(H * W, tile),)](
+        *x.pointers(), x.bias if lines is None else lines, out, H=H, W=W, C=C, R=tile, PARTS=len(x.parts),
+        FRAMES=x.frames is not None, NORM=lines is not None, SILU=silu, DEPTH=DEPTH, PTX=PTX, num_warps=8,
     )  # fmt: skip
 
 

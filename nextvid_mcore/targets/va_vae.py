@@ -25,6 +25,7 @@ from nextvid_mcore.targets.cudnn_sum import convolution_sum
 
 PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest of the file is training's
 VA_VAE = AutoencoderShape()
+JOINED = False  # a run's fused encoder has convolutions that add residuals (cudnn_sum.py)
 
 
 class VaVae:
@@ -42,14 +43,13 @@ class VaVae:
         chunk: int = 32,
         fused: bool = False,
         joined: bool = False,
-        bordered: bool = True,
     ) -> None:
         """`autoencoder` is where and in the dtype it is to run; mean, std: [latent], per channel.
 
         `chunk` frames go through the network at a time: 32 frames of 256 x 256 need about 0.5 GB an
         activation in bf16. `fused`: the encoder with Triton between its convolutions (fused_vae.py), for
         chunks of one size; `decode` and without it everything runs eagerly, and is the reference. `joined`:
-        its convolutions add residuals (cudnn_sum.py); `bordered`: as FusedEncoder's.
+        its convolutions add residuals (cudnn_sum.py).
         """
         require(chunk > 0, f"frames per chunk must be positive, got {chunk}")
         self.model = model
@@ -66,9 +66,7 @@ class VaVae:
         if fused:
             from nextvid_mcore.targets.fused_vae import FusedEncoder  # Triton is not installed everywhere
 
-            self._network = FusedEncoder(
-                self.autoencoder, joined=convolution_sum() if joined else None, bordered=bordered
-            )
+            self._network = FusedEncoder(self.autoencoder, joined=convolution_sum() if joined else None)
 
     @staticmethod
     def channels_for(model: ModelConfig, shape: AutoencoderShape = VA_VAE) -> int:
@@ -100,6 +98,7 @@ class VaVae:
             f"`mean` and `std` of shape (1, {VA_VAE.latent}, 1, 1)",
         )
         shape = shape_of(target.checkpoint)
+        fused = target.compile and fuses(device, dtype)
         mean, std = load_statistics(target.statistics, shape.latent)
         autoencoder = load_autoencoder(target.checkpoint, shape).to(device, dtype)
         return cls(
@@ -110,7 +109,8 @@ class VaVae:
             sample_posterior=target.sample_posterior,
             seed=config.train.seed,
             chunk=target.chunk,
-            fused=target.compile and fuses(device, dtype),
+            fused=fused,
+            joined=fused and JOINED,
         )
 
     @torch.no_grad()

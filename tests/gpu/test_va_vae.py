@@ -61,28 +61,25 @@ def test_the_fused_encoder_equals_the_eager_one() -> None:
     ("shape", "channels", "kernel"),
     [((4, 128, 256, 256), 128, 3), ((3, 512, 16, 16), 512, 3), ((2, 128, 40, 24), 256, 1)],
 )
-@pytest.mark.parametrize("bordered", [False, True])
-def test_a_convolution_adds_residual_and_bias(shape, channels, kernel, bordered) -> None:
+def test_a_convolution_adds_residual_and_bias(shape, channels, kernel) -> None:
+    """To the bit, some thousand times."""
     generator = torch.Generator("cuda").manual_seed(0)
     (N, C, H, W), like = shape, {"device": "cuda", "generator": generator}
     x = torch.randn(N, H, W, C, **like).to(torch.bfloat16).permute(0, 3, 1, 2)
     weight = torch.randn(channels, C, kernel, kernel, **like).to(torch.bfloat16) / (kernel * C**0.5)
     weight = weight.to(memory_format=torch.channels_last)
     rest = torch.randn(N, H, W, channels, **like).to(torch.bfloat16).permute(0, 3, 1, 2)
-    bias = torch.randn(channels, **like)
-    whole = torch.full((N, H + bordered, W + bordered, channels), 7.0, dtype=torch.bfloat16, device="cuda")
-    out = whole[:, :H, :W].permute(0, 3, 1, 2)
-    add = convolution_sum()
-    add(x, weight, rest, bias, out)
+    bias, add = torch.randn(channels, **like), convolution_sum()
+    first, out = torch.empty_like(rest), torch.empty_like(rest)
+    add(x, weight, rest, bias, first)
     wanted = torch.nn.functional.conv2d(x.float(), weight.float(), bias, padding=kernel // 2) + rest.float()
-    torch.testing.assert_close(out.float(), wanted, rtol=1e-2, atol=2e-2)
-    if bordered:
-        assert bool((whole[:, H] == 7).all()) and bool((whole[:, :, W] == 7).all())
-    first = out.clone()
-    for _ in range(20):
+    torch.testing.assert_close(first.float(), wanted, rtol=1e-2, atol=2e-2)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(2000):
         out.zero_()
         add(x, weight, rest, bias, out)
-        assert torch.equal(out, first)
+        different += (out != first).any()
+    assert int(different) == 0
 
 
 WAYS = {

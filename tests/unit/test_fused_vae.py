@@ -29,7 +29,7 @@ def joined(x, weight, rest, bias, out):
     out.copy_(torch.nn.functional.conv2d(x, weight, bias, padding=1) + rest)
 
 
-@pytest.mark.parametrize("how", [{}, {"joined": joined}, {"joined": joined, "bordered": False}])
+@pytest.mark.parametrize("how", [{}, {"joined": joined}])
 @pytest.mark.parametrize(("multipliers", "shape"), [((1, 2), (2, 3, 24, 16)), ((2, 2), (1, 3, 16, 16))])
 def test_the_fused_encoder_equals_the_eager_one(multipliers, shape, how):
     """Images of several slices, the last not full; a first block as wide as the first convolution, or not."""
