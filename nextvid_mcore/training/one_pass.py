@@ -67,7 +67,7 @@ class OnePass:
         """Of the gradients of all roles on all ranks, fp32 [1]; not finite where a rank's loss isn't."""
         total = torch.stack([table.squares() for table in self.tables]).sum()
         if loss is not None:
-            total = total + loss.detach().to(self.device, torch.float64).sum() * 0
+            total = total + loss.detach().to(self.device, torch.float32).sum() * 0
         total = total.float().reshape(1)
         if dist.get_world_size() > 1:
             dist.all_reduce(total)

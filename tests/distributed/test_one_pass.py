@@ -125,15 +125,14 @@ def test_shards_of_all_ranks_cover_every_parameter_once() -> None:
 
 
 def loaded_and_gone_on(layout: Layout, folder: str) -> list[tuple]:
-    """A step after loading a checkpoint of two steps, and after its weights alone; of both ways."""
+    """A step after loading a checkpoint of one step, and after its weights alone; of both ways."""
     found = []
     for number, (model, optimizers) in enumerate(pair(layout)):
         settings = model.run
-        for step in range(2):
-            drawn_step(optimizers, step)
-        path = checkpoint.save(f"{folder}/{number}", 2, 16, settings, optimizers)
+        drawn_step(optimizers, 0)
+        path = checkpoint.save(f"{folder}/{number}", 1, 8, settings, optimizers)
+        drawn_step(optimizers, 7)
         for weights_only in (False, True):
-            drawn_step(optimizers, 7)
             checkpoint.load(path, settings, optimizers, weights_only)
             drawn_step(optimizers, 3)
             found.append((optimizers.updates, [x for *_, x in snapshot(optimizers)]))
@@ -147,4 +146,4 @@ def test_checkpoints_and_forgotten_moments(tmp_path) -> None:
         for x, y in zip(a, b, strict=True):
             rtol = 2**-7 if x.dtype == torch.bfloat16 else 1e-5
             torch.testing.assert_close(x, y, rtol=rtol, atol=1e-7)
-    assert (theirs[0], fresh[0]) == (3, 1)
+    assert (theirs[0], fresh[0]) == (2, 1)
