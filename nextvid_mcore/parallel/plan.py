@@ -176,8 +176,10 @@ def _schedule(config: RunConfig, placement: Placement, notes: list[str]) -> Iter
     )
     hours = executed / (SHARE * H100) / 3600
     if hours >= 1:
+        each = hours / placement.world
+        wall = f"{each / 24:,.1f} days" if each > 48 else f"{each:,.1f} hours"
         yield (
-            f"  about {hours:,.0f} GPU-hours, {hours / 24 / placement.world:,.1f} days on {placement.world} "
+            f"  about {hours:,.0f} GPU-hours, {wall} on {placement.world} "
             f"such GPU{'s' * (placement.world > 1)}, where {SHARE:.0%} of an H100's bf16 peak are reached"
         )
     yield from (f"  {note}" for note in notes)

@@ -87,7 +87,7 @@ def test_a_real_start_asks_for_what_a_dry_run_does_not():
     [
         (
             "vit_l",
-            ("encoder 303.9M", "predictor 22.1M", "decoder 32.7M", "about 1,975 GPU-hours, 0.9 days on 96"),
+            ("encoder 303.9M", "predictor 22.1M", "decoder 32.7M", "about 1,975 GPU-hours, 20.6 hours on 96"),
         ),
         ("vit_h", ("encoder 631.6M", "predictor 22.3M", "decoder 32.7M")),
         ("vit_g", ("encoder 1,012.2M", "predictor 22.4M", "decoder 32.7M")),
