@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn import Module
 
 from nextvid_mcore.models import fused
 
@@ -39,10 +40,11 @@ class Carries:
     behind: Link | None = None
 
 
-def link(layers: Iterable[Carries]) -> None:
-    """Join the layers of a block, in their order."""
+def link(layers: Iterable[Module]) -> None:
+    """Join the layers of a block, in their order, if they are of a kind that carries."""
     for one, two in itertools.pairwise(layers):
-        one.behind = two.before = Link()
+        if isinstance(one, Carries) and isinstance(two, Carries):
+            one.behind = two.before = Link()
 
 
 def pending(layer: Carries) -> Added | None:

@@ -270,6 +270,5 @@ def build_block(
         post_process=last,
         pg_collection=groups,
     )
-    if issubclass(layer.module, carried.Carries):
-        carried.link(block.layers)
+    carried.link(block.layers)
     return block
