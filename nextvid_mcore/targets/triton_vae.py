@@ -230,11 +230,12 @@ def _normalise(
 
 @triton.jit
 def _write(
-    a, b, frames, first, bias, lines, out,
+    a, b, frames, first, bias, lines, kept, out,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
-    FRAMES: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
+    FRAMES: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, BOTH: tl.constexpr, DEPTH: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
-    """The sum, normalised by `lines` or as it is."""
+    """The sum, normalised by `lines` or as it is; BOTH: both, the latter to `kept`."""
     tiles: tl.constexpr = (H * W + R - 1) // R
     EVEN: tl.constexpr = H * W == tiles * R
     n = tl.program_id(0) // tiles
@@ -245,11 +246,13 @@ def _write(
         a, b, frames, first, bias, n, p // W, p % W, inside,
         H, W, C, R, not NORM, PARTS, FRAMES, "", DEPTH, PTX,
     )  # fmt: skip
+    at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + c
+    if BOTH:
+        tl.store(kept + at, v + tl.load(bias + c), mask=inside[:, None])
     if NORM:
         v = v * tl.load(lines + n * (2 * C) + c) + tl.load(lines + n * (2 * C) + C + c)
         if SILU:
             v = _silu_of_half(v, PTX)
-    at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + c
     tl.store(out + at, v, mask=inside[:, None])
 
 
@@ -350,39 +353,40 @@ def normalise(
         )  # fmt: skip
     else:
         lines = torch.empty(N, 2, C, dtype=torch.float32, device=out.device)
-        _statistics[(N * slices,)](*of, lines, EPS, **shape)
-        rest = x if kept is None else Sum(torch.zeros_like(x.bias), (kept,))
-        _write_to(out, rest, lines, silu)
+        both = keep and not x.parts  # what is made of frames is made twice sooner than read again
+        _statistics[(N * slices,)](*of, lines, EPS, **shape | {"KEEP": keep and not both})
+        rest = Sum(torch.zeros_like(x.bias), (kept,)) if keep and not both else x
+        write(out, rest, lines, silu, kept if both else None)
     return out, kept
 
 
+# What was fastest on an H200 (2026-11-23). Frames keep a program too busy to wait for others.
 PLAIN = Tuning()
+FRAMES = Tuning(tile=2048, at_once=False)
+FRAMES_AND_PART = Tuning(slice=65536, warps=8, programs=2, at_once=False)
 
 
 def tuning_of(x: Sum) -> Tuning:
-    """What was fastest on an H200 (2026-11-23). Frames keep a program too busy to wait for others."""
-    if x.frames is None:
-        return PLAIN
-    return (
-        Tuning(slice=65536, warps=8, programs=2, at_once=False)
-        if x.parts
-        else Tuning(tile=2048, at_once=False)
-    )
+    return PLAIN if x.frames is None else FRAMES_AND_PART if x.parts else FRAMES
 
 
 def add(x: Sum) -> Tensor:
     """x [N, H, W, C]."""
     out = torch.empty(x.shape, dtype=x.like.dtype, device=x.like.device)
-    _write_to(out, x)
+    write(out, x)
     return out
 
 
-def _write_to(out: Tensor, x: Sum, lines: Tensor | None = None, silu: bool = False) -> None:
+def write(
+    out: Tensor, x: Sum, lines: Tensor | None = None, silu: bool = False, kept: Tensor | None = None
+) -> None:
+    """x to `out`, or with `lines` [N, 2, C] normalised; then x as it is to `kept`, if there is one."""
     N, H, W, C = x.shape
     tile = max(16, 16384 // x.like.element_size() // C)
     _write[(N * triton.cdiv(H * W, tile),)](
-        *x.pointers(), x.bias if lines is None else lines, out, H=H, W=W, C=C, R=tile, PARTS=len(x.parts),
-        FRAMES=x.frames is not None, NORM=lines is not None, SILU=silu, DEPTH=DEPTH, PTX=PTX, num_warps=8,
+        *x.pointers(), x.bias if lines is None else lines, out if kept is None else kept, out, H=H, W=W,
+        C=C, R=tile, PARTS=len(x.parts), FRAMES=x.frames is not None, NORM=lines is not None, SILU=silu,
+        BOTH=kept is not None, DEPTH=DEPTH, PTX=PTX, num_warps=8,
     )  # fmt: skip
 
 

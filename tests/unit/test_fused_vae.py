@@ -11,7 +11,7 @@ from nextvid_mcore.targets import triton_vae
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
 from nextvid_mcore.targets.cudnn_sum import Refused
 from nextvid_mcore.targets.fused_vae import FusedEncoder
-from nextvid_mcore.targets.triton_vae import Sum, Tuning, normalise, waiting
+from nextvid_mcore.targets.triton_vae import Sum, Tuning, matrix_of, normalise, waiting
 
 
 @torch.no_grad()
@@ -112,3 +112,16 @@ def test_a_program_that_is_an_image_ahead_makes_the_same_of_each(keep):
     torch.testing.assert_close(
         goes_on.permute(0, 3, 1, 2), torch.nn.functional.silu(wanted), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_first_norm_leaves_what_it_was_of(at_once):
+    made, frames = autoencoder((1, 2)), clip((2, 3, 8, 8))
+    conv, norm = made.encoder.conv_in, made.encoder.down[0].block[0].norm1
+    x = Sum(conv.bias, frames=frames, first=matrix_of(conv.weight))
+    arrived, tuning = torch.zeros(2, dtype=torch.int32), Tuning(slice=1 << 20, at_once=at_once)
+    normed, kept = normalise(x, norm.weight, norm.bias, arrived, keep=True, tuning=tuning)
+    wanted = torch.nn.functional.conv2d(frames, conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(kept.permute(0, 3, 1, 2), wanted, rtol=1e-4, atol=1e-5)
+    normed = normed.permute(0, 3, 1, 2)
+    torch.testing.assert_close(normed, torch.nn.functional.silu(norm(wanted)), rtol=1e-4, atol=1e-4)
