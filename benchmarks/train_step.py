@@ -24,6 +24,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import common
@@ -140,20 +141,27 @@ def check(case: dict[str, Any], world: int) -> None:
         f"tensor={tensor} can't share {ranks} process{'es' if ranks > 1 else ''}; start a multiple of it "
         "with torchrun --nproc-per-node",
     )
-    config = configure(case, ranks)
     for key in WAYS:
         switches(case, key)
+    with own_words():
+        config = configure(case, ranks)
     require(
         not case["vae"] or config.target.kind == "va_vae",
         f"vae={case['vae']}: recipe {recipe} has patches of {config.model.patch_size} pixels, VA-VAE's "
         "latents 16; leave vae out or take vit_l, vit_h or vit_g",
     )
-    try:
+    with own_words():
         common.check(config, ranks)
-    except ConfigError as error:  # it names the trainer's flags
-        raise ConfigError(
-            str(error).replace("--model.backend ", "backend=").replace("--train.cuda-graphs ", "graphs=")
-        ) from None
+
+
+@contextlib.contextmanager
+def own_words() -> Iterator[None]:
+    """What is refused names the trainer's flags; here they are keys."""
+    try:
+        yield
+    except ConfigError as error:
+        said = str(error).replace("--model.backend ", "backend=").replace("--train.cuda-graphs ", "graphs=")
+        raise ConfigError(said) from None
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[str, Any]]]:

@@ -39,10 +39,11 @@ CELLS_A_ROW = 9
 
 def main(argv: list[str]) -> int:
     if len(argv) < 2 or argv[0].startswith("-"):
-        print(__doc__, file=sys.stderr)
-        return 2
+        asked = argv[:1] in (["-h"], ["--help"])
+        print(__doc__, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     try:
-        picture_file(Path(argv[0]))
+        picture_file(Path(argv[0]), "the first argument")
         config, options = cli.parse([*argv[1:], "--dry-run"])
         config, _ = settled(config, options.world_size)
         draw(config, resolve_placement(config, options.world_size), Path(argv[0]))

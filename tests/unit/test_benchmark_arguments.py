@@ -85,6 +85,7 @@ def test_fp8_of_a_case() -> None:
         ("gpus=2", "gpus=2: 1 process was started"),
         ("micro_batch=0", "micro_batch=0: give 1 or more"),
         ("accumulate=-1", "accumulate=-1: give 1 or more"),
+        ("fp8=delayed", "use backend=te, not local"),
         ("backend=te", "pip install .*, or use backend=local"),
         ("vae=1", "vae=1: recipe tiny has patches of 8 pixels"),
     ],

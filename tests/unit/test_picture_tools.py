@@ -306,6 +306,6 @@ def test_a_placement_is_drawn_with_its_numbers(tmp_path: Path, capsys: pytest.Ca
         assert words in text
     assert draw.main([str(tmp_path / "many.svg"), "vit_g", "--world-size", "384"]) == 0
     assert draw.main(["vit_g", "--world-size", "8"]) == 2
-    assert "draw_placement: --out vit_g is no picture's name" in capsys.readouterr().err
+    assert "draw_placement: the first argument vit_g is no picture's name" in capsys.readouterr().err
     assert draw.main([str(out), *line.replace("4", "3").split()]) == 2
     assert "generator 3 leave 5 for the encoder" in capsys.readouterr().err
