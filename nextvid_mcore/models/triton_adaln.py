@@ -13,6 +13,7 @@ has the functions that this stands for.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +29,8 @@ from nextvid_mcore.models.triton_fp8 import Scaled, rounded, tell
 WIDEST = 512  # values of a token: a program keeps four sums of each in registers
 WARPS = 4  # of a program, each with a token at a time
 FORWARD_TOKENS = 16  # of a program
-SHARE = None
-PROGRAMS = 12  # of the backward pass for each multiprocessor, which holds four at once
-REGISTERS = 128
-LEAST = 8  # tokens of such a program, whose sums are as many bytes as two tokens
+AT_ONCE, REGISTERS = 4, 128  # programs of the backward pass on a multiprocessor; of a thread
+LEAST, EXTRA = 8, 5  # tokens of such a program; those that its start and its warps' sums take the time of
 GATHERED_ROWS = 8
 
 
@@ -123,93 +122,79 @@ def _adaln_forward(
 def _adaln_backward(
     dnormed, dpast, total, y, gate, scale, mean, rstd, dx, dy, sums, by, amax, inverse, tokens, rows,
     gate_stride, stride, share, D: tl.constexpr, ADD: tl.constexpr, PAST: tl.constexpr, LIMIT: tl.constexpr,
-    ACROSS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """`share` tokens, counted row by row, of which each row's number is rounded up to BT's multiple.
-
-    ACROSS: shares are whole parts of a row, and programs next to each other have rows next to each other.
-
-    Sums of those that are one row's, [4 or 2, D]: of dnormed, of it times the norm; of dx, of it times y.
-    """
+    """Sums of a share, [4 or 2, D]: of dnormed, of it times the norm; of dx, of it times y."""
+    row = tl.program_id(0) % rows
     if LIMIT is not None:
         most, by = tl.zeros([BT, BC], tl.float32), _opened(by, inverse)
-    length = (tokens + BT - 1) // BT * BT
-    mine = tl.program_id(0)
-    if ACROSS:
-        mine = tl.program_id(0) % rows * (length // share) + tl.program_id(0) // rows
-    at = mine * share
-    stop = tl.minimum(at + share, rows * length)
-    while at < stop:
-        row = at // length
-        end = tl.minimum(stop, (row + 1) * length)
-        scales = _vector(scale + row * stride, D, BC)
-        dshift = ()
-        for _ in tl.static_range(0, D, BC):
-            dshift += (tl.zeros([BT, BC], tl.float32),)
-        dscale, plain, along_y = dshift, dshift, dshift
+    scales = _vector(scale + row * stride, D, BC)
+    dshift = ()
+    for _ in tl.static_range(0, D, BC):
+        dshift += (tl.zeros([BT, BC], tl.float32),)
+    dscale, plain, along_y = dshift, dshift, dshift
+    if ADD:
+        gates = _vector(gate + row * gate_stride, D, BC)
+    step = 0
+    while step < share:
+        t = tl.program_id(0) // rows * share + step + tl.arange(0, BT)
+        there = t < tokens
+        number = t.to(tl.int64) * rows + row
+        grads, values = _token(dnormed, number * D, there, D, BC), _token(total, number * D, there, D, BC)
+        if PAST:
+            past = _token(dpast, number * D, there, D, BC)
         if ADD:
-            gates = _vector(gate + row * gate_stride, D, BC)
-        while at < end:
-            t = at - row * length + tl.arange(0, BT)
-            there = t < tokens
-            number = t.to(tl.int64) * rows + row
-            grads = _token(dnormed, number * D, there, D, BC)
-            values = _token(total, number * D, there, D, BC)
-            if PAST:
-                past = _token(dpast, number * D, there, D, BC)
-            if ADD:
-                branch = _token(y, number * D, there, D, BC)
-            level = tl.load(mean + number, mask=there, other=0.0)[:, None]
-            deviation = tl.load(rstd + number, mask=there, other=0.0)[:, None]
-            # columns beyond D have no gradient, and what they have else is not stored
-            along, mid = tl.zeros([BT, BC], tl.float32), tl.zeros([BT, BC], tl.float32)
-            norms, scaled, shifts_sum, scales_sum = (), (), (), ()
-            for i in tl.static_range(len(values)):
-                a = (values[i] - level) * deviation
-                b = grads[i] * (1.0 + scales[i])
-                along += a * b
-                mid += b
-                norms += (a,)
-                scaled += (b,)
-                shifts_sum += (dshift[i] + grads[i],)
-                scales_sum += (dscale[i] + grads[i] * a,)
-            dshift, dscale = shifts_sum, scales_sum
-            along, mid = (tl.sum(along, 1) / D)[:, None], (tl.sum(mid, 1) / D)[:, None]
-            sums_x, with_y = (), ()
-            for i in tl.static_range(len(values)):
-                c = i * BC + tl.arange(0, BC)
-                inside = there[:, None] & (c < D)[None, :]
-                a = (scaled[i] - mid - norms[i] * along) * deviation
-                if PAST:
-                    a += past[i]
-                tl.store(dx + number[:, None] * D + c[None, :], a, mask=inside)
-                if ADD:
-                    b = a * gates[i]  # 0 where no token is, and beyond D
-                    if LIMIT is not None:
-                        most = tl.maximum(most, tl.abs(b))
-                        b = rounded(b, by, dy.dtype.element_ty, LIMIT)
-                    tl.store(dy + number[:, None] * D + c[None, :], b, mask=inside)
-                    with_y += (along_y[i] + a * branch[i],)
-                    sums_x += (plain[i] + a,)
-            if ADD:
-                plain, along_y = sums_x, with_y
-            at += BT
-        # a place of its own: from one piece of a row to the next the share, the row or both are one further
-        to = sums + (mine + row).to(tl.int64) * ((4 if ADD else 2) * D)
-        for i in tl.static_range(len(dshift)):
+            branch = _token(y, number * D, there, D, BC)
+        level = tl.load(mean + number, mask=there, other=0.0)[:, None]
+        deviation = tl.load(rstd + number, mask=there, other=0.0)[:, None]
+        # columns beyond D have no gradient, and what they have else is not stored
+        along, mid = tl.zeros([BT, BC], tl.float32), tl.zeros([BT, BC], tl.float32)
+        norms, scaled, shifts_sum, scales_sum = (), (), (), ()
+        for i in tl.static_range(len(values)):
+            a = (values[i] - level) * deviation
+            b = grads[i] * (1.0 + scales[i])
+            along += a * b
+            mid += b
+            norms += (a,)
+            scaled += (b,)
+            shifts_sum += (dshift[i] + grads[i],)
+            scales_sum += (dscale[i] + grads[i] * a,)
+        dshift, dscale = shifts_sum, scales_sum
+        along, mid = (tl.sum(along, 1) / D)[:, None], (tl.sum(mid, 1) / D)[:, None]
+        sums_x, with_y = (), ()
+        for i in tl.static_range(len(values)):
             c = i * BC + tl.arange(0, BC)
-            tl.store(to + c, tl.sum(dshift[i], 0), mask=c < D)
-            tl.store(to + D + c, tl.sum(dscale[i], 0), mask=c < D)
+            inside = there[:, None] & (c < D)[None, :]
+            a = (scaled[i] - mid - norms[i] * along) * deviation
+            if PAST:
+                a += past[i]
+            tl.store(dx + number[:, None] * D + c[None, :], a, mask=inside)
             if ADD:
-                tl.store(to + 2 * D + c, tl.sum(plain[i], 0), mask=c < D)
-                tl.store(to + 3 * D + c, tl.sum(along_y[i], 0), mask=c < D)
+                b = a * gates[i]  # 0 where no token is, and beyond D
+                if LIMIT is not None:
+                    most = tl.maximum(most, tl.abs(b))
+                    b = rounded(b, by, dy.dtype.element_ty, LIMIT)
+                tl.store(dy + number[:, None] * D + c[None, :], b, mask=inside)
+                with_y += (along_y[i] + a * branch[i],)
+                sums_x += (plain[i] + a,)
+        if ADD:
+            plain, along_y = sums_x, with_y
+        step += BT
     if LIMIT is not None:
         tell(tl.max(most), amax)
+    to = sums + tl.program_id(0).to(tl.int64) * ((4 if ADD else 2) * D)
+    for i in tl.static_range(len(dshift)):
+        c = i * BC + tl.arange(0, BC)
+        tl.store(to + c, tl.sum(dshift[i], 0), mask=c < D)
+        tl.store(to + D + c, tl.sum(dscale[i], 0), mask=c < D)
+        if ADD:
+            tl.store(to + 2 * D + c, tl.sum(plain[i], 0), mask=c < D)
+            tl.store(to + 3 * D + c, tl.sum(along_y[i], 0), mask=c < D)
 
 
 @triton.jit
 def _adaln_gather(
-    sums, gate, bias, dshift, dscale, dgate, biases, rows, length, share, gate_stride,
+    sums, gate, bias, dshift, dscale, dgate, biases, rows, shares, gate_stride,
     D: tl.constexpr, ADD: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Shares' sums added up for BR rows and BC columns; of the bias's gradient, the share of these rows."""
@@ -220,17 +205,15 @@ def _adaln_gather(
     inside = (r < rows)[:, None] & (c < D)[None, :]
     shifts, scales = tl.zeros([BR, BC], tl.float32), tl.zeros([BR, BC], tl.float32)
     plain, along = tl.zeros([BR, BC], tl.float32), tl.zeros([BR, BC], tl.float32)
-    first, last = r * length // share, ((r + 1) * length - 1) // share  # programs that had a part of the row
-    step = 0
-    while step * share < length + share:
-        given = inside & (first + step <= last)[:, None]
-        at = sums + (first + step + r).to(tl.int64)[:, None] * (K * D) + c[None, :]
-        shifts += tl.load(at, mask=given, other=0.0)
-        scales += tl.load(at + D, mask=given, other=0.0)
+    share = 0
+    while share < shares:
+        at = sums + (share * rows + r).to(tl.int64)[:, None] * (K * D) + c[None, :]
+        shifts += tl.load(at, mask=inside, other=0.0)
+        scales += tl.load(at + D, mask=inside, other=0.0)
         if ADD:
-            plain += tl.load(at + 2 * D, mask=given, other=0.0)
-            along += tl.load(at + 3 * D, mask=given, other=0.0)
-        step += 1
+            plain += tl.load(at + 2 * D, mask=inside, other=0.0)
+            along += tl.load(at + 3 * D, mask=inside, other=0.0)
+        share += 1
     to = r.to(tl.int64)[:, None] * D + c[None, :]
     tl.store(dshift + to, shifts, mask=inside)
     tl.store(dscale + to, scales, mask=inside)
@@ -349,13 +332,19 @@ def through(sink: Any | None, *given: Tensor | None) -> tuple[Tensor | None, ...
     return dx, sink.put(low, dx), *rest
 
 
+@functools.cache
 def share_of(s: int, rows: int, device: torch.device) -> int:
-    """Tokens of a program of the backward pass."""
-    if SHARE:
-        return SHARE
-    length, wanted = WARPS * triton.cdiv(s, WARPS), PROGRAMS * triton_pieces.processors(device)
-    shares = max(1, min(triton.cdiv(wanted, rows), length // LEAST))
-    return WARPS * triton.cdiv(length, WARPS * shares)
+    """Tokens of a program of the backward pass, those that take least time by rounds of programs.
+
+    Few programs in one round have memory's whole speed too, up to what a program can take.
+    """
+    room = AT_ONCE * triton_pieces.processors(device)
+
+    def time(share: int) -> float:
+        rounds = triton.cdiv(rows * triton.cdiv(s, share), room)
+        return rounds * (share + EXTRA) if rounds > 1 else max(rows * s / room, share / 1.5) + EXTRA
+
+    return min((WARPS * triton.cdiv(s, WARPS * n) for n in range(1, s // LEAST + 2)), key=time)
 
 
 def backward(
@@ -377,25 +366,25 @@ def backward(
         dx, dy, *rest = _reference_backward(dnormed, dpast, total, y, bias, gate, scale, mean, rstd)
         dy = triton_fp8.scaled(dy.flatten(0, 1), low.scale, low.amax, low.dtype, False)
         return dx.to(total.dtype), dy, *(x.to(total.dtype) for x in rest)
-    length, share, tile = WARPS * triton.cdiv(s, WARPS), share_of(s, rows, total.device), _tile(width)
-    programs, across = triton.cdiv(rows * length, share), length % share == 0
+    share, tile = share_of(s, rows, total.device), _tile(width)
+    shares = triton.cdiv(s, share)
     dx, dy = torch.empty_like(total), None
     if added:
         dy = torch.empty_like(y) if low is None else y.new_empty(s * rows, width, dtype=low.dtype)
-    sums = scale.new_empty(programs + rows, 4 if added else 2, width, dtype=torch.float32)
+    sums = scale.new_empty(shares, rows, 4 if added else 2, width, dtype=torch.float32)
     gate, gate_stride = _rows(gate) if added else (None, 0)
     scale, stride = _rows(scale)
     quantum, inverse, limit = _given(low, total)
-    _adaln_backward[(programs,)](
+    _adaln_backward[(rows * shares,)](
         dnormed, dpast, total, y, gate, scale, mean, rstd, dx, dy, sums, *quantum, inverse, s, rows,
-        gate_stride, stride, share, ADD=added, PAST=dpast is not None, LIMIT=limit, ACROSS=across,
+        gate_stride, stride, share, ADD=added, PAST=dpast is not None, LIMIT=limit,
         **tile, **({"maxnreg": REGISTERS} if width <= 384 else {}),
     )  # fmt: skip
     blocks = triton.cdiv(rows, GATHERED_ROWS)
     found = scale.new_empty(3 if added else 2, 1, rows, width)
     biases = sums.new_empty(blocks, width) if added else None
     _adaln_gather[(blocks * triton.cdiv(width, tile["BC"]),)](
-        sums, gate, bias, found[0], found[1], found[-1], biases, rows, length, share, gate_stride,
+        sums, gate, bias, found[0], found[1], found[-1], biases, rows, shares, gate_stride,
         D=width, ADD=added, BR=GATHERED_ROWS, BC=tile["BC"],
     )  # fmt: skip
     if not added:

@@ -60,6 +60,16 @@ def test_gated_norm(kernels, s: int, rows: int, width: int, added: bool, past: b
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-4)
 
 
+def test_shares_of_tokens(monkeypatch) -> None:
+    """On an H100, which holds 528 programs: one round where rows allow it, else rounds that are full."""
+    from nextvid_mcore.models import triton_adaln
+
+    monkeypatch.setattr(triton_adaln.triton_pieces, "processors", lambda device: 132)
+    for (s, rows), wanted in {(256, 224): 128, (256, 448): 256, (256, 672): 88, (256, 560): 32}.items():
+        assert triton_adaln.share_of.__wrapped__(s, rows, None) == wanted, rows
+    assert triton_adaln.share_of.__wrapped__(3, 1, None) == 4
+
+
 @interpreted
 def test_gated_norm_in_bf16(kernels) -> None:
     found, wanted = both(21, 5, 384, True, True, torch.bfloat16)
