@@ -193,6 +193,10 @@ def _unboxed(text: str) -> str:
         r"Error parsing (--\S+): no type matching (.*) could be instantiated from (\[.*?\])", complaint
     ):
         return f"{typed[1]} takes {typed[2]}, got {' '.join(ast.literal_eval(typed[3]))!r}"
+    if number := re.match(
+        r"Error parsing (--\S+): (?:invalid literal for (int)\(.*|could not convert .*): ('.*')", complaint
+    ):
+        return f"{number[1]} takes a {'whole ' * bool(number[2])}number, got {number[3]}"
     return re.sub(r"^Error parsing (?:[^-]\S*: )?", "", complaint).replace(" .", ".")
 
 

@@ -49,7 +49,12 @@ class DataConfig:
         require(self.fps > 0, f"fps must be positive, got {self.fps}")
         require(self.clips_per_video >= 1, f"clips per video must be 1 or more, got {self.clips_per_video}")
         require(self.workers >= 0, f"workers must be 0 or more, got {self.workers}")
+        require(self.prefetch >= 1, f"prefetch must be 1 or more, got {self.prefetch}")
+        require(self.timeout > 0, f"data timeout must be positive, got {self.timeout}")
+        require(self.bad_window >= 1, f"bad window must be 1 or more, got {self.bad_window}")
         require(0 <= self.flip <= 1, f"flip is a probability, got {self.flip}")
         require(0 <= self.max_bad_share <= 1, f"max bad share lies in [0, 1], got {self.max_bad_share}")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, f"crop scale must be a rising range in (0, 1], got {self.crop_scale}")
+        low, high = self.crop_aspect
+        require(0 < low <= high, f"crop aspect must be a rising positive range, got {self.crop_aspect}")

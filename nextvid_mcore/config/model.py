@@ -61,7 +61,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for role in ("encoder", "predictor", "decoder"):
             getattr(self, role).check(role)
-        require(self.patch_size > 0 and self.tubelet_size > 0, "patch and tubelet sizes must be positive")
+        for name in ("image_size", "patch_size", "tubelet_size", "rope_base", "norm_eps"):
+            require(getattr(self, name) > 0, f"model {name} must be positive, got {getattr(self, name)}")
+        require(self.init_std >= 0, f"model init_std must be 0 or more, got {self.init_std}")
         require(
             self.image_size % self.patch_size == 0,
             f"image size {self.image_size} is not divisible by the patch size {self.patch_size}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +30,12 @@ class StageConfig:
         for name in ("steps", "frames", "batch", "tau_samples", "micro_batch", "max_micro_batch"):
             value = getattr(self, name)
             require(value is None or value > 0, f"stage {self.name}: {name} must be positive, got {value}")
-        require(self.lr_start >= 0 and self.lr_end >= 0, f"stage {self.name}: negative learning rate")
+        for name in ("lr_start", "lr_end", "flow_lr"):
+            value = getattr(self, name)
+            require(
+                value is None or 0 <= value < math.inf,
+                f"stage {self.name}: {name} must be 0 or more, got {value}",
+            )
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,14 @@ class LossConfig:
     flow: float = 0.5
     align: float = 1.0
     tau: Literal["frame", "clip"] = "frame"  # tau is drawn per predicted frame, or once per clip
+
+    def __post_init__(self) -> None:
+        for name in ("flow", "align"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"loss {name} is a weight of 0 or more, got {value}")
+        require(
+            self.flow + self.align > 0, "loss flow and align are both 0: there is nothing to train; raise one"
+        )
 
     def total(self, flow: Any, align: Any) -> Any:
         """The weighted sum of the losses that there are; None stands for one that is switched off."""
@@ -59,6 +73,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.ema <= 1, f"optim ema is a decay in [0, 1], got {self.ema}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optim {name} lies in [0, 1), got {value}")
+        require(self.eps > 0, f"optim eps must be positive, got {self.eps}")
+        require(self.weight_decay >= 0, f"optim weight decay must be 0 or more, got {self.weight_decay}")
+        require(self.clip > 0, f"optim clip must be positive, got {self.clip}; 1e9 clips nothing")
+        require(self.max_skipped >= 1, f"optim max skipped must be 1 or more, got {self.max_skipped}")
 
 
 @dataclass(frozen=True)
