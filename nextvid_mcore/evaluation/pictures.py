@@ -126,8 +126,8 @@ def shade_stages(ax: Axes, stages: list[str], steps: np.ndarray) -> None:
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the finite values among the `window` (odd) nearest each place; nan where there is none."""
     finite = np.isfinite(values)
-    box = np.ones(window)
-    sums, counts = (np.convolve(part, box, mode="same") for part in (np.where(finite, values, 0.0), finite))
+    box, middle = np.ones(window), slice(window // 2, window // 2 + len(values))  # there may be fewer values
+    sums, counts = (np.convolve(part, box)[middle] for part in (np.where(finite, values, 0.0), finite))
     return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0.5)
 
 

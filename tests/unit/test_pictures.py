@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from nextvid_mcore.config import ConfigError, MaskConfig
-from nextvid_mcore.evaluation.pictures import loss_figure, plot_losses, visible_map
+from nextvid_mcore.evaluation.pictures import loss_figure, plot_losses, running_mean, visible_map
 from nextvid_mcore.masking import draw_masks, draw_visible
 
 
@@ -57,6 +57,13 @@ def test_stages_are_shaded_and_named_where_they_are():
     assert bands == [(0.5, 5.5), (5.5, 20.5)]
     assert [text.get_text() for text in ax.texts] == ["warmup", "stable"]
     assert [text.xy[0] for text in ax.texts] == [3.0, 13.0]
+
+
+def test_a_run_shorter_than_the_window_is_smoothed_too():
+    """tools/plot_run.py takes the window of the longest run for all."""
+    values = np.array([1.0, np.nan, 4.0])
+    assert np.allclose(running_mean(values, 9), 2.5)
+    assert np.allclose(running_mean(np.arange(5.0), 3), [0.5, 1, 2, 3, 3.5])
 
 
 def test_long_runs_are_smoothed_round_each_step():
