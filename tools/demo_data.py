@@ -36,6 +36,7 @@ from nextvid_mcore.data.build import Build
 from nextvid_mcore.data.decode import Video
 from nextvid_mcore.data.manifest import Manifest
 from nextvid_mcore.data.sources import Source
+from nextvid_mcore.evaluation.results import writable_folder
 
 SHORT_SIDE = 160  # pixels of the cut clips
 HELD_OUT_FROM = 137  # bikes: its fourth shot begins at this frame
@@ -141,7 +142,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     try:
-        write(parser.parse_args().out.absolute())
+        write(writable_folder(parser.parse_args().out.absolute()))
     except ConfigError as error:
         print(f"demo_data: {error}", file=sys.stderr)
         return 2

@@ -68,10 +68,7 @@ class Run:
     def read(cls, path: Path, name: str | None = None) -> Run:
         file = path / "metrics.jsonl" if path.is_dir() else path
         require(file.is_file(), f"{file} does not exist; give a run's folder or its metrics.jsonl")
-        try:
-            rows, held_out = metrics.read(file), metrics.read(file.with_name("eval.jsonl"))
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        rows, held_out = metrics.read(file), metrics.read(file.with_name("eval.jsonl"))
         require(len(rows) > 0, f"{file} holds no step to draw")
         default = path.resolve().name if path.is_dir() else path.resolve().parent.name
         return cls(name or default, rows, held_out)

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nextvid_mcore.config import ConfigError
+
 # What a save has cost, in the line of the step after which it began or, in the background, ended.
 SAVING = ("save_seconds", "save_host_gib", "save_background_seconds")
 # What differs between two equal runs.
@@ -46,7 +48,9 @@ def _whole_lines(path: Path) -> list[str]:
         try:
             json.loads(line)
         except ValueError:
-            raise ValueError(f"{path}, line {number} is not JSON: {line[:80]!r}") from None
+            raise ConfigError(
+                f"{path}, line {number} is not JSON: {line[:80]!r}; mend the line, or move the file away"
+            ) from None
     return lines
 
 

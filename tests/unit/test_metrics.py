@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 
-from nextvid_mcore.config import WandbConfig
+from nextvid_mcore.config import ConfigError, WandbConfig
 from nextvid_mcore.training import wandb_sink
 from nextvid_mcore.training.metrics import MetricsFile, read
 from nextvid_mcore.training.progress import Progress
@@ -65,7 +65,7 @@ def test_a_crash_while_cutting_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match="line 2"):
+    with pytest.raises(ConfigError, match="line 2 is not JSON: .*; mend the line, or move the file away"):
         MetricsFile(path, step=3)
 
 
