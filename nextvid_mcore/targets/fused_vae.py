@@ -82,7 +82,7 @@ class FusedEncoder:
 
     @torch.no_grad()
     def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, 3, H, W] -> mean and log variance, [N, latent, h, w]."""
+        """[N, 3, H, W], multiples of the stride -> mean and log variance, [N, latent, h, w]."""
         try:
             return self._encode(frames)
         except Refused as reason:
