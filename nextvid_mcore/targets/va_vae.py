@@ -25,7 +25,7 @@ from nextvid_mcore.targets.cudnn_sum import convolution_sum
 
 PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest of the file is training's
 VA_VAE = AutoencoderShape()
-JOINED = False  # a run's fused encoder has convolutions that add residuals (cudnn_sum.py)
+JOINED = True  # a run's fused encoder has convolutions that add residuals (cudnn_sum.py)
 
 
 class VaVae:
