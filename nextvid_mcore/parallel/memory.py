@@ -17,6 +17,7 @@ from nextvid_mcore.parallel.placement import Placement, Seat, recorded
 from nextvid_mcore.parallel.stages import stage_layers
 
 GIB = 2**30
+LARGEST = 79.6 * GIB  # what a GPU of "80 GB" has in all
 
 
 @dataclass(frozen=True)
@@ -207,9 +208,20 @@ def table(config: RunConfig, placement: Placement, width: int) -> Iterator[str]:
     names = [field.name for field in dataclasses.fields(RankMemory)]
     columns = [(name, len(name) + 2) for name in [*names, "total"]]
     yield f"  {'seat':<22}" + "".join(f"{name:>{w}}" for name, w in columns)
+    full = []
     for name, ranks in kinds(placement):
         memory = rank_memory(config, placement, ranks[0], heaviest)
         yield f"  {name:<22}" + "".join(f"{getattr(memory, n) / GIB:>{w}.2f}" for n, w in columns)
+        if memory.total > LARGEST:
+            full.append(f"{name} {memory.total / GIB:.0f}")
+    if full:
+        less = {"none": "pieces", "pieces": "full", "core_attn": "full"}.get(config.parallel.recompute)
+        way = f", or try --parallel.recompute {less}" if less else ""
+        yield from textwrap.wrap(
+            f"WARNING: no GPU of 80 GB has that: {', '.join(full)}. Lower "
+            f"{config.micro_batch_flag(heaviest)}{way}.",
+            width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False,
+        )  # fmt: skip
     yield from textwrap.wrap(
         _note(config, placement), width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
     )

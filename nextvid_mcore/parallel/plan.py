@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from nextvid_mcore import flops
 from nextvid_mcore.config import RunConfig, TransformerShape, require
 from nextvid_mcore.parallel import memory, seating
+from nextvid_mcore.parallel.balance import run_speed
 from nextvid_mcore.parallel.fp8_shapes import check_fp8
 from nextvid_mcore.parallel.placement import Placement, resolve_placement, settled, unrecordable
 from nextvid_mcore.parallel.stages import last_stage_layers
@@ -174,14 +175,14 @@ def _schedule(config: RunConfig, placement: Placement, notes: list[str]) -> Iter
         f"  in all {schedule.schedule_steps:,} steps, {_count(samples)} clips, {_count(tokens)} tokens, "
         f"{work:.3g} FLOP"
     )
-    hours = executed / (SHARE * H100) / 3600
+    hours = executed / (SHARE * H100) / 3600 / run_speed(config, placement)
     if hours >= 1:
         each = hours / placement.world
         wall = f"{each / 24:,.1f} days" if each > 48 else f"{each:,.1f} hours"
-        yield (
-            f"  about {hours:,.0f} GPU-hours, {wall} on {placement.world} "
-            f"such GPU{'s' * (placement.world > 1)}, where {SHARE:.0%} of an H100's bf16 peak are reached"
-        )
+        gpus = f"{placement.world} GPU{'s' * (placement.world > 1)}"
+        waits = " and the waits below" * (len(placement.seats) > 1)
+        rate = f"{SHARE:.0%} of an H100's bf16 peak{waits}"
+        yield f"  about {hours:,.0f} GPU-hours, {wall} on {gpus}, at {rate}"
     yield from (f"  {note}" for note in notes)
     start, end = schedule.first_step_of_run, schedule.total_steps
     if (start, end) != (0, schedule.schedule_steps):

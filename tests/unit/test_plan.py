@@ -82,6 +82,21 @@ def test_a_real_start_asks_for_what_a_dry_run_does_not():
     assert plan("tiny", 1, dry_run=False).encoder.layout == Layout()
 
 
+def test_memory_that_no_gpu_has_and_waiting_that_costs_hours_are_said():
+    split = "--parallel.placement three-groups --parallel.predictor.data 8 --parallel.decoder.data 8"
+    plain, crowded = (
+        describe(cli.parse(["vit_l", *line.split(), "--dry-run", "--world-size", "64"])[0], 64)
+        for line in ("", split)
+    )
+    assert "no GPU of 80 GB" not in plain and "30.9 hours on 64 GPUs" in plain
+    words = " ".join(crowded.split())
+    assert "no GPU of 80 GB has that: predictor 90, decoder 217. Lower --stages.0.micro-batch" in words
+    hours = [float(re.search(r"about ([\d,]+) GPU-hours", x)[1].replace(",", "")) for x in (plain, crowded)]
+    speed = float(re.search(r"schedule (0\.\d+) of the speed", crowded)[1])
+    assert hours[0] / hours[1] == pytest.approx(speed, abs=0.01) and "peak and the waits below" in crowded
+    assert max(map(len, crowded.splitlines())) <= WIDTH
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
