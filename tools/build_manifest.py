@@ -19,10 +19,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nextvid_mcore.config import ConfigError
-from nextvid_mcore.data.build import Build, Report
-from nextvid_mcore.data.manifest import Manifest
-from nextvid_mcore.data.sources import Source
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # so that it runs from a clone that isn't installed
+
+from nextvid_mcore.config import ConfigError  # noqa: E402
+from nextvid_mcore.data.build import Build, Report  # noqa: E402
+from nextvid_mcore.data.manifest import Manifest  # noqa: E402
+from nextvid_mcore.data.sources import Source  # noqa: E402
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -30,13 +30,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nextvid_mcore.config import ConfigError
-from nextvid_mcore.data.avi import write_avi
-from nextvid_mcore.data.build import Build
-from nextvid_mcore.data.decode import Video
-from nextvid_mcore.data.manifest import Manifest
-from nextvid_mcore.data.sources import Source
-from nextvid_mcore.evaluation.results import writable_folder
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # so that it runs from a clone that isn't installed
+
+from nextvid_mcore.config import ConfigError  # noqa: E402
+from nextvid_mcore.data.avi import write_avi  # noqa: E402
+from nextvid_mcore.data.build import Build  # noqa: E402
+from nextvid_mcore.data.decode import Video  # noqa: E402
+from nextvid_mcore.data.manifest import Manifest  # noqa: E402
+from nextvid_mcore.data.sources import Source  # noqa: E402
+from nextvid_mcore.evaluation.results import writable_folder  # noqa: E402
 
 SHORT_SIDE = 160  # pixels of the cut clips
 HELD_OUT_FROM = 137  # bikes: its fourth shot begins at this frame
