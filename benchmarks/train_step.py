@@ -37,7 +37,6 @@ from world import first_says, join, leave
 from nextvid_mcore import cli, flops, recipes
 from nextvid_mcore.config import ConfigError, Fp8Config, RoleParallel, RunConfig, require
 from nextvid_mcore.models import fp8_layer, fused
-from nextvid_mcore.targets import va_vae
 from nextvid_mcore.training import optimizer
 
 KEYS = {
@@ -61,11 +60,10 @@ KEYS = {
     "sequence": int,
     "overlap": str,  # --parallel.tensor-overlap: on, off or auto
     "generator": int,  # data replicas of predictor and decoder on the tensor ranks
-    "vae": int,  # 1: VA-VAE of random weights encodes the clips in every step; 2: its convolutions add
+    "vae": int,  # 1: VA-VAE of random weights encodes the clips in every step
     "shares": int,  # 0: without the parts' shares, an eager step
 }
 
-JOINED = va_vae.JOINED
 WAITS = 8  # printed beside the kernels
 
 
@@ -232,7 +230,6 @@ def _measured(args: argparse.Namespace, case: dict[str, Any], world: int) -> dic
     if case["vae"]:
         from common import online_vae_target
 
-        va_vae.JOINED = JOINED or case["vae"] == 2
         start = quick_start(online_vae_target)
     else:
         start = quick_start()

@@ -11,8 +11,6 @@ left, where a convolution's own padding of 1 is all that a stride of 2 meets: no
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +23,7 @@ from nextvid_mcore.targets.autoencoder import (
     ResidualBlock,
     SelfAttention,
 )
-from nextvid_mcore.targets.cudnn_sum import Refused
 from nextvid_mcore.targets.triton_vae import Sum, Tuning, add, matrix_of, nchw, nhwc, normalise
-
-log = logging.getLogger(__name__)
 
 
 def check(shape: AutoencoderShape) -> None:
@@ -41,24 +36,11 @@ def check(shape: AutoencoderShape) -> None:
     )
 
 
-Joined = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-"""conv(x, weight) + rest + bias -> out; all [N, C, H, W], bias [C]."""
-
-
 class FusedEncoder:
     """Stands for `autoencoder.encode`, whose weights may not change after."""
 
-    def __init__(
-        self,
-        autoencoder: AutoencoderKL,
-        tuning: Tuning | None = None,
-        joined: Joined | None = None,
-    ) -> None:
-        """joined: a convolution that adds the residual (targets/cudnn_sum.py), so that no sum is left to be
-        added up.
-        """
+    def __init__(self, autoencoder: AutoencoderKL, tuning: Tuning | None = None) -> None:
         check(autoencoder.shape)
-        self.joined = joined
         self.encoder, self.quant_conv = autoencoder.encoder, autoencoder.quant_conv
         self.tuning = tuning
         self.turned = {
@@ -83,14 +65,6 @@ class FusedEncoder:
     @torch.no_grad()
     def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """[N, 3, H, W], multiples of the stride -> mean and log variance, [N, latent, h, w]."""
-        try:
-            return self._encode(frames)
-        except Refused as reason:
-            log.warning("VA-VAE's convolutions don't add residuals here, and others do, slower: %s", reason)
-        self.joined = None
-        return self._encode(frames)
-
-    def _encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         arrived = torch.zeros(self.norms, len(frames), dtype=torch.int32, device=frames.device)
         self.arrived = iter(arrived.unbind())
         frames = frames.flip(2, 3).contiguous()
@@ -102,9 +76,7 @@ class FusedEncoder:
                     x = self._attend(level.attn[i], x)
             if level.resample:
                 conv = level.downsample.conv
-                there = len(x.parts) == 1 and x.bias is self.zeros[len(x.bias)]
-                whole = x.parts[0] if there else add(x)
-                x = Sum(self._bias(conv), (self._conv(conv, whole),))
+                x = Sum(self._bias(conv), (self._conv(conv, add(x)),))
         mid = self.encoder.mid
         x = self._block(mid.block_2, self._attend(mid.attn_1, self._block(mid.block_1, x)))
         normed, _ = self._norm(self.encoder.norm_out, x)
@@ -125,8 +97,8 @@ class FusedEncoder:
         return self.biases[key]
 
     def _norm(self, norm: nn.GroupNorm, x: Sum, **how: bool) -> tuple[Tensor, Sum]:
-        """Normalised x with SiLU; and x, added up where it had two parts, or has to be there as it is."""
-        keep = len(x.parts) > 1 or (self.joined is not None and x.frames is not None)
+        """Normalised x with SiLU; and x, added up where it had two parts."""
+        keep = len(x.parts) > 1
         normed, kept = normalise(
             x, norm.weight, norm.bias, next(self.arrived), keep=keep, tuning=self.tuning, **how
         )
@@ -143,28 +115,19 @@ class FusedEncoder:
         out = Sum(self._bias(block.conv1), (self._conv(block.conv1, normed),))
         del normed
         normed, _ = self._norm(block.norm2, out, in_place=True)
-        made = None if self.joined else self._conv(block.conv2, normed)
+        out = self._conv(block.conv2, normed)
         if hasattr(block, "nin_shortcut"):
             if x.frames is not None:
                 x = Sum(self.zeros[len(x.bias)], (add(x),))
             short = block.nin_shortcut  # of a sum of one part, whose bias goes through by itself
             x = Sum(self._bias(short, x.bias), (self._conv(short, x.parts[0]),))
-        bias = self._bias(block.conv2, x.bias)
-        if made is not None:
-            return dataclasses.replace(x, bias=bias, parts=(*x.parts, made))
-        made = torch.empty_like(normed)
-        self.joined(nchw(normed), self.turned[id(block.conv2)], nchw(x.parts[0]), bias, nchw(made))
-        return Sum(self.zeros[len(bias)], (made,))
+        return dataclasses.replace(x, bias=self._bias(block.conv2, x.bias), parts=(*x.parts, out))
 
     def _attend(self, attention: SelfAttention, x: Sum) -> Sum:
         normed, x = self._norm(attention.norm, x, silu=False)
         weight, bias = self.packed[id(attention)]
         N, H, W, C = normed.shape
         q, k, v = F.linear(normed.view(N, 1, H * W, C), weight, bias).chunk(3, -1)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        weight, bias = attention.proj_out.weight.flatten(1), self._bias(attention.proj_out, x.bias)
-        if self.joined:
-            made = torch.addmm(x.parts[0].view(-1, C), mixed.reshape(-1, C), weight.T)
-            return Sum(bias, (made.view(N, H, W, C),))
-        mixed = F.linear(mixed.reshape(N, H, W, C), weight)
-        return dataclasses.replace(x, bias=bias, parts=(*x.parts, mixed))
+        mixed = F.scaled_dot_product_attention(q, k, v).reshape(N, H, W, C)
+        mixed = F.linear(mixed, attention.proj_out.weight.flatten(1))
+        return dataclasses.replace(x, bias=self._bias(attention.proj_out, x.bias), parts=(*x.parts, mixed))

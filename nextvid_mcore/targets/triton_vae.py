@@ -32,7 +32,6 @@ PTX = not triton.knobs.runtime.interpret
 class Tuning:
     """How `normalise` is cut: numbers of a tile (of bf16) and of a slice (one program's share of an image),
     warps, programs a multiprocessor holds. `at_once`: one launch whose programs wait for each other, or two.
-    `ahead`: they add up an image before they wait for the last one's sums; `hints`: of what L2 should keep.
     """
 
     tile: int = 4096
@@ -41,8 +40,6 @@ class Tuning:
     programs: int = 4
     stages: int = 3
     at_once: bool = True
-    ahead: bool = False
-    hints: bool = False
 
 
 @triton.jit
@@ -61,7 +58,7 @@ def _silu_of_half(h, PTX: tl.constexpr):
 def _summed(
     a, b, frames, first, bias, n, y, x, inside,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
-    PARTS: tl.constexpr, FRAMES: tl.constexpr, POLICY: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
+    PARTS: tl.constexpr, FRAMES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The sum [R, C] in fp32 at (y, x) [R] of image n; what is not `inside` means nothing."""
     c = tl.arange(0, C)[None, :]
@@ -70,9 +67,9 @@ def _summed(
         value += tl.load(bias + c)
     at = n.to(tl.int64) * (H * W * C) + (y * W + x)[:, None] * C + c
     if PARTS > 0:
-        value += tl.load(a + at, mask=inside[:, None], other=0.0, eviction_policy=POLICY).to(tl.float32)
+        value += tl.load(a + at, mask=inside[:, None], other=0.0).to(tl.float32)
     if PARTS > 1:
-        value += tl.load(b + at, mask=inside[:, None], other=0.0, eviction_policy=POLICY).to(tl.float32)
+        value += tl.load(b + at, mask=inside[:, None], other=0.0).to(tl.float32)
     if FRAMES:
         t = tl.arange(0, DEPTH)
         row, column = t % 9 // 3 - 1, t % 3 - 1
@@ -92,8 +89,7 @@ def _slice(
     a, b, frames, first, bias, kept, sums, n, k,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     TILES: tl.constexpr, SPAN: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr,
-    FRAMES: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr, POLICY: tl.constexpr,
-    DEPTH: tl.constexpr, PTX: tl.constexpr,
+    FRAMES: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Add up slice k of image n and its squares into sums [N, SLICES, 2, G]; store it if it is to be kept."""
     EVEN: tl.constexpr = H * W == SLICES * TILES * R
@@ -104,8 +100,7 @@ def _slice(
         p = (k * TILES + i) * R + tl.arange(0, R)
         inside = (p < H * W) | EVEN
         v = _summed(
-            a, b, frames, first, bias, n, p // W, p % W, inside,
-            H, W, C, R, KEEP, PARTS, FRAMES, POLICY, DEPTH, PTX,
+            a, b, frames, first, bias, n, p // W, p % W, inside, H, W, C, R, KEEP, PARTS, FRAMES, DEPTH, PTX
         )  # fmt: skip
         if KEEP:
             rounded = v.to(kept.dtype.element_ty)
@@ -171,7 +166,7 @@ def _statistics(
     n = tl.program_id(0) // SLICES
     _slice(
         a, b, frames, first, bias, kept, sums, n, tl.program_id(0) % SLICES,
-        H, W, C, G, R, TILES, SPAN, SLICES, PARTS, FRAMES, KEEP, STAGES, "", DEPTH, PTX,
+        H, W, C, G, R, TILES, SPAN, SLICES, PARTS, FRAMES, KEEP, STAGES, DEPTH, PTX,
     )  # fmt: skip
     tl.debug_barrier()  # all threads have stored before one says so
     if tl.atomic_add(arrived + n, 1, sem="acq_rel") == SLICES - 1:
@@ -187,55 +182,47 @@ def _normalise(
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     TILES: tl.constexpr, SPAN: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr,
     FRAMES: tl.constexpr, KEEP: tl.constexpr, SILU: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
+    DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """AHEAD: the next image is added up before this one is normalised: nobody waits for the others' sums."""
     EVEN: tl.constexpr = H * W == SLICES * TILES * R
     k = tl.program_id(0) % SLICES
-    step = tl.num_programs(0) // SLICES
-    i = tl.program_id(0) // SLICES
-    while i < images + AHEAD * step:  # the interpreter has no range() over its numbers
-        if i < images:
-            _slice(
-                a, b, frames, first, bias, kept, sums, i, k,
-                H, W, C, G, R, TILES, SPAN, SLICES, PARTS, FRAMES, KEEP, STAGES, FIRST, DEPTH, PTX,
-            )  # fmt: skip
-            tl.debug_barrier()
-            tl.atomic_add(arrived + i, 1, sem="acq_rel")
-        n = i - AHEAD * step
-        if n >= 0:
+    n = tl.program_id(0) // SLICES
+    while n < images:  # the interpreter has no range() over its numbers
+        _slice(
+            a, b, frames, first, bias, kept, sums, n, k,
+            H, W, C, G, R, TILES, SPAN, SLICES, PARTS, FRAMES, KEEP, STAGES, DEPTH, PTX,
+        )  # fmt: skip
+        tl.debug_barrier()
+        count = tl.atomic_add(arrived + n, 1, sem="acq_rel") + 1
+        while count < SLICES:
             count = tl.atomic_add(arrived + n, 0, sem="acquire")
-            while count < SLICES:
-                count = tl.atomic_add(arrived + n, 0, sem="acquire")
-            tl.debug_barrier()
-            scale, start = _line(sums, weight, shift, bias, n, eps, H * W, C, G, SLICES, KEEP, SILU)
-            for j in tl.range(0, TILES, num_stages=STAGES):  # what was read last comes first
-                p = (k * TILES + (TILES - 1 - j)) * R + tl.arange(0, R)
-                inside = (p < H * W) | EVEN
-                at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + tl.arange(0, C)[None, :]
-                if KEEP:
-                    v = tl.load(kept + at, mask=inside[:, None], other=0.0, eviction_policy=LAST)
-                    v = v.to(tl.float32)
-                else:
-                    v = _summed(
-                        a, b, frames, first, bias, n, p // W, p % W, inside,
-                        H, W, C, R, False, PARTS, FRAMES, LAST, DEPTH, PTX,
-                    )  # fmt: skip
-                v = v * scale[None, :] + start[None, :]
-                if SILU:
-                    v = _silu_of_half(v, PTX)
-                tl.store(out + at, v, mask=inside[:, None], eviction_policy=LAST)
-        i += step
+        tl.debug_barrier()
+        scale, start = _line(sums, weight, shift, bias, n, eps, H * W, C, G, SLICES, KEEP, SILU)
+        for j in tl.range(0, TILES, num_stages=STAGES):  # what was read last comes first
+            p = (k * TILES + (TILES - 1 - j)) * R + tl.arange(0, R)
+            inside = (p < H * W) | EVEN
+            at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + tl.arange(0, C)[None, :]
+            if KEEP:
+                v = tl.load(kept + at, mask=inside[:, None], other=0.0).to(tl.float32)
+            else:
+                v = _summed(
+                    a, b, frames, first, bias, n, p // W, p % W, inside,
+                    H, W, C, R, False, PARTS, FRAMES, DEPTH, PTX,
+                )  # fmt: skip
+            v = v * scale[None, :] + start[None, :]
+            if SILU:
+                v = _silu_of_half(v, PTX)
+            tl.store(out + at, v, mask=inside[:, None])
+        n += tl.num_programs(0) // SLICES
 
 
 @triton.jit
 def _write(
-    a, b, frames, first, bias, lines, kept, out,
+    a, b, frames, first, bias, lines, out,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
-    FRAMES: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, BOTH: tl.constexpr, DEPTH: tl.constexpr,
-    PTX: tl.constexpr,
+    FRAMES: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """The sum, normalised by `lines` or as it is; BOTH: both, the latter to `kept`."""
+    """The sum, normalised by `lines` or as it is."""
     tiles: tl.constexpr = (H * W + R - 1) // R
     EVEN: tl.constexpr = H * W == tiles * R
     n = tl.program_id(0) // tiles
@@ -244,11 +231,9 @@ def _write(
     c = tl.arange(0, C)[None, :]
     v = _summed(
         a, b, frames, first, bias, n, p // W, p % W, inside,
-        H, W, C, R, not NORM, PARTS, FRAMES, "", DEPTH, PTX,
+        H, W, C, R, not NORM, PARTS, FRAMES, DEPTH, PTX,
     )  # fmt: skip
     at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + c
-    if BOTH:
-        tl.store(kept + at, v + tl.load(bias + c), mask=inside[:, None])
     if NORM:
         v = v * tl.load(lines + n * (2 * C) + c) + tl.load(lines + n * (2 * C) + C + c)
         if SILU:
@@ -346,47 +331,41 @@ def normalise(
     room = waiting(tuning, tiles, ahead, x.like.device)
     if tuning.at_once and slices <= room and (PTX or slices == 1):  # the interpreter's programs don't wait
         images = min(N, room // slices)
-        first, last = ("evict_last", "evict_first") if tuning.hints else ("", "")
         _normalise[(images * slices,)](
-            *of, out, N, EPS, launch_cooperative_grid=slices > 1, AHEAD=int(tuning.ahead), FIRST=first,
-            LAST=last, **shape,
+            *of, out, N, EPS, launch_cooperative_grid=slices > 1, **shape
         )  # fmt: skip
     else:
         lines = torch.empty(N, 2, C, dtype=torch.float32, device=out.device)
-        both = keep and not x.parts  # what is made of frames is made twice sooner than read again
-        _statistics[(N * slices,)](*of, lines, EPS, **shape | {"KEEP": keep and not both})
-        rest = Sum(torch.zeros_like(x.bias), (kept,)) if keep and not both else x
-        write(out, rest, lines, silu, kept if both else None)
+        _statistics[(N * slices,)](*of, lines, EPS, **shape)
+        rest = x if kept is None else Sum(torch.zeros_like(x.bias), (kept,))
+        _write_to(out, rest, lines, silu)
     return out, kept
 
 
-# What was fastest on an H200 (2026-11-23). Frames keep a program too busy to wait for others.
-PLAIN = Tuning()
-FRAMES = Tuning(tile=2048, at_once=False)
-FRAMES_AND_PART = Tuning(slice=65536, warps=8, programs=2, at_once=False)
-
-
 def tuning_of(x: Sum) -> Tuning:
-    return PLAIN if x.frames is None else FRAMES_AND_PART if x.parts else FRAMES
+    """What was fastest on an H200 (2026-11-23). Frames keep a program too busy to wait for others."""
+    if x.frames is None:
+        return Tuning()
+    return (
+        Tuning(slice=65536, warps=8, programs=2, at_once=False)
+        if x.parts
+        else Tuning(tile=2048, at_once=False)
+    )
 
 
 def add(x: Sum) -> Tensor:
     """x [N, H, W, C]."""
     out = torch.empty(x.shape, dtype=x.like.dtype, device=x.like.device)
-    write(out, x)
+    _write_to(out, x)
     return out
 
 
-def write(
-    out: Tensor, x: Sum, lines: Tensor | None = None, silu: bool = False, kept: Tensor | None = None
-) -> None:
-    """x to `out`, or with `lines` [N, 2, C] normalised; then x as it is to `kept`, if there is one."""
+def _write_to(out: Tensor, x: Sum, lines: Tensor | None = None, silu: bool = False) -> None:
     N, H, W, C = x.shape
     tile = max(16, 16384 // x.like.element_size() // C)
     _write[(N * triton.cdiv(H * W, tile),)](
-        *x.pointers(), x.bias if lines is None else lines, out if kept is None else kept, out, H=H, W=W,
-        C=C, R=tile, PARTS=len(x.parts), FRAMES=x.frames is not None, NORM=lines is not None, SILU=silu,
-        BOTH=kept is not None, DEPTH=DEPTH, PTX=PTX, num_warps=8,
+        *x.pointers(), x.bias if lines is None else lines, out, H=H, W=W, C=C, R=tile, PARTS=len(x.parts),
+        FRAMES=x.frames is not None, NORM=lines is not None, SILU=silu, DEPTH=DEPTH, PTX=PTX, num_warps=8,
     )  # fmt: skip
 
 

@@ -21,11 +21,9 @@ from nextvid_mcore.config import ConfigError, ModelConfig, RunConfig, require
 from nextvid_mcore.rng import numpy_rng
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
 from nextvid_mcore.targets.base import check_latents, check_video
-from nextvid_mcore.targets.cudnn_sum import convolution_sum
 
 PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest of the file is training's
 VA_VAE = AutoencoderShape()
-JOINED = True  # a run's fused encoder has convolutions that add residuals (cudnn_sum.py)
 
 
 class VaVae:
@@ -42,14 +40,12 @@ class VaVae:
         seed: int = 0,
         chunk: int = 32,
         fused: bool = False,
-        joined: bool = False,
     ) -> None:
         """`autoencoder` is where and in the dtype it is to run; mean, std: [latent], per channel.
 
         `chunk` frames go through the network at a time: 32 frames of 256 x 256 need about 0.5 GB an
         activation in bf16. `fused`: the encoder with Triton between its convolutions (fused_vae.py), for
-        chunks of one size; `decode` and without it everything runs eagerly, and is the reference. `joined`:
-        its convolutions add residuals (cudnn_sum.py).
+        chunks of one size; `decode` and without it everything runs eagerly, and is the reference.
         """
         require(chunk > 0, f"frames per chunk must be positive, got {chunk}")
         self.model = model
@@ -66,7 +62,7 @@ class VaVae:
         if fused:
             from nextvid_mcore.targets.fused_vae import FusedEncoder  # Triton is not installed everywhere
 
-            self._network = FusedEncoder(self.autoencoder, joined=convolution_sum() if joined else None)
+            self._network = FusedEncoder(self.autoencoder)
 
     @staticmethod
     def channels_for(model: ModelConfig, shape: AutoencoderShape = VA_VAE) -> int:
@@ -98,7 +94,6 @@ class VaVae:
             f"`mean` and `std` of shape (1, {VA_VAE.latent}, 1, 1)",
         )
         shape = shape_of(target.checkpoint)
-        fused = target.compile and fuses(device, dtype)
         mean, std = load_statistics(target.statistics, shape.latent)
         autoencoder = load_autoencoder(target.checkpoint, shape).to(device, dtype)
         return cls(
@@ -109,8 +104,7 @@ class VaVae:
             sample_posterior=target.sample_posterior,
             seed=config.train.seed,
             chunk=target.chunk,
-            fused=fused,
-            joined=fused and JOINED,
+            fused=target.compile and fuses(device, dtype),
         )
 
     @torch.no_grad()
