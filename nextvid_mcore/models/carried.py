@@ -2,7 +2,8 @@
 
 What is still to be added, the output of a layer's MLP and the bias, waits in a `Link` between the two layers
 and not with the stream itself, of which a module's hook may hand on a copy. The last layer of a block adds it
-up, and so does every layer where its output alone is kept for the backward pass (`recompute full`).
+up (the decoder's leaves it to the norm after the block), and so does every layer where its output alone is
+kept for the backward pass (`recompute full`).
 """
 
 from __future__ import annotations

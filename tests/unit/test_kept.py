@@ -94,10 +94,10 @@ def as_on_a_gpu(monkeypatch) -> None:
     backend = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     monkeypatch.setattr(torch, "compile", backend)
     monkeypatch.setattr(fused, "compiles", lambda x: True)
-    stands_for = SimpleNamespace(
-        BiasGelu=BiasGelu, Turn=Turn, norm_backward=norm_backward, GatedNorm=GatedNorm, fits=lambda x: True
-    )
+    doubles = dict(BiasGelu=BiasGelu, Turn=Turn, norm_backward=norm_backward, GatedNorm=GatedNorm)
+    stands_for = SimpleNamespace(**doubles, fits=lambda x: True)
     monkeypatch.setattr(fused, "_triton", lambda name="": stands_for)
+    monkeypatch.setitem(fused._state, "monitors", False)  # they keep nothing
     monkeypatch.setattr(kernels, "choose", lambda q, pattern: kernels.plain)  # one call, as FlexAttention is
     monkeypatch.setattr(kernels, "plain", lambda q, k, v, _=None: F.scaled_dot_product_attention(q, k, v))
     pieces = [piece for piece in vars(fused).values() if hasattr(piece, "compiled")]
