@@ -371,11 +371,12 @@ class Trainer:
         )
 
     def _interrupted(self, number: int) -> int:
+        what = "nothing is done yet; the same command starts again"
         if self.step > self.schedule.first_step_of_run:
             self._save()
             self._wait_for_save()
-        name = signal.Signals(number).name
-        self.progress.say(f"{name}: saved after step {self.step}; the same command goes on from here")
+            what = f"saved after step {self.step}; the same command goes on from here"
+        self.progress.say(f"{signal.Signals(number).name}: {what}")
         return 128 + number
 
     def _finish(self) -> None:
@@ -391,4 +392,4 @@ class Trainer:
             f"  {self.checkpoints / self.saver.newest.name}   the last checkpoint",
             f"  {self.out}/metrics.jsonl   a line a step, plots/loss.png   the same as a picture",
         ]
-        print("\n".join(where), flush=True)
+        self.progress.say("\n".join(where))

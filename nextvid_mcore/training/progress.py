@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -55,20 +58,41 @@ class Progress:
         if self._bar is not None:
             self._bar.set_description(str(row["stage"]), refresh=False)
             self._bar.set_postfix_str(" ".join(f"{name} {x}" for name, x in numbers.items()), refresh=False)
-            self._bar.update(row["step"] - self._bar.n)
+            with self._read_or_not():
+                self._bar.update(row["step"] - self._bar.n)
         elif row["step"] % self.log_every == 0 or row["step"] == self.total:
             text = "  ".join(f"{name} {value}" for name, value in numbers.items())
-            print(f"step {row['step']}/{self.total}  {row['stage']}  {text}", file=self.stream, flush=True)
+            self._print(f"step {row['step']}/{self.total}  {row['stage']}  {text}")
 
     def say(self, text: str) -> None:
         """A message beside the bar, on rank 0."""
         if self.rank != 0:
             return
         if self._bar is not None:
-            self._bar.write(text, file=self.stream)
+            with self._read_or_not():
+                self._bar.write(text, file=self.stream)
         else:
-            print(text, file=self.stream, flush=True)
+            self._print(text)
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with self._read_or_not():
+                self._bar.close()
+
+    def _print(self, text: str) -> None:
+        with self._read_or_not():
+            print(text, file=self.stream, flush=True)
+
+    @contextlib.contextmanager
+    def _read_or_not(self) -> Iterator[None]:
+        """Who reads may be gone, a terminal that was closed or `| tee` after Ctrl-C: what follows is dropped,
+        at the interpreter's exit too, and the run saves.
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)

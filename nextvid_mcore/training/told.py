@@ -7,6 +7,7 @@ seconds is the same wish. What a parent has had ignored (nohup's SIGHUP, SIGINT 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -43,6 +44,7 @@ class Told:
         if not self.number:
             self.number, self._first = number, time.monotonic()
             if self._says and number == signal.SIGINT:  # not print: it may have been interrupted itself
-                os.write(2, b"\nCtrl-C: this step ends, then the run is saved (again: ends at once)\n")
+                with contextlib.suppress(OSError):  # Ctrl-C has ended `2>&1 | tee` too
+                    os.write(2, b"\nCtrl-C: this step ends, then the run is saved (again: ends at once)\n")
         elif number == signal.SIGINT and time.monotonic() - self._first > TWICE:
             raise KeyboardInterrupt

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 
 import pytest
 
 from nextvid_mcore.training import told
+from nextvid_mcore.training.progress import Progress
 from nextvid_mcore.training.told import Told
 
 
@@ -39,6 +41,30 @@ def test_ctrl_c_again_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         hears.close()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_nobody_reads_any_more(terminal: bool) -> None:
+    """`2>&1 | tee` ends with the same Ctrl-C, a closed terminal takes no line: the run saves all the same."""
+    theirs, ours = pty.openpty() if terminal else os.pipe()
+    stream, err = os.fdopen(ours, "w"), os.dup(2)
+    progress, hears = Progress(9, 0, 1, True, 0, stream), Told(says=True)
+    os.close(theirs)
+    os.dup2(ours, 2)
+    hears.listen()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert hears.number == signal.SIGINT
+    finally:
+        hears.close()
+        os.dup2(err, 2)
+        os.close(err)
+    row = {"step": 1, "stage": "", "loss": 1.0, "loss_flow": 1.0, "loss_align": None, "clips_per_s": 1.0}
+    progress.step(row | {"lr": 1.0, "skipped": 0})
+    progress.say("SIGINT: saved")
+    progress.close()
+    print("a line more", file=stream, flush=True)
+    stream.close()  # as at the interpreter's exit, which would make the exit code 120
 
 
 def test_nohup_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
