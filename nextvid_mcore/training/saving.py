@@ -173,12 +173,15 @@ class Saver:
     def check_space(self) -> None:
         """Before the first step: fail now rather than in the hour when the first checkpoint is due."""
 
-        def action() -> None:
+        def prepare() -> dict[str, Any]:
             if dist.get_rank() == 0:
                 self._sweep()
-            _require_space(self.root.parent, sharded_state(self.optimizers, loading=True))
+            return sharded_state(self.optimizers, loading=True)
 
-        together(f"starting in {self.root.parent}", action)
+        where = f"starting in {self.root.parent}"
+        state = together(where, prepare)  # before the sum, in which all ranks take part
+        folder = self.root if self.root.exists() else self.root.parent  # it may be a link to another disk
+        together(where, lambda: _require_space(folder, state))
 
     def _sweep(self) -> None:
         """Away with what a process that died was writing."""

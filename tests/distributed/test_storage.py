@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from launch import run, shared
 from small import build, config, drawn_step, snapshot
@@ -262,6 +263,30 @@ def test_a_disk_too_small_for_a_checkpoint_is_said_before_the_first_step(
     assert f"but 0.001 GB are free in {out}; make room" in text and not read(out / "metrics.jsonl")
     ((code, _),) = shared(1).run(spoken_on_a_small_disk, words(data, whole))[0]
     assert code == 0, "a run that is complete saves nothing"
+
+
+def space_looked_for(out: Path) -> str:
+    """`checkpoints` leads to a disk with room; then what a save left there can't be deleted."""
+    _, optimizers = build(Layout(data=2))
+    saver, usage = saving.Saver(out / "checkpoints", config(), optimizers), shutil._ntuple_diskusage
+    free = {out: 0, (out / "checkpoints").resolve(): 10**9}
+    with mock.patch.object(shutil, "disk_usage", lambda path: usage(0, 0, free[Path(path).resolve()])):
+        saver.check_space()
+    if dist.get_rank() == 0:
+        (saver.root / ".step_00000002.partial").mkdir()
+    busy = mock.Mock(side_effect=OSError(16, "Device or resource busy"))
+    with mock.patch.object(shutil, "rmtree", busy), pytest.raises(CheckpointError) as caught:
+        saver.check_space()
+    return str(caught.value)
+
+
+def test_space_is_looked_for_where_checkpoints_go_and_by_all_ranks_together(tmp_path: Path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (tmp_path / "disk").mkdir()
+    (out / "checkpoints").symlink_to(tmp_path / "disk")
+    for message in shared(2).run(space_looked_for, out, timeout=60):
+        assert f"starting in {out} failed on rank 0" in message and "busy" in message
 
 
 class Evil:
