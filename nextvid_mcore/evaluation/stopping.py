@@ -57,9 +57,9 @@ class Stop:
             raise Stopped
         if self.says:  # not print: it may have been interrupted itself
             name = signal.Signals(number).name
-            os.write(
-                self._stderr, f"\n{name}: this step ends, then the state is saved (again: at once)\n".encode()
-            )
+            said = f"\n{name}: this step ends, then the state is saved (again: at once)\n"
+            with contextlib.suppress(OSError):  # Ctrl-C has ended `2>&1 | tee` too
+                os.write(self._stderr, said.encode())
 
     def __call__(self) -> bool:
         return self.asked

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from nextvid_mcore.evaluation import stopping
 from nextvid_mcore.training import told
 from nextvid_mcore.training.progress import Progress
 from nextvid_mcore.training.told import Told
@@ -55,6 +56,9 @@ def test_nobody_reads_any_more(terminal: bool) -> None:
     try:
         os.kill(os.getpid(), signal.SIGINT)
         assert hears.number == signal.SIGINT
+        with stopping.Stop() as probe, probe.gently():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert probe.asked
     finally:
         hears.close()
         os.dup2(err, 2)
