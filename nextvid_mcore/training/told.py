@@ -3,6 +3,9 @@
 SIGTERM and SIGUSR1 come from schedulers, SIGINT is Ctrl-C, SIGHUP the terminal that was closed. Ctrl-C again
 ends at once. A launcher may pass one on that the terminal has sent too, so that what follows within `TWICE`
 seconds is the same wish. What a parent has had ignored (nohup's SIGHUP, SIGINT behind `&`) stays so.
+
+torchrun passes its own signals on and kills ranks that are not done after 30 s (torch 2.11). A signal to one
+rank ends all of them as well, in their own time.
 """
 
 from __future__ import annotations
