@@ -104,6 +104,8 @@ def test_processes_of_one_host_share_their_surroundings(
     for another in ("/", "/nowhere"):
         monkeypatch.setenv("TMPDIR", another)
         assert reach._surroundings() != here
+    monkeypatch.setattr(reach.os, "readlink", mock.Mock(side_effect=FileNotFoundError(2, "no such file")))
+    assert reach._surroundings() == (None,)
 
 
 @pytest.mark.parametrize("failed", [0, 1])
