@@ -74,10 +74,10 @@ class Decoder(MegatronModule):
         """
         dtype = self.input.weight.dtype
         condition = self.tau_embed(timestep_embedding(tau, TAU_WIDTH).to(dtype))[None]
-        hidden = self.layers(z, noisy.to(dtype), condition)
+        hidden, added = self.layers(z, noisy.to(dtype), condition), self.end.take()
         shift, scale = self.final_adaln(condition)
         eps = self.config.layernorm_epsilon
-        return self.output(fused.gated_norm(hidden, self.end.take(), shift, scale, eps)[1])
+        return self.output(fused.gated_norm(hidden, added, shift, scale, eps)[1])
 
     @staticmethod
     def input_width(width: int, channels: int) -> int:

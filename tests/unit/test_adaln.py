@@ -3,6 +3,8 @@ gradient; and the decoder whose layers leave additions to the next norm."""
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from test_ablations import CHANNELS, groups, lively, seats  # noqa: F401 (fixtures)
@@ -108,3 +110,15 @@ def test_a_decoder_by_our_kernels(monkeypatch, groups, condition: str) -> None: 
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
+
+
+def test_a_pass_that_fails_keeps_nothing(groups) -> None:  # noqa: F811
+    """What waits between layers holds the activations of its pass: where memory was full, the next one's."""
+    config = lively(small().altered(model={"image_size": 32}))
+    decoder = build(config, groups).decoder
+    n, width = config.model.tokens_per_frame, config.model.predictor.width
+    given = torch.randn(n, 2, width), torch.randn(n, 2, CHANNELS), torch.rand(2)
+    full = mock.Mock(side_effect=torch.OutOfMemoryError)
+    with mock.patch.object(decoder.final_adaln, "forward", full), pytest.raises(torch.OutOfMemoryError):
+        decoder(*given)
+    assert decoder.end.added is None
