@@ -8,7 +8,7 @@ with fp32 that agrees proves little. Here a recorded pass is played again and ag
 memory painted with NaN before each half, and output and gradients are compared with the first call's, to the
 bit. A case is recipe:frames:clips; all patterns of benchmarks/attention.py are run, each in a process of its
 own, one after another or (`--beside`) all at once. Ends with 1 if a call differed. `adaln` is no attention:
-the kernels of the decoder's AdaLN, in bf16 and writing FP8.
+the kernels of the decoder's AdaLN.
 """
 
 from __future__ import annotations
@@ -80,40 +80,25 @@ def attended(case: tuple, call: Callable[..., Tensor]) -> Callable[[], list[Tens
 
 
 def modulated(rows: int, width: int, tokens: int) -> Callable[[], list[Tensor]]:
-    """Outputs and gradients of `fused.gated_norm`, and what its kernels write in FP8, as bytes."""
+    """Outputs and gradients of `fused.gated_norm`."""
     import adaln
 
-    from nextvid_mcore.models import triton_adaln
-
     case = adaln.Case(rows, width, tokens)
-    x, y, bias, vectors = (z.detach() for z in case.leaves)
-    shift, scale, gate, *_ = vectors.chunk(6, dim=-1)
-    amax = torch.zeros(2, 1, device="cuda")
-    quanta = [
-        triton_adaln.Quantum(torch.tensor(20.0, device="cuda"), most, dtype)
-        for most, dtype in zip(amax, (torch.float8_e4m3fn, torch.float8_e5m2), strict=True)
-    ]
+    x = case.leaves[0].detach()
 
     def once() -> list[Tensor]:
         sums = torch.empty(2 * rows * tokens, device="cuda")
         paint([x, x, sums])
         out = case.forward()
         paint([x, x])
-        found = [*(z.detach() for z in out), *torch.autograd.grad(out, case.leaves, case.grads)]
-        total, low, *moments = triton_adaln.forward(x, y, bias, gate, shift, scale, 1e-6, quanta[0])
-        paint([x, low.rows.view(torch.uint8)])
-        saved = total, y, bias, gate, scale, *moments
-        dx, dy, *more = triton_adaln.backward(*case.grads[::-1], *saved, quanta[1])
-        return [*found, low.rows.view(torch.uint8), *moments, dx, dy.rows.view(torch.uint8), *more]
+        return [*(z.detach() for z in out), *torch.autograd.grad(out, case.leaves, case.grads)]
 
     return once
 
 
 def paint(like: list[Tensor]) -> None:
-    """NaN in the memory that the next tensors of these sizes get; of bytes, the largest."""
-    painted = [
-        torch.full_like(x, float("nan") if x.is_floating_point() else 255) for x in like for _ in range(2)
-    ]
+    """NaN in the memory that the next tensors of these sizes get."""
+    painted = [torch.full_like(x, float("nan")) for x in like for _ in range(2)]
     del painted
 
 

@@ -44,7 +44,7 @@ KEYS = {
     "backend": str,
     "fp8": str,  # none, current, delayed, blockwise: of all roles, or role:recipe,role:recipe
     "fp8_fused": int,  # 0: delayed's GELU writes bf16, which is then quantised
-    "fp8_layer": str,  # models/fp8_layer.py's ways: trained,carry,attention,decoder,predictor; all, none
+    "fp8_layer": str,  # models/fp8_layer.py's ways: trained,carry,attention; all, none
     "pieces": str,  # models/fused.py's: gated_norm,monitors; all, none
     "recompute": str,
     "compile": int,

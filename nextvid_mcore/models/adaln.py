@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from nextvid_mcore.models import again, carried, fp8_adaln, fused
+from nextvid_mcore.models import again, carried, fused
 from nextvid_mcore.models.fused import Added
 from nextvid_mcore.models.norm import mark_sequence_parallel
 
@@ -47,8 +47,6 @@ class AdaLNLayer(carried.Carries, TransformerLayer):
     There is one such vector a row, since a row is one frame at one tau.
     """
 
-    itself = True  # whether the tokens attend to themselves
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.adaln = Modulation(self.config, 6)
@@ -61,12 +59,8 @@ class AdaLNLayer(carried.Carries, TransformerLayer):
         **unused: Any,
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [s, rows, E] and context, tau's vector [1, rows, E] or `join`ed -> the same two."""
-        vectors, before = self.adaln(context[:1]), carried.pending(self)
-        if fp8_adaln.fits(self, hidden_states):
-            hidden_states, added = fp8_adaln.layer(self, hidden_states, before, vectors, rotary_pos_emb)
-            return self.left(hidden_states, added), context
-        shift1, scale1, gate1, shift2, scale2, gate2 = vectors
-        hidden_states, x = self.normed(hidden_states, before, shift1, scale1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(context[:1])
+        hidden_states, x = self.normed(hidden_states, carried.pending(self), shift1, scale1)
         y, bias = self.attend(x, context[1:], rotary_pos_emb)
         hidden_states, x = self.normed(hidden_states, Added(y, bias, gate1), shift2, scale2)
         y, bias = self.mlp(x)
@@ -95,8 +89,6 @@ class AdaLNLayer(carried.Carries, TransformerLayer):
 
 class CrossAdaLNLayer(AdaLNLayer):
     """Noisy tokens attend to z of their frame, and not to each other (Table 5, "Cross Attention")."""
-
-    itself = False
 
     def attend(self, x: Tensor, z: Tensor, rotary_pos_emb: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return self.cross_attention(x, key_value_states=self.keys(x, z), rotary_pos_emb=rotary_pos_emb)

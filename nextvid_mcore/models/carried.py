@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn import Module
@@ -20,7 +20,7 @@ from nextvid_mcore.models import fused
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-Added = tuple[Any, ...]  # the output of a linear, that linear's bias, and in the decoder a gate (fused.Added)
+Added = tuple[Tensor, ...]  # a linear's output, that linear's bias, and in the decoder a gate (fused.Added)
 
 
 class Link:

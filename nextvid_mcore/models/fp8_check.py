@@ -91,30 +91,20 @@ def _written(
             yield f"the kernel of GELU's derivative {width} wide", *back
     encoder = model.encoder
     trained = "student" in used and fp8_layer.on("trained")
-    reads = "predictor" in used and fp8_layer.on("predictor") and model.context == "isolated"
-    decodes = "decoder" in used and fp8_layer.on("decoder") and model.condition == "concat"
-    normed: dict[int, bool] = {}  # widths; in both directions?
     if "student" in used or "reference" in used:
-        normed[encoder.width] = trained
-    if reads:
-        normed[model.predictor.width] = True
-    for width, in_both in normed.items():
-        x, y, weight = whole(ROWS, width), whole(ROWS, width), drawn(width)
-        for added in ((None, None), (y, whole(width))):
+        x, y, weight = whole(ROWS, encoder.width), whole(ROWS, encoder.width), drawn(encoder.width)
+        for added in ((None, None), (y, whole(encoder.width))):
             given = (x, *added, weight, weight)
             made = both(lambda *a: t.norm(*a[:5], model.norm_eps, *a[5:], e4m3)[1], *given)
-            yield f"the norm's kernel {width} wide", *made
-            if in_both:
+            yield f"the norm's kernel {encoder.width} wide", *made
+            if trained:
                 made = both(lambda *a: t.norm_both(*a[:5], model.norm_eps, *a[5:], e4m3)[1], *given)
-                yield f"the norm's kernel {width} wide in both directions", *made
-    turning = [(encoder, 3)] * trained + [(model.predictor, 1), (model.predictor, 2)] * reads
-    for shape, parts in turning + [(model.decoder, 3)] * decodes:
-        cos, sin = turns(angles(torch.randint(0, 16, (ROWS, 3), generator=generator), shape.head_width))
-        grads = [drawn(ROWS, shape.heads, shape.head_width) for _ in range(parts)]
-        made = both(lambda *a, n=parts: t.turn_backward(a[:n], *a[n:], gradient)[0], *grads, cos, sin)
-        yield f"the kernel of rotation's derivative, {parts} x {shape.heads} heads", *made
-    if decodes:
-        yield from _adaln(model.decoder.width, model.norm_eps, whole, drawn, both, gradient)
+                yield f"the norm's kernel {encoder.width} wide in both directions", *made
+    if trained:
+        cos, sin = turns(angles(torch.randint(0, 16, (ROWS, 3), generator=generator), encoder.head_width))
+        grads = [drawn(ROWS, encoder.heads, encoder.head_width) for _ in range(3)]
+        made = both(lambda *a: t.turn_backward(a[:3], *a[3:], gradient)[0], *grads, cos, sin)
+        yield f"the kernel of rotation's derivative, {encoder.heads} heads", *made
     frame, width = model.tokens_per_frame, encoder.head_width
     if "reference" in used and fp8_layer.on("attention") and kernels.prefix_takes(frame, width, device):
         packed = drawn(2 * frame, 2, encoder.heads, 3, width).to(device)
@@ -123,30 +113,6 @@ def _written(
         low = kernels.prefix_low(*parts, pattern, (*_at(device, _scale()), e4m3))
         high = kernels.prefix(*parts, pattern).permute(2, 0, 1, 3).reshape(low.rows.shape).float()
         yield "the kernel of attention over prefixes", low, (high * SCALE).cpu()
-
-
-def _adaln(
-    width: int, eps: float, whole: Callable, drawn: Callable, both: Callable, gradient: torch.dtype
-) -> Iterator[tuple[str, Scaled, Tensor]]:
-    """What `_written` has of AdaLN's norms and gates."""
-    from nextvid_mcore.models import triton_adaln as t
-
-    if width > t.WIDEST:
-        return
-    size, row = (ROWS // 4, 4, width), (1, 4, width)
-    x, y, bias, gate = whole(*size), whole(*size), whole(width), whole(*row)
-    shift, scale = drawn(*row), drawn(*row)
-
-    def normed(*given: Tensor) -> Scaled:
-        return t.forward(*given[:6], eps, t.Quantum(*given[6:], torch.float8_e4m3fn))[1]
-
-    def gated(*given: Tensor) -> Scaled:
-        return t.backward(*given[:9], t.Quantum(*given[9:], gradient))[1]
-
-    yield f"the kernel of AdaLN's norm, {width} wide", *both(normed, x, y, bias, gate, shift, scale)
-    _, mean, rstd = torch.native_layer_norm(x.float(), (width,), None, None, eps)
-    given = drawn(*size), drawn(*size), x, y, bias, gate, scale, mean.flatten(), rstd.flatten()
-    yield f"the kernel of AdaLN's gradient, {width} wide", *both(gated, *given)
 
 
 def _scale() -> tuple[Tensor, Tensor]:

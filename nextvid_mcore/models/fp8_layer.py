@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from nextvid_mcore.models.attention import AttentionPattern
 
-SWITCHES = ("trained", "carry", "attention", "decoder", "predictor")
-SHIPPED = SWITCHES[:3]  # those that have been seen to be right on a GPU
+SWITCHES = ("trained", "carry", "attention")
+SHIPPED = SWITCHES  # those that have been seen to be right on a GPU
 _SWITCHES = {name: name in SHIPPED for name in SWITCHES}
 
 
@@ -47,7 +47,7 @@ def use(**switches: bool) -> None:
     """What goes this way from now on.
 
     trained: passes with gradients too; carry: additions across layers; attention: its output is written in
-    FP8; decoder, predictor: their layers too, trained (models/fp8_adaln.py, fp8_context.py).
+    FP8.
     """
     _SWITCHES.update(switches)
 
@@ -65,28 +65,21 @@ def encoder_layer(
     layer: TransformerLayer, x: Tensor, rope: Tensor | None, pattern: AttentionPattern | None
 ) -> Tensor:
     """What EncoderLayer does: x [s, rows, D] -> the same shape."""
-    attention, size, trained = layer.self_attention, x.shape, torch.is_grad_enabled()
+    attention, mlp, size, trained = layer.self_attention, layer.mlp, x.shape, torch.is_grad_enabled()
     eps, (y, bias) = layer.config.layernorm_epsilon, carried.pending(layer) or (None, None)
     flat, y = x.flatten(0, 1), None if y is None else y.flatten(0, 1)
-    qkv, norm = attention.linear_qkv, layer.input_layernorm
-    turning = Turning.of(attention, "qkv", flat, trained)
-    flat, *parts = NormTurn.apply(
+    qkv, norm, turning = attention.linear_qkv, layer.input_layernorm, Turning.of(attention, flat, trained)
+    flat, *parts = _NormTurn.apply(
         flat, y, bias, norm.weight, norm.bias, qkv.weight, qkv.bias, *rope.flatten(1, 2), turning, eps
     )
     y, bias = _project(attention, [part.unflatten(0, size[:2]) for part in parts], pattern, trained)
-    return mlp_half(layer, flat.view(size), y, bias)
-
-
-def mlp_half(layer: TransformerLayer, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
-    """x [s, rows, D] + y + bias, norm, MLP, and its addition, which may be left to the next layer."""
-    norm, inside = layer.pre_mlp_layernorm, fp8_mlp.Inside.of(layer.mlp, x.flatten(0, 1))
+    norm, inside = layer.pre_mlp_layernorm, fp8_mlp.Inside.of(mlp, flat)
     one, two = inside.linears
-    of_norm, of_linears = (norm.weight, norm.bias), (one.weight, one.bias, two.weight)
     flat, y = _NormMlp.apply(
-        x.flatten(0, 1), y.flatten(0, 1), bias, *of_norm, *of_linears, inside, layer.config.layernorm_epsilon
+        flat, y.flatten(0, 1), bias, norm.weight, norm.bias, one.weight, one.bias, two.weight, inside, eps
     )
     leave = carried.left if _SWITCHES["carry"] else lambda _, *added: fused.add(*added)
-    return leave(layer, flat.view(x.shape), y.view(x.shape), two.bias)
+    return leave(layer, flat.view(size), y.view(size), two.bias)
 
 
 def _project(
@@ -141,28 +134,26 @@ def _norm_backward(ctx: Any, dnormed: Tensor, dtotal: Tensor) -> tuple[Tensor | 
 
 @dataclass
 class Turning:
-    """The linear of queries, keys and values (or some of them) in one pass; what its backward pass reads."""
+    """The linear of queries, keys and values in one pass, and what its backward pass reads."""
 
     linear: Any
     quantizers: tuple
     heads: int
-    parts: int
     trained: bool
     kept: tuple | None = None
     first: bool = False
 
     @classmethod
-    def of(cls, attention: Any, kind: str, x: Tensor, trained: bool = True) -> Turning:
-        """kind: qkv, kv or q."""
-        linear, heads = getattr(attention, f"linear_{kind}"), attention.num_attention_heads_per_partition
-        return cls(linear, opened(linear, x, trained), heads, len(kind), trained)
+    def of(cls, attention: Any, x: Tensor, trained: bool) -> Turning:
+        linear = attention.linear_qkv
+        return cls(linear, opened(linear, x, trained), attention.num_attention_heads_per_partition, trained)
 
     def forward(self, low: Any, bias: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """[N, D] in FP8 -> queries, keys and values, turned: [N, A, d] each."""
         from nextvid_mcore.models import triton_pieces
 
         low_weight = weight(self.linear, self.quantizers, self.trained)
-        packed = product(low_weight, low, dtype, bias=bias).view(len(cos), self.heads, self.parts, -1)
+        packed = product(low_weight, low, dtype, bias=bias).view(len(cos), self.heads, 3, -1)
         parts = packed.unbind(2)
         triton_pieces.turn(parts, packed, cos, sin, back=False)
         if self.trained:
@@ -192,7 +183,7 @@ class Turning:
             FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
 
 
-class NormTurn(torch.autograd.Function):
+class _NormTurn(torch.autograd.Function):
     """x + y + bias [N, D]; its norm's queries, keys and values, turned: [N, A, d] each."""
 
     @staticmethod

@@ -19,7 +19,6 @@ from nextvid_mcore.models import again
 from nextvid_mcore.models.fp8_products import (
     GRADIENT,
     INPUT,
-    Gradient,
     as_te,
     for_backward,
     opened,
@@ -80,15 +79,13 @@ class Inside:
     quantizers: tuple[tuple, tuple]
     trained: bool  # all is quantised in both directions
     remade: bool  # GELU's result is so in the backward pass, with the scale it had
-    gradient: Gradient
     kept: tuple | None = None
 
     @classmethod
     def of(cls, module: MLP, x: Tensor) -> Inside:
         linears, trained = (module.linear_fc1, module.linear_fc2), torch.is_grad_enabled()
         quantizers = tuple(opened(linear, x, trained) for linear in linears)
-        gradient = Gradient(quantizers[1][GRADIENT])
-        return cls(linears, quantizers, trained, again.wanted(module.config), gradient)
+        return cls(linears, quantizers, trained, again.wanted(module.config))
 
     def forward(self, low_x: Any, b1: Tensor, dtype: torch.dtype) -> Tensor:
         """[N, D] in FP8 -> [N, D]."""
@@ -113,8 +110,9 @@ class Inside:
 
         (one, two), (first, second) = self.linears, self.quantizers
         h, b1, low_x, low_w1, low_a, low_w2, scale = self.kept
-        self.kept, given, to = None, second[INPUT], first[GRADIENT]
-        low_dy = self.gradient.take(dy)
+        self.kept, given, to, of = None, second[INPUT], first[GRADIENT], second[GRADIENT]
+        of.set_usage(rowwise=True, columnwise=True)
+        low_dy = of(dy.contiguous())
         if low_a is None:
             seen = torch.zeros_like(given.amax)  # it has been told
             low_a = triton_fp8.gelu(h, b1, scale, seen, torch_dtype(given), columns=True, rows=False)

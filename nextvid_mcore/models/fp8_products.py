@@ -7,7 +7,6 @@ own quantisers, scales, weights and their quantised copies.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,31 +68,6 @@ def product(a: Any, b: Any, dtype: torch.dtype, **how: Any) -> Tensor:
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
     return general_gemm(a, b, out_dtype=dtype, use_split_accumulator="layout" in how, **how)[0]
-
-
-@dataclass
-class Gradient:
-    """A linear's output's gradient, which is in FP8 already where what is downstream could write it so.
-
-    Autograd carries no FP8 from one to the other: it brings a tensor that stands for it, NaN all over.
-    """
-
-    quantizer: Any
-    low: Any = None
-
-    def put(self, scaled: Any, like: Tensor) -> Tensor:
-        """Keep it, rows alone; what autograd is to carry, of `like`'s size."""
-        self.low = as_te(scaled, self.quantizer, like.dtype)
-        return like.new_full((), torch.nan).expand(like.shape)
-
-    def take(self, dy: Tensor) -> Any:
-        """In both directions."""
-        low, self.low = self.low, None
-        if low is None:
-            self.quantizer.set_usage(rowwise=True, columnwise=True)
-            return self.quantizer(dy.contiguous())
-        low.update_usage(rowwise_usage=True, columnwise_usage=True)
-        return low
 
 
 def torch_dtype(quantizer: Any) -> torch.dtype:

@@ -190,15 +190,11 @@ def gated_add(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> Tensor:
 
 
 class Added(NamedTuple):
-    """What `gated_add` adds: a linear's output and bias, and the gate of both.
-
-    sink: what takes the gradient of y in FP8 (`fp8_products.Gradient`), if anything does.
-    """
+    """What `gated_add` adds: a linear's output and bias, and the gate of both."""
 
     y: Tensor
     bias: Tensor
     gate: Tensor
-    sink: Any = None
 
 
 def gated_norm(
@@ -208,8 +204,7 @@ def gated_norm(
     if compiles(x) and takes("gated_norm"):
         kernels = _triton("triton_adaln")
         if kernels.fits(x):
-            *added, sink = added or (None,) * 4
-            return kernels.GatedNorm.apply(x, *added, shift, scale, eps, sink)
+            return kernels.GatedNorm.apply(x, *(added or (None,) * 3), shift, scale, eps)
     if added is not None:
         x = gated_add(x, added.gate, added.y, added.bias)
     return x, modulate(x, shift, scale, eps)

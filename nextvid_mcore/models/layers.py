@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import Module
 
-from nextvid_mcore.models import again, carried, fp8_context, fp8_layer, fp8_mlp, fused
+from nextvid_mcore.models import again, carried, fp8_layer, fp8_mlp, fused
 from nextvid_mcore.models.attention import AttentionPattern
 
 
@@ -143,9 +143,6 @@ class ContextLayer(carried.Carries, TransformerLayer):
         **unused: Any,
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [queries, rows, E] and context [keys, rows, E] -> the same two."""
-        if fp8_context.fits(self.config, hidden_states):
-            given = hidden_states, context, rotary_pos_emb, attention_bias
-            return fp8_context.layer(self, *given), context
         before = carried.pending(self)
         hidden_states, normed = norm(self, hidden_states, before, self.pre_cross_attn_layernorm)
         attended = self.cross_attention(

@@ -14,7 +14,6 @@ has the functions that this stands for.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nextvid_mcore.models import triton_fp8, triton_pieces
-from nextvid_mcore.models.fp8_products import torch_dtype
-from nextvid_mcore.models.triton_fp8 import Scaled, rounded, tell
+from nextvid_mcore.models import triton_pieces
 
 WIDEST = 512  # values of a token: a program keeps four sums of each in registers
 WARPS = 4  # of a program, each with a token at a time
@@ -58,23 +55,11 @@ def _vector(base, D: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def _opened(scale, inverse):
-    """A quantiser's scale; `inverse` [1] becomes what undoes it."""
-    by = tl.load(scale)
-    if tl.program_id(0) == 0:
-        tl.store(inverse, 1.0 / by)
-    return by
-
-
-@triton.jit
 def _adaln_forward(
-    x, y, bias, gate, shift, scale, total, normed, mean, rstd, by, amax, inverse, tokens, rows, gate_stride,
-    stride, eps, SHARE: tl.constexpr, D: tl.constexpr, ADD: tl.constexpr, LIMIT: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr,
+    x, y, bias, gate, shift, scale, total, normed, mean, rstd, tokens, rows, gate_stride, stride, eps,
+    SHARE: tl.constexpr, D: tl.constexpr, ADD: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) % rows
-    if LIMIT is not None:
-        most, by = tl.zeros([BT, BC], tl.float32), _opened(by, inverse)
     shifts, scales = _vector(shift + row * stride, D, BC), _vector(scale + row * stride, D, BC)
     if ADD:
         gates, biases = _vector(gate + row * gate_stride, D, BC), _vector(bias, D, BC)
@@ -109,25 +94,16 @@ def _adaln_forward(
         for i in tl.static_range(len(values)):
             c = i * BC + tl.arange(0, BC)
             a = apart[i] * deviation[:, None] * (1.0 + scales[i]) + shifts[i]
-            inside = there[:, None] & (c < D)[None, :]
-            if LIMIT is not None:
-                most = tl.maximum(most, tl.where(inside, tl.abs(a), 0.0))
-                a = rounded(a, by, normed.dtype.element_ty, LIMIT)
-            tl.store(normed + number[:, None] * D + c[None, :], a, mask=inside)
-    if LIMIT is not None:
-        tell(tl.max(most), amax)
+            tl.store(normed + number[:, None] * D + c[None, :], a, mask=there[:, None] & (c < D)[None, :])
 
 
 @triton.jit
 def _adaln_backward(
-    dnormed, dpast, total, y, gate, scale, mean, rstd, dx, dy, sums, by, amax, inverse, tokens, rows,
-    gate_stride, stride, share, D: tl.constexpr, ADD: tl.constexpr, PAST: tl.constexpr, LIMIT: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr,
+    dnormed, dpast, total, y, gate, scale, mean, rstd, dx, dy, sums, tokens, rows, gate_stride, stride, share,
+    D: tl.constexpr, ADD: tl.constexpr, PAST: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Sums of a share, [4 or 2, D]: of dnormed, of it times the norm; of dx, of it times y."""
     row = tl.program_id(0) % rows
-    if LIMIT is not None:
-        most, by = tl.zeros([BT, BC], tl.float32), _opened(by, inverse)
     scales = _vector(scale + row * stride, D, BC)
     dshift = ()
     for _ in tl.static_range(0, D, BC):
@@ -170,18 +146,12 @@ def _adaln_backward(
                 a += past[i]
             tl.store(dx + number[:, None] * D + c[None, :], a, mask=inside)
             if ADD:
-                b = a * gates[i]  # 0 where no token is, and beyond D
-                if LIMIT is not None:
-                    most = tl.maximum(most, tl.abs(b))
-                    b = rounded(b, by, dy.dtype.element_ty, LIMIT)
-                tl.store(dy + number[:, None] * D + c[None, :], b, mask=inside)
+                tl.store(dy + number[:, None] * D + c[None, :], a * gates[i], mask=inside)
                 with_y += (along_y[i] + a * branch[i],)
                 sums_x += (plain[i] + a,)
         if ADD:
             plain, along_y = sums_x, with_y
         step += BT
-    if LIMIT is not None:
-        tell(tl.max(most), amax)
     to = sums + tl.program_id(0).to(tl.int64) * ((4 if ADD else 2) * D)
     for i in tl.static_range(len(dshift)):
         c = i * BC + tl.arange(0, BC)
@@ -251,20 +221,6 @@ def _alike(shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, int]:
     return shift, scale, stride
 
 
-@dataclass(frozen=True)
-class Quantum:
-    """How a quantiser makes FP8: its scale, the largest value so far [1], which grows, and the type."""
-
-    scale: Tensor
-    amax: Tensor
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, quantizer: Any) -> Quantum:
-        """A quantiser of Transformer Engine's."""
-        return cls(quantizer.scale, quantizer.amax, torch_dtype(quantizer))
-
-
 def forward(
     x: Tensor,
     y: Tensor | None,
@@ -273,63 +229,39 @@ def forward(
     shift: Tensor,
     scale: Tensor,
     eps: float,
-    low: Quantum | None = None,
-) -> tuple[Tensor, Tensor | Scaled, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [s, rows, E] (+ gate * (y + bias)), its norm * (1 + scale) + shift, mean and 1 / deviation.
 
-    The vectors are [1, rows, E]. low: of the second, rows alone, [s * rows, E].
+    The vectors are [1, rows, E].
     """
     s, rows, width = x.shape
-    if low is not None and not x.is_cuda:
-        total = x if y is None else x + gate * (y + bias)
-        normed, mean, rstd = torch.native_layer_norm(total.float(), (width,), None, None, eps)
-        normed = normed * (1 + scale.float()) + shift.float()
-        low_normed = triton_fp8.scaled(normed.flatten(0, 1), low.scale, low.amax, low.dtype, False)
-        return total, low_normed, mean.flatten(), rstd.flatten()
     x, (shift, scale, stride) = x.contiguous(), _alike(shift, scale)
     total, gate_stride = x, 0
     if y is not None:
         y, total, (gate, gate_stride) = y.contiguous(), torch.empty_like(x), _rows(gate)
-    normed = torch.empty_like(x) if low is None else x.new_empty(s * rows, width, dtype=low.dtype)
+    normed = torch.empty_like(x)
     mean, rstd = torch.empty(2, s * rows, dtype=torch.float32, device=x.device)
-    quantum, inverse, limit = _given(low, x)
     _adaln_forward[(rows * triton.cdiv(s, FORWARD_TOKENS),)](
-        x, y, bias, gate, shift, scale, total, normed, mean, rstd, *quantum, inverse, s, rows, gate_stride,
-        stride, eps, SHARE=FORWARD_TOKENS, ADD=y is not None, LIMIT=limit, **_tile(width),
+        x, y, bias, gate, shift, scale, total, normed, mean, rstd, s, rows, gate_stride, stride, eps,
+        SHARE=FORWARD_TOKENS, ADD=y is not None, **_tile(width),
     )  # fmt: skip
-    return total, normed if low is None else Scaled(normed, None, inverse), mean, rstd
-
-
-def _given(low: Quantum | None, x: Tensor) -> tuple[tuple, Tensor | None, float | None]:
-    """What kernels get of it: scale and largest value; the inverse to be written; the type's largest."""
-    if low is None:
-        return (None, None), None, None
-    return (low.scale, low.amax), x.new_empty(1, dtype=torch.float32), torch.finfo(low.dtype).max
+    return total, normed, mean, rstd
 
 
 class GatedNorm(torch.autograd.Function):
-    """`forward` in the tensors' own precision; sink: takes y's gradient in FP8 (`Gradient`)."""
+    """`forward`, and `backward` to all that it was given."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
-        *tensors, eps, ctx.sink = given
-        _, y, bias, gate, _, scale = tensors
+        _, y, bias, gate, _, scale, _ = given
         ctx.set_materialize_grads(False)
-        total, normed, mean, rstd = forward(*tensors, eps)
+        total, normed, mean, rstd = forward(*given)
         ctx.save_for_backward(total, y, bias, gate, scale, mean, rstd)
         return total, normed
 
     @staticmethod
     def backward(ctx: Any, dpast: Tensor | None, dnormed: Tensor) -> tuple[Tensor | None, ...]:
-        return *through(ctx.sink, dnormed, dpast, *ctx.saved_tensors), None, None
-
-
-def through(sink: Any | None, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-    """`backward`, with the gradient of y given to `sink` if there is one."""
-    if sink is None:
-        return backward(*given)
-    dx, low, *rest = backward(*given, low=Quantum.of(sink.quantizer))
-    return dx, sink.put(low, dx), *rest
+        return *backward(dnormed, dpast, *ctx.saved_tensors), None
 
 
 @functools.cache
@@ -357,28 +289,19 @@ def backward(
     scale: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    low: Quantum | None = None,
-) -> tuple[Tensor | Scaled | None, ...]:
-    """Gradients of x, y, bias, gate, shift and scale; `dpast` came past the norm. low: of y's."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, y, bias, gate, shift and scale; `dpast` came past the norm."""
     (s, rows, width), added = total.shape, y is not None
     dnormed, dpast = dnormed.contiguous(), None if dpast is None else dpast.contiguous()
-    if low is not None and not total.is_cuda:
-        dx, dy, *rest = _reference_backward(dnormed, dpast, total, y, bias, gate, scale, mean, rstd)
-        dy = triton_fp8.scaled(dy.flatten(0, 1), low.scale, low.amax, low.dtype, False)
-        return dx.to(total.dtype), dy, *(x.to(total.dtype) for x in rest)
     share, tile = share_of(s, rows, total.device), _tile(width)
     shares = triton.cdiv(s, share)
-    dx, dy = torch.empty_like(total), None
-    if added:
-        dy = torch.empty_like(y) if low is None else y.new_empty(s * rows, width, dtype=low.dtype)
+    dx, dy = torch.empty_like(total), torch.empty_like(y) if added else None
     sums = scale.new_empty(shares, rows, 4 if added else 2, width, dtype=torch.float32)
     gate, gate_stride = _rows(gate) if added else (None, 0)
     scale, stride = _rows(scale)
-    quantum, inverse, limit = _given(low, total)
     _adaln_backward[(rows * shares,)](
-        dnormed, dpast, total, y, gate, scale, mean, rstd, dx, dy, sums, *quantum, inverse, s, rows,
-        gate_stride, stride, share, ADD=added, PAST=dpast is not None, LIMIT=limit,
-        **tile, **({"maxnreg": REGISTERS} if width <= 384 else {}),
+        dnormed, dpast, total, y, gate, scale, mean, rstd, dx, dy, sums, s, rows, gate_stride, stride, share,
+        ADD=added, PAST=dpast is not None, **tile, **({"maxnreg": REGISTERS} if width <= 384 else {}),
     )  # fmt: skip
     blocks = triton.cdiv(rows, GATHERED_ROWS)
     found = scale.new_empty(3 if added else 2, 1, rows, width)
@@ -389,16 +312,4 @@ def backward(
     )  # fmt: skip
     if not added:
         return dx, None, None, None, found[0], found[1]
-    dy = dy if low is None else Scaled(dy, None, inverse)
     return dx, dy, triton_pieces.sum_of(biases, bias.dtype), found[2], found[0], found[1]
-
-
-def _reference_backward(dnormed: Tensor, dpast: Tensor | None, *saved: Tensor) -> tuple[Tensor, ...]:
-    """`backward` in fp32, as it is written."""
-    dnormed, total, y, bias, gate, scale, mean, rstd = (x.float() for x in (dnormed, *saved))
-    mean, rstd = (x.view(*total.shape[:2], 1) for x in (mean, rstd))
-    normed, grad = (total - mean) * rstd, dnormed * (1 + scale)
-    dx = (grad - grad.mean(-1, True) - normed * (grad * normed).mean(-1, True)) * rstd
-    dx = dx if dpast is None else dx + dpast.float()
-    dy, dgate = gate * dx, (dx * (y + bias)).sum(0, True)
-    return dx, dy, dy.sum((0, 1)), dgate, dnormed.sum(0, True), (dnormed * normed).sum(0, True)

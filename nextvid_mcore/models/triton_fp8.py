@@ -213,12 +213,12 @@ def _norm_both(x, y, bias, weight, shift, total, mean, rstd, scale, amax, invers
 
 @triton.jit
 def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns_out, sums, tokens,
-                   A: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, HALF: tl.constexpr,
-                   LIMIT: tl.constexpr, HEADS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):  # fmt: skip
+                   A: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, LIMIT: tl.constexpr,
+                   HEADS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):  # fmt: skip
     """HEADS heads of BT tokens of queries, keys or values: as triton_pieces._turn goes back, not rounded."""
-    W: tl.constexpr = A * PARTS * D
+    W: tl.constexpr = A * 3 * D
     shares: tl.constexpr = (A + HEADS - 1) // HEADS
-    kind, part = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS // shares
+    kind, part = tl.program_id(0) % 3, tl.program_id(0) // 3 // shares
     by = tl.load(scale)
     if tl.program_id(0) == 0:
         tl.store(inverse, 1.0 / by)
@@ -227,7 +227,7 @@ def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns
     low = d < HALF
     partner = tl.where(low, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
     inside = (t < tokens)[:, None] & (d < D)[None, :]
-    turns = (d < 2 * HALF) & ((kind < PARTS - 1) | (PARTS == 1))
+    turns = (d < 2 * HALF) & (kind < 2)
     angle = t.to(tl.int64)[:, None] * HALF + tl.where(low, d, d - HALF)[None, :]
     c = tl.load(cos + angle, mask=inside & turns[None, :], other=1.0)
     s = tl.load(sin + angle, mask=inside & turns[None, :], other=0.0)
@@ -235,7 +235,7 @@ def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns
     # Triton's interpreter multiplies the bits of bf16 as if they were integers
     swap = (d[:, None] == partner[None, :]).to(dq.dtype.element_ty if GPU else tl.float32)
     most = tl.zeros([BT, BD], tl.float32)
-    head = tl.program_id(0) // PARTS % shares * HEADS
+    head = tl.program_id(0) // 3 % shares * HEADS
     at = x + t.to(tl.int64)[:, None] * (A * D)
     ahead = tl.load(at + head * D + d[None, :], mask=inside, other=0.0)
     stop = tl.minimum(head + HEADS, A)
@@ -244,7 +244,7 @@ def _turn_backward(dq, dk, dv, cos, sin, scale, amax, inverse, rows_out, columns
         there = inside & (head + 1 < stop)
         ahead = tl.load(at + (head + 1) * D + d[None, :], mask=there, other=0.0)
         y = y.to(tl.float32) * c + tl.dot(y.to(swap.dtype), swap, input_precision="ieee") * s
-        to = (head * PARTS + kind) * D + d
+        to = (head * 3 + kind) * D + d
         tl.store(sums + part.to(tl.int64) * W + to, tl.sum(y, 0), mask=d < D)
         _put(y, by, rows_out, columns_out, t, to, inside, tokens, W, LIMIT, True)
         most = tl.maximum(most, tl.abs(y))
@@ -271,7 +271,7 @@ def gelu(
 ) -> Scaled:
     """Exact GELU of x [N, W] + bias [W], times `scale`, in `dtype`; `amax` [1] grows to its largest value."""
     if not x.is_cuda:
-        out = scaled(F.gelu(x.float() + bias.float()), scale, amax, dtype, columns)
+        out = _scaled(F.gelu(x.float() + bias.float()), scale, amax, dtype, columns)
         return out if rows else replace(out, rows=None)
     out, (number, width) = _room(x, x.shape, dtype, columns, rows), x.shape
     tile = TILE if columns else FLAT
@@ -292,7 +292,7 @@ def gelu_backward(
         a = (x.float() + bias.float()).requires_grad_()
         with torch.enable_grad():
             (grad,) = torch.autograd.grad(F.gelu(a), a, dy.float())
-        return scaled(grad, scale, amax, dtype, True), grad.sum(0).to(bias.dtype)
+        return _scaled(grad, scale, amax, dtype, True), grad.sum(0).to(bias.dtype)
     out, (rows, width) = _room(x, x.shape, dtype, True), x.shape
     grid = (triton.cdiv(width, BACK["BC"]), triton.cdiv(rows, BACK["BR"]))
     sums = torch.empty(grid[1], width, dtype=torch.float32, device=x.device)
@@ -318,7 +318,7 @@ def norm(
     if not x.is_cuda:
         total = x if y is None else x + (y + bias)
         normed = F.layer_norm(total.float(), total.shape[-1:], weight.float(), shift.float(), eps)
-        return total, scaled(normed, scale, amax, dtype, False)
+        return total, _scaled(normed, scale, amax, dtype, False)
     out, (rows, width), block = _room(x, x.shape, dtype, False), x.shape, triton.next_power_of_2(x.shape[-1])
     total = x if y is None else torch.empty_like(x)
     _norm[(triton.cdiv(rows, ROW["BR"]),)](
@@ -344,7 +344,7 @@ def norm_both(
         total, _ = norm(x, y, bias, weight, shift, eps, scale, amax, dtype)
         given = total.float(), total.shape[-1:], weight.float(), shift.float(), eps
         normed, mean, rstd = torch.native_layer_norm(*given)
-        return total, scaled(normed, scale, amax, dtype, True), mean[:, 0], rstd[:, 0]
+        return total, _scaled(normed, scale, amax, dtype, True), mean[:, 0], rstd[:, 0]
     out, (rows, width) = _room(x, x.shape, dtype, True), x.shape
     total = x if y is None else torch.empty_like(x)
     mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device)
@@ -358,25 +358,26 @@ def norm_both(
 def turn_backward(
     grads: Sequence[Tensor], cos: Tensor, sin: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype
 ) -> tuple[Scaled, Tensor]:
-    """Gradient of packed heads [N, A * parts * d], both directions, and of a bias added to them.
+    """Gradient of packed heads [N, A * 3 * d], both directions, and of a bias added to them.
 
-    grads: of [q, k, v], [k, v] or [q], [N, A, d] each; q and k were turned by cos and sin, fp32 [N, R / 2].
+    grads: of queries, keys and values [N, A, d]; the first two were turned by cos and sin, fp32 [N, R / 2].
     """
-    (tokens, heads, width), half, count = grads[0].shape, cos.shape[1], len(grads)
+    (tokens, heads, width), half = grads[0].shape, cos.shape[1]
     if not grads[0].is_cuda:
-        c, s, parts = cos[:, None], sin[:, None], [x.float() for x in grads]
-        for i, x in enumerate(parts[: max(1, count - 1)]):
+        q, k, v = (x.float() for x in grads)
+        c, s = cos[:, None], sin[:, None]
+        parts = []
+        for x in (q, k):
             first, second = x[..., :half], x[..., half : 2 * half]
-            parts[i] = torch.cat((first * c + second * s, second * c - first * s, x[..., 2 * half :]), -1)
-        packed = torch.stack(parts, 2).flatten(1)
-        return scaled(packed, scale, amax, dtype, True), packed.sum(0).to(grads[0].dtype)
+            parts.append(torch.cat((first * c + second * s, second * c - first * s, x[..., 2 * half :]), -1))
+        packed = torch.stack((*parts, v), 2).flatten(1)
+        return _scaled(packed, scale, amax, dtype, True), packed.sum(0).to(grads[0].dtype)
     shares, parts = triton.cdiv(heads, TURN["HEADS"]), triton.cdiv(tokens, TURN["BT"])
-    out = _room(grads[0], (tokens, heads * count * width), dtype, True)
-    sums = grads[0].new_empty(parts, heads * count * width, dtype=torch.float32)
-    given = [x.contiguous() for x in grads]
-    _turn_backward[(parts * shares * count,)](
-        given[0], given[min(1, count - 1)], given[-1], cos, sin, scale, amax, out.inverse, out.rows,
-        out.columns, sums, tokens, A=heads, D=width, PARTS=count, HALF=half, LIMIT=torch.finfo(dtype).max,
+    out = _room(grads[0], (tokens, heads * 3 * width), dtype, True)
+    sums = grads[0].new_empty(parts, heads * 3 * width, dtype=torch.float32)
+    _turn_backward[(parts * shares * 3,)](
+        *(x.contiguous() for x in grads), cos, sin, scale, amax, out.inverse, out.rows, out.columns, sums,
+        tokens, A=heads, D=width, HALF=cos.shape[1], LIMIT=torch.finfo(dtype).max,
         BD=max(16, triton.next_power_of_2(width)), **TURN,
     )  # fmt: skip
     return out, triton_pieces.sum_of(sums, grads[0].dtype)
@@ -390,7 +391,7 @@ def _room(x: Tensor, size: Sequence[int], dtype: torch.dtype, columns: bool, row
     )
 
 
-def scaled(y: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, columns: bool) -> Scaled:
+def _scaled(y: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, columns: bool) -> Scaled:
     """The reference: fp32 `y` as the kernels store it."""
     amax.copy_(torch.maximum(amax, y.abs().max()))
     limit = torch.finfo(dtype).max

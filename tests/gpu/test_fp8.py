@@ -210,8 +210,7 @@ def test_recorded_equals_eager(recipe: str) -> None:
             assert off < 10 * rel, role
 
 
-NARROW = {"decoder": True, "predictor": True}
-WHOLE = {"trained": True, "carry": True, "attention": True, **NARROW}
+WHOLE = {"trained": True, "carry": True, "attention": True}
 
 
 def write_fp8(pieces: bool, **layers: bool) -> None:
@@ -226,7 +225,7 @@ def with_pieces(
     quantises: bool, recompute: str = "none", layers: dict[str, bool] | None = None
 ) -> tuple[dict[str, float], dict[str, torch.Tensor], dict[str, int]]:
     """Losses and gradients in `delayed`, and how often pieces were called; attention: `prefix` or masked."""
-    from nextvid_mcore.models import fused, kernels, triton_adaln, triton_fp8
+    from nextvid_mcore.models import fused, kernels, triton_fp8
 
     config = small(recompute, all="delayed")
     step, point = built(config)
@@ -238,7 +237,7 @@ def with_pieces(
         return kernels.prefix if kernels._prefix_fits(q, pattern) else kernels.masked
 
     pieces = [(triton_fp8, x) for x in ("gelu", "norm", "norm_both", "turn_backward")]
-    pieces += [(fused, "add"), (kernels, "prefix_low"), (triton_adaln, "forward"), (triton_adaln, "backward")]
+    pieces += [(fused, "add"), (kernels, "prefix_low")]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(kernels, "choose", choose))
         calls = {
@@ -258,28 +257,22 @@ def close(found: tuple, wanted: tuple, label: str) -> None:
         assert off < GRADIENT / 2, role
 
 
-@pytest.mark.parametrize(
-    "layers",
-    [{}, {"attention": True}, {"carry": True}, {"decoder": True}, {"predictor": True}, WHOLE],
-    ids=str,
-)
+@pytest.mark.parametrize("layers", [{}, {"attention": True}, {"carry": True}, WHOLE], ids=str)
 def test_pieces_that_quantise(layers: dict[str, bool]) -> None:
     """The same numbers as GELU and norm in bf16 that are then quantised, but for a rounding in between."""
     wanted = shared(1).run(with_pieces, False, timeout=60)[0]
     found = shared(1).run(with_pieces, True, "none", layers, timeout=60)[0]
     passes, trained = (3 + 2) * (BATCH // MICRO), layers.get("trained", False)  # three rehearsals
-    none, decoder, predictor = dict.fromkeys(wanted[2], 0), *(layers.get(role, False) for role in NARROW)
+    none = dict.fromkeys(wanted[2], 0)
     assert wanted[2] == none | {"add": passes * 2 * (4 + 4 + 2)}  # the norm's addition is one too
-    left, left_narrow = (1, 1) if layers.get("carry") else (4, 2)
+    left = 1 if layers.get("carry") else 4
     assert {name: count / passes for name, count in found[2].items()} == {
         "gelu": 4 + 4 + 2 + 2,
         "norm": 2 * 4,
-        "norm_both": 2 * 4 * trained + 2 * 2 * predictor,
-        "turn_backward": 4 * trained + 2 * decoder + 2 * 2 * predictor,
-        "add": (left_narrow if predictor else 2 * 2) + left + (left if trained else 2 * 4),
+        "norm_both": 2 * 4 * trained,
+        "turn_backward": 4 * trained,
+        "add": 2 * 2 + left + (left if trained else 2 * 4),
         "prefix_low": 4 * layers.get("attention", False) * (torch.cuda.get_device_capability() == (9, 0)),
-        "forward": 2 * 2 * decoder,
-        "backward": 2 * 2 * decoder,
     }
     close(found, wanted, "to FP8")
 

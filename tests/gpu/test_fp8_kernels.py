@@ -131,16 +131,13 @@ def test_norm_in_both_directions(rows: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize(
-    ("parts", "tokens", "heads", "width"),
-    [(3, 1000, 3, 64), (3, 16128, 22, 64), (3, 100, 9, 24), (1, 57344, 12, 32), (2, 1000, 12, 32)],
-)
-def test_rotation_back(dtype: torch.dtype, parts: int, tokens: int, heads: int, width: int) -> None:
+@pytest.mark.parametrize(("tokens", "heads", "width"), [(1000, 3, 64), (16128, 22, 64), (100, 9, 24)])
+def test_rotation_back(dtype: torch.dtype, tokens: int, heads: int, width: int) -> None:
     from nextvid_mcore.models import triton_fp8
     from nextvid_mcore.rope import angles, turns
 
     generator = torch.Generator().manual_seed(0)
-    grads = torch.randn(parts, tokens, heads, width, generator=generator).bfloat16()
+    grads = torch.randn(3, tokens, heads, width, generator=generator).bfloat16()
     grads[0, 0, 0, 0] = 30.0  # beyond what the scale leaves room for
     cos, sin = turns(angles(torch.randint(0, 16, (tokens, 3), generator=generator), width))
     found = {}
@@ -157,45 +154,3 @@ def test_rotation_back(dtype: torch.dtype, parts: int, tokens: int, heads: int, 
     torch.testing.assert_close(bias, wanted[1], rtol=2e-2, atol=0.1)
     torch.testing.assert_close(inverse, wanted[2])
     torch.testing.assert_close(amax, wanted[3], rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize(("s", "rows", "width"), [(256, 224, 384), (37, 3, 200)])
-def test_adaln_kernels(dtype: torch.dtype, s: int, rows: int, width: int) -> None:
-    """Against the reference and the same kernels in bf16; the same numbers every time."""
-    from nextvid_mcore.models import triton_adaln as t
-
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator).bfloat16()
-
-    gate, shift, scale = draw(1, rows, 6 * width).chunk(6, -1)[:3]
-    stream = [draw(s, rows, width), draw(s, rows, width), draw(width), gate, shift, scale]
-    grads, moments = [draw(s, rows, width) for _ in range(2)], torch.rand(2, s * rows, generator=generator)
-
-    def by(device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        amax, scales = torch.zeros(2, 1, device=device), torch.tensor([50.0, 20.0], device=device)
-        on = [x.to(device) for x in stream]
-        if device == "cuda":  # every row begins where it does in the linear's output
-            vectors = torch.cat([x.to(device) for x in (gate, shift, scale)], -1)
-            on[3:] = vectors.chunk(3, -1)
-        total, low, *rest = t.forward(*on, 1e-6, low=t.Quantum(scales[0], amax[0], dtype))
-        given = [x.to(device) for x in grads], (total, *on[1:4], on[5], *moments.to(device))
-        dx, dy, *more = t.backward(*given[0], *given[1], low=t.Quantum(scales[1], amax[1], dtype))
-        found = [total, low.rows, low.inverse, *rest, dx, dy.rows, dy.inverse, *more, amax]
-        if device == "cpu":
-            return [x.float() for x in found], []
-        bf16 = t.forward(*on, 1e-6)[1], t.backward(*given[0], *given[1])[1]
-        return [x.cpu().float() for x in found], [x.flatten(0, 1).cpu().float() for x in bf16]
-
-    (found, bf16), (again, _), (wanted, _) = by("cuda"), by("cuda"), by("cpu")
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-    for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
-        off = ((a - b).norm() / b.norm()).item()
-        print(f"{i}: {off:.1e}", end=" ")
-        assert off < (0.05 if i in (1, 6) else 1e-2), i  # FP8: a bf16 before it falls on another side
-    for low, high, by_ in ((found[1], bf16[0], 50.0), (found[6], bf16[1], 20.0)):
-        limit = torch.finfo(dtype).max
-        rounded = (high * by_).clamp(-limit, limit).to(dtype).float()
-        assert ((low - rounded).norm() / rounded.norm()).item() < 0.05

@@ -38,8 +38,6 @@ class Low:
     _quantizer = property(lambda self: self.quantizer)
 
     def update_usage(self, rowwise_usage: bool, columnwise_usage: bool) -> None:
-        if columnwise_usage and self.data_transpose is None:
-            self.data_transpose = self._data.t().contiguous()
         self.data = self.data if rowwise_usage else None
         self.data_transpose = self.data_transpose if columnwise_usage else None
 

@@ -13,7 +13,7 @@ from test_kernels import scalars  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from nextvid_mcore import rope
-from nextvid_mcore.models import carried, fp8_context, fp8_layer, kernels
+from nextvid_mcore.models import carried, fp8_layer, kernels
 from nextvid_mcore.models.attention import Frames, PatternAttention, regular_pattern
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled then: tests/gpu/test_fp8.py")
@@ -57,14 +57,13 @@ def test_norm_in_both_directions(monkeypatch, dtype: torch.dtype, rows: int, wid
 
 @interpreted
 @pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize(("tokens", "heads", "width"), [(21, 3, 16), (40, 9, 24), (16, 2, 6)])
-def test_rotation_back(monkeypatch, dtype, tokens: int, heads: int, width: int, parts: int) -> None:
+def test_rotation_back(monkeypatch, dtype, tokens: int, heads: int, width: int) -> None:
     from nextvid_mcore.models import triton_fp8 as t
     from nextvid_mcore.models import triton_pieces
 
     monkeypatch.setattr(t, "TURN", {"BT": 16, "HEADS": 4})
-    grads = torch.randn(parts, tokens, heads, width)
+    grads = torch.randn(3, tokens, heads, width)
     positions = rope.token_positions(torch.arange(tokens) * 3, 4, 4)
     cos, sin = rope.turns(rope.angles(positions, width))
     most, scale = torch.zeros(2, 1), torch.tensor(100.0)
@@ -74,7 +73,7 @@ def test_rotation_back(monkeypatch, dtype, tokens: int, heads: int, width: int, 
     torch.testing.assert_close(plain(bias), wanted_bias)
     same(found, wanted)
     if dtype == torch.float32:
-        packed = torch.empty(tokens, heads, parts, width)
+        packed = torch.empty(tokens, heads, 3, width)
         triton_pieces.turn(list(grads), packed, cos, sin, back=True)
         torch.testing.assert_close(wanted.rows, packed.flatten(1) * scale)
 
@@ -231,77 +230,6 @@ def test_a_trained_layer(te: Roll, carry: bool, remade: bool) -> None:
         torch.testing.assert_close(found, grad, rtol=1e-3, atol=1e-3)
     assert qkv.made[2].seen == one.made[2].seen == 0 and qkv.made[2].amax > 0
     torch.testing.assert_close(one.made[0].scale, torch.tensor(SCALE))
-
-
-class Reads(Attention):
-    """What fp8_context asks of PatternCrossAttention."""
-
-    def __init__(self) -> None:
-        self.linear_q, self.linear_kv = Linear(WIDTH, WIDTH), Linear(WIDTH, 2 * WIDTH)
-        self.linear_proj = Linear(WIDTH, WIDTH)
-
-
-class Reader(Layer):
-    """And of ContextLayer."""
-
-    def __init__(self) -> None:
-        super().__init__(False)
-        self.cross_attention, self.pre_cross_attn_layernorm = Reads(), self.input_layernorm
-        kinds = ("linear_q", "linear_kv", "linear_proj")
-        self.linears = torch.nn.ModuleList(getattr(self.cross_attention, kind) for kind in kinds)
-        del self.self_attention
-
-    def plain(self, x: Tensor, context: Tensor, angles: Tensor, keys: Tensor) -> Tensor:
-        of_q, of_kv, proj = self.linears
-        q = F.linear(self.input_layernorm(x), of_q.weight, of_q.bias).unflatten(2, (HEADS, -1))
-        k, v = F.linear(context, of_kv.weight, of_kv.bias).unflatten(2, (HEADS, 2, -1)).unbind(3)
-        q, k = rope.rotate(q, angles[:, :, None]), rope.rotate(k, keys[:, :, None])
-        x = x + F.linear(self.cross_attention.attend(q, k, v, "pattern"), proj.weight, proj.bias)
-        one, two = self.mlp.linear_fc1, self.mlp.linear_fc2
-        hidden = F.gelu(F.linear(self.pre_mlp_layernorm(x), one.weight, one.bias))
-        return x + F.linear(hidden, two.weight, two.bias)
-
-
-@interpreted
-@pytest.mark.parametrize("carry", [False, True])
-def test_layers_that_read_a_context(te: Roll, carry: bool) -> None:
-    fp8_layer.use(carry=carry)
-    torch.manual_seed(0)
-    layers, keys = [Reader() for _ in range(2)], 5
-    carried.link(layers)
-    numbers = torch.arange(TOKENS * ROWS).view(TOKENS, ROWS)
-    angles = rope.angles(rope.token_positions(numbers, 4, 4), WIDTH // HEADS)
-    ropes, context = (rope.turns(angles), rope.turns(angles[:keys])), torch.randn(keys, ROWS, WIDTH)
-    x = torch.randn(TOKENS, ROWS, WIDTH)
-    leaves = [x.requires_grad_(), context.requires_grad_(), *(p for z in layers for p in z.parameters())]
-    y = ours = x
-    for layer in layers:
-        y = layer.plain(y, context, angles, angles[:keys])
-    dy = torch.randn_like(y)
-    wanted = torch.autograd.grad(y, leaves, dy)
-    for layer in layers:
-        ours = fp8_context.layer(layer, ours, context, ropes, "pattern")
-    torch.testing.assert_close(ours, y, rtol=1e-4, atol=1e-4)
-    ours.backward(dy)
-    assert te.renewed == 1
-    own = {id(layer.linears[2].weight) for layer in layers}  # left to autograd here
-    for leaf, grad in zip(leaves, wanted, strict=True):
-        buffer = getattr(leaf, "main_grad", None)
-        found = leaf.grad if buffer is None or id(leaf) in own else buffer - 1
-        torch.testing.assert_close(found, grad, rtol=1e-3, atol=1e-3)
-    for layer in layers:
-        of_q, of_kv, _ = layer.linears
-        assert [z.made[0].seen for z in (of_q, of_kv, layer.mlp.linear_fc1)] == [0, 1, 0]
-        assert [z.made[2].seen for z in (of_q, of_kv, layer.mlp.linear_fc1)] == [0, 0, 0]
-
-
-def test_which_predictors_go_this_way(monkeypatch) -> None:
-    monkeypatch.setattr(fp8_context.fp8_mlp, "fits", lambda config, x: x == "fits")
-    for on in (False, True):
-        fp8_layer.use(predictor=on)
-        assert fp8_context.fits(None, "fits") == on and not fp8_context.fits(None, "does not")
-        with torch.no_grad():
-            assert not fp8_context.fits(None, "fits")
 
 
 def test_what_goes_this_way(monkeypatch) -> None:

@@ -66,9 +66,7 @@ def norm_backward(dnormed, dpast, x, mean, rstd, weight, linear: bool) -> tuple:
 
 class GatedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x, y, bias, gate, shift, scale, eps: float, sink: None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, x, y, bias, gate, shift, scale, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
         total = x if y is None else x + gate * (y + bias)
         normed, mean, rstd = torch.native_layer_norm(total, x.shape[-1:], None, None, eps)
         ctx.save_for_backward(total, y, bias, gate, scale, mean, rstd)
@@ -84,9 +82,9 @@ class GatedNorm(torch.autograd.Function):
         dx = dx if dpast is None else dx + dpast
         dscale, dshift = ((dnormed * each).sum(0, keepdim=True) for each in (normed, 1))
         if y is None:
-            return dx, None, None, None, dshift, dscale, None, None
+            return dx, None, None, None, dshift, dscale, None
         dy, dgate = gate * dx, (dx * (y + bias)).sum(0, keepdim=True)
-        return dx, dy, dy.sum((0, 1)), dgate, dshift, dscale, None, None
+        return dx, dy, dy.sum((0, 1)), dgate, dshift, dscale, None
 
 
 @pytest.fixture
