@@ -59,8 +59,9 @@ class AdaLNLayer(carried.Carries, TransformerLayer):
         **unused: Any,
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [s, rows, E] and context, tau's vector [1, rows, E] or `join`ed -> the same two."""
+        before = carried.pending(self)  # first: if memory is full below, it goes with the pass
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(context[:1])
-        hidden_states, x = self.normed(hidden_states, carried.pending(self), shift1, scale1)
+        hidden_states, x = self.normed(hidden_states, before, shift1, scale1)
         y, bias = self.attend(x, context[1:], rotary_pos_emb)
         hidden_states, x = self.normed(hidden_states, Added(y, bias, gate1), shift2, scale2)
         y, bias = self.mlp(x)

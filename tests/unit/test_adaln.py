@@ -119,6 +119,7 @@ def test_a_pass_that_fails_keeps_nothing(groups) -> None:  # noqa: F811
     n, width = config.model.tokens_per_frame, config.model.predictor.width
     given = torch.randn(n, 2, width), torch.randn(n, 2, CHANNELS), torch.rand(2)
     full = mock.Mock(side_effect=torch.OutOfMemoryError)
-    with mock.patch.object(decoder.final_adaln, "forward", full), pytest.raises(torch.OutOfMemoryError):
-        decoder(*given)
-    assert decoder.end.added is None
+    for module in (decoder.block.layers[1].adaln, decoder.final_adaln):
+        with mock.patch.object(module, "forward", full), pytest.raises(torch.OutOfMemoryError):
+            decoder(*given)
+        assert not any(layer.behind.added for layer in decoder.block.layers)
