@@ -81,7 +81,7 @@ def test_every_tool_draws_the_runs_digits(folder: Path) -> None:
     generate = tool("generate")
     for place in ("export", "run"):
         if place == "run":
-            (folder / "run").mkdir()
+            (folder / "run" / "encoder").mkdir(parents=True)
             (folder / "run" / "config.json").write_text(RUN.to_json())
         arguments = {"folder": folder / "run" if place == "run" else folder, "data": None, "clips": 2}
         arguments |= {"skip": 0, "fps": None, "export": None, "out": None}

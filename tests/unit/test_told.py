@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,6 +13,15 @@ from nextvid_mcore.evaluation import stopping
 from nextvid_mcore.training import told
 from nextvid_mcore.training.progress import Progress
 from nextvid_mcore.training.told import Told
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """As in a terminal, also where the tests run under nohup."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in told.TERMINAL}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [*told.SIGNALS, *told.TERMINAL])
