@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nextvid_mcore import rng
 from nextvid_mcore.config import require
+from nextvid_mcore.transfer import to_device
 
 TAU_SCALE = 1000.0  # Table 8: timesteps
 MAX_PERIOD = 10000.0
@@ -71,12 +72,7 @@ def draw_tau(
     # Odd multiples of 2 ** -24 are exact in float32: neither end can be rounded to.
     bins = np.stack([rng.numpy_rng(seed, "tau", int(index)).integers(0, 1 << 23, shape) for index in indices])
     tau = torch.from_numpy((2 * bins + 1).astype(np.float32) * np.float32(2.0**-24))
-    tau = tau.expand(-1, -1, frames, -1).contiguous()
-    if (
-        torch.device(device).type == "cuda"
-    ):  # from memory that is not pinned the host would wait for the device
-        return tau.pin_memory().to(device, non_blocking=True)
-    return tau.to(device)
+    return to_device(tau.expand(-1, -1, frames, -1).contiguous(), device)
 
 
 def draw_noise(

@@ -21,6 +21,7 @@ from nextvid_mcore.config import ConfigError, ModelConfig, RunConfig, require
 from nextvid_mcore.rng import numpy_rng
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
 from nextvid_mcore.targets.base import check_latents, check_video
+from nextvid_mcore.transfer import to_device
 
 PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest of the file is training's
 VA_VAE = AutoencoderShape()
@@ -135,7 +136,7 @@ class VaVae:
         count = len(places)
         if self.fused:  # chunks of one size: the last is filled up with copies of a frame
             places = torch.cat([places, places[-1:].expand(-count % self.chunk, -1)])
-        clips, frames = self._to_device(places.T.contiguous())
+        clips, frames = to_device(places.T.contiguous(), self.device)
         by_frame = video.transpose(1, 2)  # [B, T, 3, H, W]
         mean, logvar = self._chunks(
             lambda i: self._encode(self._prepare(by_frame[clips[i], frames[i]])), len(places)
@@ -143,7 +144,7 @@ class VaVae:
         mean, logvar = mean[:count], logvar[:count]
         if count < B * T:
             # A static clip's later frames do not advance the count: they point at its first frame.
-            slots = self._to_device(needed.flatten().cumsum(0) - 1)
+            slots = to_device(needed.flatten().cumsum(0) - 1, self.device)
             mean, logvar = mean[slots], logvar[slots]
         values = mean
         if self.sample_posterior:
@@ -185,11 +186,6 @@ class VaVae:
 
     def _prepare(self, frames: Tensor) -> Tensor:
         return frames.to(self.device, self.dtype, memory_format=torch.channels_last)
-
-    def _to_device(self, index: Tensor) -> Tensor:
-        # A copy from pinned memory does not make the host wait for the device.
-        pinned = index.pin_memory() if self.device.type == "cuda" else index
-        return pinned.to(self.device, non_blocking=True)
 
     def _noise(self, indices: Sequence[int], T: int, skipped: int, shape: torch.Size) -> Tensor:
         """Standard normal [B * T, latent, h, w], drawn clip by clip on the CPU: the same on any device.

@@ -16,6 +16,7 @@ from nextvid_mcore.masking import draw_masks
 from nextvid_mcore.models.nextvid import MicroBatch
 from nextvid_mcore.models.sequences import patchify, visible_patches
 from nextvid_mcore.targets import Target
+from nextvid_mcore.transfer import to_device
 
 
 def patches_of(config: RunConfig, video: Tensor) -> Tensor:
@@ -27,11 +28,6 @@ def patches_of(config: RunConfig, video: Tensor) -> Tensor:
 def full_patches(config: RunConfig, clip: ClipBatch, device: torch.device) -> Tensor:
     """Every patch of the clips, [B, t * n, patch_dim] in [-1, 1]."""
     return patches_of(config, clip.video.to(device, non_blocking=True))
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on the device, without waiting for what the device is doing."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def clip_share(clip: ClipBatch, shares: int, number: int) -> ClipBatch:
