@@ -65,14 +65,7 @@ class AdaLNLayer(carried.Carries, TransformerLayer):
         y, bias = self.attend(x, context[1:], rotary_pos_emb)
         hidden_states, x = self.normed(hidden_states, Added(y, bias, gate1), shift2, scale2)
         y, bias = self.mlp(x)
-        return self.left(hidden_states, Added(y, bias, gate2)), context
-
-    def left(self, x: Tensor, added: Added) -> Tensor:
-        """The stream x as the layer gives it, to which `added` belongs (models/carried.py)."""
-        if not carried.waits(self):
-            return fused.gated_add(x, added.gate, added.y, added.bias)
-        self.behind.added = added
-        return x
+        return carried.leave(self, hidden_states, Added(y, bias, gate2), fused.gated_add), context
 
     def normed(self, x: Tensor, added: Added | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """`fused.gated_norm` of the tokens."""

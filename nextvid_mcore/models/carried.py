@@ -9,7 +9,7 @@ kept for the backward pass (`recompute full`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -55,12 +55,12 @@ def pending(layer: Carries) -> Added | None:
 
 def left(layer: TransformerLayer, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     """The stream x as `layer` gives it, to which y + bias belong."""
-    if not waits(layer):
-        return fused.add(x, y, bias)
-    layer.behind.added = y, bias
+    return leave(layer, x, (y, bias), fused.add)
+
+
+def leave(layer: TransformerLayer, x: Tensor, added: Added, add: Callable[..., Tensor]) -> Tensor:
+    """The stream x as `layer` gives it, to which `added` belongs; `add` does it where it may not wait."""
+    if layer.behind is None or layer.config.recompute_granularity == "full":
+        return add(x, *added)
+    layer.behind.added = added
     return x
-
-
-def waits(layer: TransformerLayer) -> bool:
-    """Whether what `layer` adds last may wait."""
-    return layer.behind is not None and layer.config.recompute_granularity != "full"

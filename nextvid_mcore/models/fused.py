@@ -184,7 +184,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 @fuse(open_dim=1)
-def gated_add(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+def gated_add(x: Tensor, y: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
     """x + gate * (y + bias); x and y: [s, rows, E], gate [1, rows, E]."""
     return x + gate * (y + bias)
 
@@ -206,7 +206,7 @@ def gated_norm(
         if kernels.fits(x):
             return kernels.GatedNorm.apply(x, *(added or (None,) * 3), shift, scale, eps)
     if added is not None:
-        x = gated_add(x, added.gate, added.y, added.bias)
+        x = gated_add(x, *added)
     return x, modulate(x, shift, scale, eps)
 
 

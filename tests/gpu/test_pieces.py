@@ -55,7 +55,7 @@ def pieces() -> Iterator[tuple]:
         yield f"norm {width}", with_norm(fused.norm), [x, *vectors[:2]]
         yield f"add_norm {width}", with_norm(fused.add_norm), [x, y, *vectors]
         yield f"modulate {width}", lambda *a: fused.modulate(*a, 1e-6), [x, row, row + 1]
-        yield f"gated_add {width}", fused.gated_add, [x, row, y, vectors[0]]
+        yield f"gated_add {width}", fused.gated_add, [x, y, vectors[0], row]
     yield "squared_error 1408", fused.squared_error, [draw(S, 2, ROWS, 1408), draw(S, 1, ROWS, 1408)]
     for width in (6144, 1536, 200):
         yield f"bias_gelu {width}", fused.bias_gelu, [draw(S, ROWS, width, scale=3.0), draw(width)]

@@ -70,7 +70,7 @@ def pieces(s: int, rows: int, width: int) -> list[tuple]:
         (with_norm(fused.norm), x, weight, bias),
         (with_norm(fused.add_norm), x, y, vector, weight, bias),
         (lambda *a: fused.modulate(*a, 1e-6), x, row, row + 1),
-        (fused.gated_add, x, row, y, vector),
+        (fused.gated_add, x, y, vector, row),
         (fused._cosine, draw(s, 2, rows, width), draw(s, 1, rows, width)),
         (fused.squared_error, draw(s, 2, rows, width), draw(s, 1, rows, width)),
         (lambda a: fused.rotate_heads(3, a, 2, turns), qkv),
