@@ -18,7 +18,6 @@ import contextlib
 import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,12 +115,7 @@ def figures(name: str, way: str, kernels: bool, case: Case, whole: bool = True) 
 
 
 def tried(lines: list[str], *args: object) -> None:
-    try:
-        lines.append(figures(*args))
-        print(lines[-1], flush=True)
-    except Exception:
-        print(f"failed: {args[:2]}", flush=True)
-        traceback.print_exc(limit=-4)
+    replay.tried(lines, args[:2], lambda: figures(*args))
 
 
 def searched(lines: list[str], late: float, width: int, tokens: int) -> None:

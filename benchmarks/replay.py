@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -58,3 +59,13 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
         return median(graph.replay, repeats)
     finally:
         graph.reset()
+
+
+def tried(lines: list[str], what: object, figures: Callable[[], str]) -> None:
+    """Print a table's next line and keep it in `lines`; one that fails costs no other."""
+    try:
+        lines.append(figures())
+        print(lines[-1], flush=True)
+    except Exception:
+        print(f"failed: {what}", flush=True)
+        traceback.print_exc(limit=-4)

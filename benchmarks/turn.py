@@ -19,7 +19,6 @@ import itertools
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -120,12 +119,7 @@ def figures(name: str, what: str, by: str, case: Case, back: bool, run: Callable
 
 
 def tried(lines: list[str], *args: object) -> None:
-    try:
-        lines.append(figures(*args))
-        print(lines[-1], flush=True)
-    except Exception:
-        print(f"failed: {args[:3]}", flush=True)
-        traceback.print_exc(limit=-4)
+    replay.tried(lines, args[:3], lambda: figures(*args))
 
 
 def main() -> None:
