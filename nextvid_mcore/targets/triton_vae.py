@@ -1,14 +1,14 @@
 """What stands between the convolutions of VA-VAE's encoder, in Triton: it only moves memory.
 
-    normalise   GroupNorm and SiLU of a sum, in one reading of it from memory. The programs of an image add
-                up their slices, wait for each other, and read their slices again, which the L2 cache still
-                has: few images are in flight at a time. Sums are added in a fixed order.
-    add         a sum.
+    normalise   GroupNorm and SiLU, in one reading from memory. The programs of an image add up their slices,
+                wait for each other, and read their slices again, which the L2 cache still has: few images
+                are in flight at a time. Sums are added in a fixed order.
+    begin       the first convolution of the frames, and its norm. It is made twice, for the sums and to be
+                written: a product of 27 (padded to 32) with 128 numbers a pixel costs less than to read
+                what was made from memory, 16.8 MB an image.
 
-The sum is of up to two convolutions' outputs, their biases, and the first convolution of the frames, which is
-not read but made again: a product of 27 (padded to 32) with 128 numbers a pixel costs less than the 16.8 MB
-an image that it would have to be read from. Activations are [N, H, W, C], statistics fp32.
-targets/fused_vae.py puts these together; targets/autoencoder.py is what they stand for.
+Activations are [N, H, W, C], statistics fp32. targets/fused_vae.py puts these together;
+targets/autoencoder.py is what they stand for.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ PTX = not triton.knobs.runtime.interpret
 
 @dataclass(frozen=True)
 class Tuning:
-    """How `normalise` is cut: numbers of a tile (of bf16) and of a slice (one program's share of an image),
-    warps, programs a multiprocessor holds. `at_once`: one launch whose programs wait for each other, or two.
+    """How a norm is cut: numbers of a tile (of bf16) and of a slice (one program's share of an image),
+    warps, programs a multiprocessor holds.
     """
 
     tile: int = 4096
@@ -39,7 +39,10 @@ class Tuning:
     warps: int = 4
     programs: int = 4
     stages: int = 3
-    at_once: bool = True
+
+
+# What was fastest on an H200 (2026-11-23). Frames keep a program too busy to wait for others.
+WHOLE, FRAMES = Tuning(), Tuning(tile=2048)
 
 
 @triton.jit
@@ -55,43 +58,39 @@ def _silu_of_half(h, PTX: tl.constexpr):
 
 
 @triton.jit
-def _summed(
-    a, b, frames, first, bias, n, y, x, inside,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
-    PARTS: tl.constexpr, FRAMES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
+def _read(
+    x, first, n, p, inside,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, FRAMES: tl.constexpr, DEPTH: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
-    """The sum [R, C] in fp32 at (y, x) [R] of image n; what is not `inside` means nothing."""
+    """Places p [R] of image n, [R, C] in fp32: of x, or of the first convolution of the frames x, without
+    its bias. What is not `inside` means nothing.
+    """
     c = tl.arange(0, C)[None, :]
-    value = tl.zeros([R, C], tl.float32)
-    if BIAS:
-        value += tl.load(bias + c)
-    at = n.to(tl.int64) * (H * W * C) + (y * W + x)[:, None] * C + c
-    if PARTS > 0:
-        value += tl.load(a + at, mask=inside[:, None], other=0.0).to(tl.float32)
-    if PARTS > 1:
-        value += tl.load(b + at, mask=inside[:, None], other=0.0).to(tl.float32)
     if FRAMES:
         t = tl.arange(0, DEPTH)
         row, column = t % 9 // 3 - 1, t % 3 - 1
-        v, u = y[:, None] + row[None, :], x[:, None] + column[None, :]
+        v, u = p[:, None] // W + row[None, :], p[:, None] % W + column[None, :]
         there = (v >= 0) & (v < H) & (u >= 0) & (u < W) & (t < 27)[None, :]
-        where = (y * W + x)[:, None] + (t // 9 * (H * W) + row * W + column)[None, :]
-        patch = tl.load(frames + n.to(tl.int64) * (3 * H * W) + where, mask=there, other=0.0)
+        where = p[:, None] + (t // 9 * (H * W) + row * W + column)[None, :]
+        patch = tl.load(x + n.to(tl.int64) * (3 * H * W) + where, mask=there, other=0.0)
         weight = tl.load(first + t[:, None] * C + c)
         if not PTX:  # Triton's interpreter multiplies the bits of bf16 as if they were integers
             patch, weight = patch.to(tl.float32), weight.to(tl.float32)
-        value += tl.dot(patch, weight, input_precision="ieee")
-    return value
+        return tl.dot(patch, weight, input_precision="ieee")
+    else:
+        at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + c
+        return tl.load(x + at, mask=inside[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _slice(
-    a, b, frames, first, bias, kept, sums, n, k,
+    x, first, bias, sums, n, k,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
-    TILES: tl.constexpr, SPAN: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr,
-    FRAMES: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
+    TILES: tl.constexpr, SPAN: tl.constexpr, SLICES: tl.constexpr, FRAMES: tl.constexpr,
+    STAGES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Add up slice k of image n and its squares into sums [N, SLICES, 2, G]; store it if it is to be kept."""
+    """Add up slice k of image n and its squares into sums [N, SLICES, 2, G]."""
     EVEN: tl.constexpr = H * W == SLICES * TILES * R
     c, g = tl.arange(0, C), tl.arange(0, G)
     total = tl.zeros([SPAN, C], tl.float32)
@@ -99,14 +98,7 @@ def _slice(
     for i in tl.range(0, TILES, num_stages=STAGES):
         p = (k * TILES + i) * R + tl.arange(0, R)
         inside = (p < H * W) | EVEN
-        v = _summed(
-            a, b, frames, first, bias, n, p // W, p % W, inside, H, W, C, R, KEEP, PARTS, FRAMES, DEPTH, PTX
-        )  # fmt: skip
-        if KEEP:
-            rounded = v.to(kept.dtype.element_ty)
-            at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + c[None, :]
-            tl.store(kept + at, rounded, mask=inside[:, None])
-            v = rounded.to(tl.float32)
+        v = _read(x, first, n, p, inside, H, W, C, FRAMES, DEPTH, PTX)
         if not EVEN:
             v = tl.where(inside[:, None], v, 0.0)
         if SPAN == R:
@@ -117,11 +109,11 @@ def _slice(
             total += tl.sum(v, 0)
             square += tl.sum(v * v, 0)
     total, square = tl.sum(total, 0), tl.sum(square, 0)
-    if not KEEP:  # the bias, afterwards: with count positions, (v + b)^2 is v^2 + 2 b v + count b^2
-        b = tl.load(bias + c)
-        count = tl.maximum(tl.minimum(H * W - k * (TILES * R), TILES * R), 0).to(tl.float32)
-        square += b * (2.0 * total + count * b)
-        total += count * b
+    # the bias, afterwards: with count positions, (v + b)^2 is v^2 + 2 b v + count b^2
+    b = tl.load(bias + c).to(tl.float32)
+    count = tl.maximum(tl.minimum(H * W - k * (TILES * R), TILES * R), 0).to(tl.float32)
+    square += b * (2.0 * total + count * b)
+    total += count * b
     to = sums + (n * SLICES + k) * (2 * G) + g
     tl.store(to, tl.sum(tl.reshape(total, [G, C // G]), 1))
     tl.store(to + G, tl.sum(tl.reshape(square, [G, C // G]), 1))
@@ -130,11 +122,10 @@ def _slice(
 @triton.jit
 def _line(
     sums, weight, shift, bias, n, eps,
-    P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, SLICES: tl.constexpr, KEEP: tl.constexpr,
-    SILU: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, SLICES: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """What normalises image n: a number [C] to multiply with, and one to add. Kept sums have their bias, in
-    others it is added here. SiLU wants half of both.
+    """What normalises image n, of which x has the bias still to get: a number [C] to multiply with, and one
+    to add. SiLU wants half of both.
     """
     MORE: tl.constexpr = triton.next_power_of_2(SLICES)
     c, g, s = tl.arange(0, C), tl.arange(0, G), tl.arange(0, MORE)
@@ -146,9 +137,7 @@ def _line(
     scale = tl.reshape(tl.broadcast_to(scale[:, None], [G, C // G]), [C])
     scale *= tl.load(weight + c).to(tl.float32)
     mean = tl.reshape(tl.broadcast_to(mean[:, None], [G, C // G]), [C])
-    if not KEEP:
-        mean -= tl.load(bias + c)
-    start = tl.load(shift + c).to(tl.float32) - mean * scale
+    start = tl.load(shift + c).to(tl.float32) - (mean - tl.load(bias + c).to(tl.float32)) * scale
     if SILU:
         scale, start = 0.5 * scale, 0.5 * start
     return scale, start
@@ -156,117 +145,78 @@ def _line(
 
 @triton.jit
 def _statistics(
-    a, b, frames, first, bias, kept, sums, arrived, weight, shift, lines, eps,
+    x, first, bias, sums, arrived, weight, shift, lines, eps,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
-    TILES: tl.constexpr, SPAN: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr,
-    FRAMES: tl.constexpr, KEEP: tl.constexpr, SILU: tl.constexpr, STAGES: tl.constexpr,
-    DEPTH: tl.constexpr, PTX: tl.constexpr,
+    TILES: tl.constexpr, SPAN: tl.constexpr, SLICES: tl.constexpr, FRAMES: tl.constexpr,
+    SILU: tl.constexpr, STAGES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Only what normalises each image, lines [N, 2, C]: an image's last program to be done writes it."""
     n = tl.program_id(0) // SLICES
     _slice(
-        a, b, frames, first, bias, kept, sums, n, tl.program_id(0) % SLICES,
-        H, W, C, G, R, TILES, SPAN, SLICES, PARTS, FRAMES, KEEP, STAGES, DEPTH, PTX,
+        x, first, bias, sums, n, tl.program_id(0) % SLICES,
+        H, W, C, G, R, TILES, SPAN, SLICES, FRAMES, STAGES, DEPTH, PTX,
     )  # fmt: skip
     tl.debug_barrier()  # all threads have stored before one says so
     if tl.atomic_add(arrived + n, 1, sem="acq_rel") == SLICES - 1:
-        scale, start = _line(sums, weight, shift, bias, n, eps, H * W, C, G, SLICES, KEEP, SILU)
+        scale, start = _line(sums, weight, shift, bias, n, eps, H * W, C, G, SLICES, SILU)
         c = tl.arange(0, C)
         tl.store(lines + n * (2 * C) + c, scale)
         tl.store(lines + n * (2 * C) + C + c, start)
 
 
 @triton.jit
-def _normalise(
-    a, b, frames, first, bias, kept, sums, arrived, weight, shift, out, images, eps,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
-    TILES: tl.constexpr, SPAN: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr,
-    FRAMES: tl.constexpr, KEEP: tl.constexpr, SILU: tl.constexpr, STAGES: tl.constexpr,
-    DEPTH: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    EVEN: tl.constexpr = H * W == SLICES * TILES * R
-    k = tl.program_id(0) % SLICES
-    n = tl.program_id(0) // SLICES
-    while n < images:  # the interpreter has no range() over its numbers
-        _slice(
-            a, b, frames, first, bias, kept, sums, n, k,
-            H, W, C, G, R, TILES, SPAN, SLICES, PARTS, FRAMES, KEEP, STAGES, DEPTH, PTX,
-        )  # fmt: skip
-        tl.debug_barrier()
-        count = tl.atomic_add(arrived + n, 1, sem="acq_rel") + 1
-        while count < SLICES:
-            count = tl.atomic_add(arrived + n, 0, sem="acquire")
-        tl.debug_barrier()
-        scale, start = _line(sums, weight, shift, bias, n, eps, H * W, C, G, SLICES, KEEP, SILU)
-        for j in tl.range(0, TILES, num_stages=STAGES):  # what was read last comes first
-            p = (k * TILES + (TILES - 1 - j)) * R + tl.arange(0, R)
-            inside = (p < H * W) | EVEN
-            at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + tl.arange(0, C)[None, :]
-            if KEEP:
-                v = tl.load(kept + at, mask=inside[:, None], other=0.0).to(tl.float32)
-            else:
-                v = _summed(
-                    a, b, frames, first, bias, n, p // W, p % W, inside,
-                    H, W, C, R, False, PARTS, FRAMES, DEPTH, PTX,
-                )  # fmt: skip
-            v = v * scale[None, :] + start[None, :]
-            if SILU:
-                v = _silu_of_half(v, PTX)
-            tl.store(out + at, v, mask=inside[:, None])
-        n += tl.num_programs(0) // SLICES
-
-
-@triton.jit
 def _write(
-    a, b, frames, first, bias, lines, out,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
-    FRAMES: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
+    x, first, bias, lines, out, kept,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, R: tl.constexpr, FRAMES: tl.constexpr,
+    SILU: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """The sum, normalised by `lines` or as it is."""
+    """Normalised by `lines`; and of frames, what it was of, to `kept`."""
     tiles: tl.constexpr = (H * W + R - 1) // R
     EVEN: tl.constexpr = H * W == tiles * R
     n = tl.program_id(0) // tiles
     p = tl.program_id(0) % tiles * R + tl.arange(0, R)
     inside = (p < H * W) | EVEN
     c = tl.arange(0, C)[None, :]
-    v = _summed(
-        a, b, frames, first, bias, n, p // W, p % W, inside,
-        H, W, C, R, not NORM, PARTS, FRAMES, DEPTH, PTX,
-    )  # fmt: skip
+    v = _read(x, first, n, p, inside, H, W, C, FRAMES, DEPTH, PTX)
     at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + c
-    if NORM:
-        v = v * tl.load(lines + n * (2 * C) + c) + tl.load(lines + n * (2 * C) + C + c)
-        if SILU:
-            v = _silu_of_half(v, PTX)
+    if FRAMES:
+        tl.store(kept + at, v + tl.load(bias + c).to(tl.float32), mask=inside[:, None])
+    v = v * tl.load(lines + n * (2 * C) + c) + tl.load(lines + n * (2 * C) + C + c)
+    if SILU:
+        v = _silu_of_half(v, PTX)
     tl.store(out + at, v, mask=inside[:, None])
 
 
-@dataclass(frozen=True)
-class Sum:
-    """bias [C] fp32 + up to two `parts` [N, H, W, C] + the first convolution of `frames` [N, 3, H, W]
-    with `first` [32, C], its weights as a matrix (`matrix_of`)."""
-
-    bias: Tensor
-    parts: tuple[Tensor, ...] = ()
-    frames: Tensor | None = None
-    first: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """N, H, W, C."""
-        if self.parts:
-            return tuple(self.parts[0].shape)
-        N, _, H, W = self.frames.shape
-        return N, H, W, len(self.bias)
-
-    @property
-    def like(self) -> Tensor:
-        return self.parts[0] if self.parts else self.frames
-
-    def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        unused = self.bias
-        a, b = (*self.parts, unused, unused)[:2]
-        return a, b, *((unused, unused) if self.frames is None else (self.frames, self.first)), self.bias
+@triton.jit
+def _normalise(
+    x, bias, sums, arrived, weight, shift, out, images, eps,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    TILES: tl.constexpr, SPAN: tl.constexpr, SLICES: tl.constexpr, SILU: tl.constexpr,
+    STAGES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    EVEN: tl.constexpr = H * W == SLICES * TILES * R
+    k = tl.program_id(0) % SLICES
+    n = tl.program_id(0) // SLICES
+    while n < images:  # the interpreter has no range() over its numbers
+        _slice(
+            x, x, bias, sums, n, k, H, W, C, G, R, TILES, SPAN, SLICES, False, STAGES, DEPTH, PTX
+        )  # fmt: skip
+        tl.debug_barrier()
+        count = tl.atomic_add(arrived + n, 1, sem="acq_rel") + 1
+        while count < SLICES:
+            count = tl.atomic_add(arrived + n, 0, sem="acquire")
+        tl.debug_barrier()
+        scale, start = _line(sums, weight, shift, bias, n, eps, H * W, C, G, SLICES, SILU)
+        for j in tl.range(0, TILES, num_stages=STAGES):  # what was read last comes first
+            p = (k * TILES + (TILES - 1 - j)) * R + tl.arange(0, R)
+            inside = (p < H * W) | EVEN
+            v = _read(x, x, n, p, inside, H, W, C, False, DEPTH, PTX)
+            v = v * scale[None, :] + start[None, :]
+            if SILU:
+                v = _silu_of_half(v, PTX)
+            at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + tl.arange(0, C)[None, :]
+            tl.store(out + at, v, mask=inside[:, None])
+        n += tl.num_programs(0) // SLICES
 
 
 def matrix_of(weight: Tensor) -> Tensor:
@@ -293,79 +243,108 @@ def waiting(tuning: Tuning, tiles: int, ahead: int, device: torch.device) -> int
     return processors * (tuning.programs if tiles == 1 else min(tuning.programs, memory // ahead))
 
 
+@dataclass(frozen=True)
+class Cut:
+    """An image of H * W places with C channels in `slices` of `tiles` of `tile` places each."""
+
+    tile: int
+    tiles: int
+    slices: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, int, int, int], width: int, tuning: Tuning, device: torch.device) -> Cut:
+        """shape: N, H, W, C, of `width` bytes each."""
+        N, H, W, C = shape
+        tile = min(max(16, tuning.tile * 2 // width // C), max(16, triton.next_power_of_2(H * W)))
+        room = tuning.programs * _processors(device)[0]
+        slices = triton.cdiv(H * W * C, max(min(tuning.slice, N * H * W * C // room), tile * C))
+        tiles = triton.cdiv(H * W, slices * tile)
+        return cls(tile, tiles, triton.cdiv(H * W, tiles * tile))
+
+    def constants(self, shape: tuple[int, int, int, int], tuning: Tuning, silu: bool) -> dict[str, int]:
+        """What `_statistics` and `_normalise` are compiled for."""
+        return dict(
+            H=shape[1], W=shape[2], C=shape[3], G=GROUPS, R=self.tile, TILES=self.tiles, SLICES=self.slices,
+            SILU=silu, STAGES=tuning.stages, DEPTH=DEPTH, PTX=PTX, num_warps=tuning.warps,
+            maxnreg=65536 // (32 * tuning.warps * tuning.programs) // 8 * 8,
+        )  # fmt: skip
+
+
 def normalise(
-    x: Sum,
+    x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    shift: Tensor,
     arrived: Tensor,
     *,
+    bias: Tensor,
     silu: bool = True,
-    keep: bool = False,
     in_place: bool = False,
-    tuning: Tuning | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """GroupNorm of x with weight and bias [C], and SiLU -> [N, H, W, C]; and x itself if it is to be kept.
+    tuning: Tuning = WHOLE,
+) -> Tensor:
+    """GroupNorm with weight and shift [C] of x [N, H, W, C] + bias [C], and SiLU -> [N, H, W, C].
 
-    arrived: zeros [N], int32, for this call alone. in_place: into the memory of x's one part.
+    arrived: zeros [N], int32, for this call alone. in_place: into x's memory.
     """
-    N, H, W, C = x.shape
-    tuning = tuning or tuning_of(x)
-    width = x.like.element_size()
-    tile = min(max(16, tuning.tile * 2 // width // C), max(16, triton.next_power_of_2(H * W)))
-    room = tuning.programs * _processors(x.like.device)[0]
-    slices = triton.cdiv(H * W * C, max(min(tuning.slice, N * H * W * C // room), tile * C))
-    tiles = triton.cdiv(H * W, slices * tile)
-    slices = triton.cdiv(H * W, tiles * tile)
-    kept = torch.empty(x.shape, dtype=x.like.dtype, device=x.like.device) if keep else None
-    out = x.parts[0] if in_place else torch.empty(x.shape, dtype=x.like.dtype, device=x.like.device)
-    sums = torch.empty(N, slices, 2, GROUPS, dtype=torch.float32, device=out.device)
-    of = (*x.pointers(), out if kept is None else kept, sums, arrived, weight, bias)
+    N, _, _, C = shape = tuple(x.shape)
+    width = x.element_size()
+    cut = Cut.of(shape, width, tuning, x.device)
+    out = x if in_place else torch.empty_like(x)
+    sums = torch.empty(N, cut.slices, 2, GROUPS, dtype=torch.float32, device=x.device)
     # a thread reads 16 bytes at once, so a program's threads have as many rows between them
-    span = tile if x.frames is not None else min(tile, max(1, tuning.warps * 512 // width // C))
-    shape = dict(
-        H=H, W=W, C=C, G=GROUPS, R=tile, TILES=tiles, SPAN=span, SLICES=slices, PARTS=len(x.parts),
-        FRAMES=x.frames is not None, KEEP=keep, SILU=silu, STAGES=tuning.stages, DEPTH=DEPTH, PTX=PTX,
-        num_warps=tuning.warps, maxnreg=65536 // (32 * tuning.warps * tuning.programs) // 8 * 8,
-    )  # fmt: skip
-    ahead = (tuning.stages - 1) * len(x.parts) * tile * C * width + 8 * C + 1024
-    room = waiting(tuning, tiles, ahead, x.like.device)
-    if tuning.at_once and slices <= room and (PTX or slices == 1):  # the interpreter's programs don't wait
-        images = min(N, room // slices)
-        _normalise[(images * slices,)](
-            *of, out, N, EPS, launch_cooperative_grid=slices > 1, **shape
+    span = min(cut.tile, max(1, tuning.warps * 512 // width // C))
+    ahead = (tuning.stages - 1) * cut.tile * C * width + 8 * C + 1024
+    room = waiting(tuning, cut.tiles, ahead, x.device)
+    constants = cut.constants(shape, tuning, silu)
+    if cut.slices <= room and (PTX or cut.slices == 1):  # the interpreter's programs don't wait
+        images = min(N, room // cut.slices)
+        _normalise[(images * cut.slices,)](
+            x, bias, sums, arrived, weight, shift, out, N, EPS, SPAN=span,
+            launch_cooperative_grid=cut.slices > 1, **constants,
         )  # fmt: skip
     else:
-        lines = torch.empty(N, 2, C, dtype=torch.float32, device=out.device)
-        _statistics[(N * slices,)](*of, lines, EPS, **shape)
-        rest = x if kept is None else Sum(torch.zeros_like(x.bias), (kept,))
-        _write_to(out, rest, lines, silu)
-    return out, kept
-
-
-def tuning_of(x: Sum) -> Tuning:
-    """What was fastest on an H200 (2026-11-23). Frames keep a program too busy to wait for others."""
-    if x.frames is None:
-        return Tuning()
-    return (
-        Tuning(slice=65536, warps=8, programs=2, at_once=False)
-        if x.parts
-        else Tuning(tile=2048, at_once=False)
-    )
-
-
-def add(x: Sum) -> Tensor:
-    """x [N, H, W, C]."""
-    out = torch.empty(x.shape, dtype=x.like.dtype, device=x.like.device)
-    _write_to(out, x)
+        lines = torch.empty(N, 2, C, dtype=torch.float32, device=x.device)
+        _statistics[(N * cut.slices,)](
+            x, x, bias, sums, arrived, weight, shift, lines, EPS, SPAN=span, FRAMES=False, **constants
+        )
+        _write_to(out, out, x, bias, lines, silu)
     return out
 
 
-def _write_to(out: Tensor, x: Sum, lines: Tensor | None = None, silu: bool = False) -> None:
-    N, H, W, C = x.shape
-    tile = max(16, 16384 // x.like.element_size() // C)
+def begin(
+    frames: Tensor,
+    first: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    arrived: Tensor,
+    tuning: Tuning = FRAMES,
+) -> tuple[Tensor, Tensor]:
+    """The first convolution of frames [N, 3, H, W], normalised with SiLU, and as it is, [N, H, W, C].
+
+    first: its weights as a matrix [32, C] (`matrix_of`). weight, shift: the norm's. arrived: as above.
+    """
+    N, _, H, W = frames.shape
+    shape = N, H, W, C = N, H, W, len(bias)
+    cut = Cut.of(shape, frames.element_size(), tuning, frames.device)
+    sums = torch.empty(N, cut.slices, 2, GROUPS, dtype=torch.float32, device=frames.device)
+    lines = torch.empty(N, 2, C, dtype=torch.float32, device=frames.device)
+    normed, kept = (torch.empty(shape, dtype=frames.dtype, device=frames.device) for _ in range(2))
+    _statistics[(N * cut.slices,)](
+        frames, first, bias, sums, arrived, weight, shift, lines, EPS, SPAN=cut.tile, FRAMES=True,
+        **cut.constants(shape, tuning, True),
+    )  # fmt: skip
+    _write_to(normed, kept, frames, bias, lines, True, first)
+    return normed, kept
+
+
+def _write_to(
+    out: Tensor, kept: Tensor, x: Tensor, bias: Tensor, lines: Tensor, silu: bool, first: Tensor | None = None
+) -> None:
+    N, H, W, C = out.shape
+    tile = max(16, 16384 // out.element_size() // C)
     _write[(N * triton.cdiv(H * W, tile),)](
-        *x.pointers(), x.bias if lines is None else lines, out, H=H, W=W, C=C, R=tile, PARTS=len(x.parts),
-        FRAMES=x.frames is not None, NORM=lines is not None, SILU=silu, DEPTH=DEPTH, PTX=PTX, num_warps=8,
+        x, x if first is None else first, bias, lines, out, kept, H=H, W=W, C=C, R=tile,
+        FRAMES=first is not None, SILU=silu, DEPTH=DEPTH, PTX=PTX, num_warps=8,
     )  # fmt: skip
 
 

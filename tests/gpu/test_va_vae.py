@@ -17,6 +17,7 @@ from launch import run
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ModelConfig, RunConfig, TransformerShape
 from nextvid_mcore.data import ClipBatch
+from nextvid_mcore.targets import cudnn_conv
 from nextvid_mcore.targets.autoencoder import AutoencoderKL
 from nextvid_mcore.targets.va_vae import VaVae
 
@@ -52,6 +53,35 @@ def test_the_fused_encoder_equals_the_eager_one() -> None:
     assert errors[1] < 1.5 * errors[0], errors
     for _ in range(3):  # programs that wait for each other's sums always find all of them
         assert torch.equal(latents(torch.bfloat16, True), fused)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "stride", "residual"),
+    [
+        ((4, 128, 256, 256), 128, 1, True),
+        ((3, 512, 16, 16), 512, 1, True),
+        ((2, 128, 40, 24), 256, 1, False),
+        ((2, 256, 40, 24), 256, 2, False),
+    ],
+)
+def test_a_convolution_adds_residual_and_bias(shape, channels, stride, residual, monkeypatch) -> None:
+    """By cuDNN, not by what stands for it where that refuses; and to the bit, a thousand times."""
+    monkeypatch.setattr(cudnn_conv, "_warn", None)
+    generator = torch.Generator("cuda").manual_seed(0)
+    (N, C, H, W), like = shape, {"device": "cuda", "generator": generator}
+    x = torch.randn(N, H, W, C, **like).bfloat16().permute(0, 3, 1, 2)
+    weight = torch.randn(channels, C, 3, 3, **like).bfloat16() / (3 * C**0.5)
+    weight = weight.to(memory_format=torch.channels_last)
+    rest = torch.randn(N, H, W, channels, **like).bfloat16().permute(0, 3, 1, 2) if residual else None
+    bias = torch.randn(channels, **like).bfloat16()
+    first = cudnn_conv.convolve(x, weight, bias, rest, stride)
+    wanted = torch.nn.functional.conv2d(x.float(), weight.float(), bias.float(), stride, 1)
+    wanted = wanted if rest is None else wanted + rest.float()
+    torch.testing.assert_close(first.float(), wanted, rtol=1e-2, atol=2e-2)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        different += (cudnn_conv.convolve(x, weight, bias, rest, stride) != first).any()
+    assert int(different) == 0
 
 
 def losses(graphs: str) -> dict[str, list[float]]:

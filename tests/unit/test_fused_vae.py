@@ -10,7 +10,7 @@ from nextvid_mcore.config import ConfigError
 from nextvid_mcore.targets import triton_vae
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
 from nextvid_mcore.targets.fused_vae import FusedEncoder
-from nextvid_mcore.targets.triton_vae import Sum, Tuning, normalise, waiting
+from nextvid_mcore.targets.triton_vae import Tuning, normalise, waiting
 
 
 @torch.no_grad()
@@ -39,14 +39,13 @@ def test_its_norm_is_group_norm(offset):
     """Also where the mean is large against the spread: more than this bf16 can't hold."""
     generator = torch.Generator().manual_seed(0)
     weight, bias = 1 + 0.2 * torch.randn(64, generator=generator), 0.2 * torch.randn(64, generator=generator)
-    spread = 0.5 + torch.rand(64, generator=generator)
+    spread, late = 0.5 + torch.rand(64, generator=generator), torch.randn(64, generator=generator)
     x = torch.randn(3, 8, 16, 64, generator=generator) * spread + offset
     for dtype, tolerance in ((torch.float32, 1e-5 if offset == 0 else 1e-3), (torch.bfloat16, 2e-2)):
         part, arrived = x.to(dtype), torch.zeros(3, dtype=torch.int32)
-        got, _ = normalise(
-            Sum(torch.zeros(64), (part,)), weight, bias, arrived, silu=False, tuning=Tuning(slice=4096)
-        )
-        wanted = torch.nn.functional.group_norm(part.permute(0, 3, 1, 2).float(), 32, weight, bias, 1e-6)
+        got = normalise(part, weight, bias, arrived, bias=late, silu=False, tuning=Tuning(slice=4096))
+        wanted = (part.float() + late).permute(0, 3, 1, 2)
+        wanted = torch.nn.functional.group_norm(wanted, 32, weight, bias, 1e-6)
         assert got.dtype == dtype
         torch.testing.assert_close(got.permute(0, 3, 1, 2).float(), wanted, rtol=tolerance, atol=tolerance)
 
@@ -61,9 +60,8 @@ def test_programs_wait_for_each_other_only_where_a_gpu_runs_them_all(monkeypatch
     monkeypatch.setattr(triton_vae, "_normalise", None)
     x, weight, bias = torch.randn(2, 8, 16, 64), torch.rand(64), torch.rand(64)
     arrived = torch.zeros(2, dtype=torch.int32)
-    got, _ = normalise(
-        Sum(torch.zeros(64), (x,)), weight, bias, arrived, silu=False, tuning=Tuning(tile=512, slice=1 << 20)
-    )
+    tuning = Tuning(tile=512, slice=1 << 20)
+    got = normalise(x, weight, bias, arrived, bias=torch.zeros(64), silu=False, tuning=tuning)
     wanted = torch.nn.functional.group_norm(x.permute(0, 3, 1, 2), 32, weight, bias, 1e-6)
     torch.testing.assert_close(got.permute(0, 3, 1, 2), wanted, rtol=1e-4, atol=1e-4)
 
