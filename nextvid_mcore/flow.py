@@ -70,7 +70,8 @@ def draw_tau(
     require(per in ("frame", "clip"), f"tau is drawn per 'frame' or per 'clip', not per {per!r}")
     shape = (masks, frames if per == "frame" else 1, tau_samples)
     # Odd multiples of 2 ** -24 are exact in float32: neither end can be rounded to.
-    bins = np.stack([rng.numpy_rng(seed, "tau", int(index)).integers(0, 1 << 23, shape) for index in indices])
+    drawn = rng.numpy_rngs(seed, "tau", ((int(index),) for index in indices))
+    bins = np.stack([generator.integers(0, 1 << 23, shape) for generator in drawn])
     tau = torch.from_numpy((2 * bins + 1).astype(np.float32) * np.float32(2.0**-24))
     return to_device(tau.expand(-1, -1, frames, -1).contiguous(), device)
 
@@ -85,8 +86,9 @@ def draw_noise(
         for row, index in zip(noise, indices, strict=True):
             row.normal_(generator=generator.manual_seed(rng.key(seed, "noise", int(index))))
     else:  # not torch's CPU generator: it keeps 32 bits of a seed, so samples of a long run would collide
-        for row, index in zip(noise, indices, strict=True):
-            rng.numpy_rng(seed, "noise", int(index)).standard_normal(dtype=np.float32, out=row.numpy())
+        drawn = rng.numpy_rngs(seed, "noise", ((int(index),) for index in indices))
+        for row, generator in zip(noise, drawn, strict=True):
+            generator.standard_normal(dtype=np.float32, out=row.numpy())
     return noise
 
 

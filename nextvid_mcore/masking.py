@@ -171,12 +171,9 @@ def _draw(
         open_clips = np.arange(clips)
         for attempt in range(ROUNDS):
             # One generator per (index, mask, round): TRIES draws of the blocks, then the priorities.
-            numbers = np.stack(
-                [
-                    rng.numpy_rng(seed, "mask", int(indices[b]), m, attempt).random(3 * TRIES * blocks + n)
-                    for b in open_clips
-                ]
-            )
+            keys = ((int(indices[b]), m, attempt) for b in open_clips)
+            size = 3 * TRIES * blocks + n
+            numbers = np.stack([each.random(size) for each in rng.numpy_rngs(seed, "mask", keys)])
             draws = numbers[:, :-n].reshape(-1, TRIES, 3, blocks)
             left = ~_covered(draws, grid, mask.scale[m], mask.aspect)  # [open, TRIES, n]
             enough = left.sum(-1) >= least

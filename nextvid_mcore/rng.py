@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,6 +54,26 @@ def key(seed: int, stream: str, *ids: int) -> int:
 def numpy_rng(seed: int, stream: str, *ids: int) -> np.random.Generator:
     """A Philox generator keyed by (seed, stream, ids)."""
     return np.random.Generator(np.random.Philox(key=key(seed, stream, *ids)))
+
+
+def numpy_rngs(seed: int, stream: str, ids: Iterable[tuple[int, ...]]) -> Iterator[np.random.Generator]:
+    """What `numpy_rng` gives, for one key after the other; each is good until the next is asked for.
+
+    A Philox that is made asks the operating system for random bits, even with a key, and takes some five
+    times as long as one that is given another key.
+    """
+    philox = np.random.Philox(key=0)
+    generator = np.random.Generator(philox)
+    for each in ids:
+        philox.state = {
+            "bit_generator": "Philox",
+            "state": {"counter": (0, 0, 0, 0), "key": (key(seed, stream, *each), 0)},
+            "buffer": (0, 0, 0, 0),
+            "buffer_pos": 4,  # used up
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        yield generator
 
 
 def torch_generator(seed: int, stream: str, *ids: int, device: str | torch.device = "cpu") -> torch.Generator:

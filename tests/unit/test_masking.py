@@ -1,10 +1,12 @@
 """masking.py: Table 8's shares, exact counts that are subsets, tubes, purity, and the three modes."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from nextvid_mcore import masking
+from nextvid_mcore import masking, rng
 from nextvid_mcore.config import ConfigError, MaskConfig
 
 FIXED = MaskConfig()
@@ -91,6 +93,37 @@ def test_golden_mask_never_changes():
     first, second = masking.draw_visible(FIXED, 8, seed=0, index=5)
     assert first.tolist() == GOLDEN_FIRST
     assert second.tolist() == GOLDEN_SECOND
+
+
+def by_hand(mask: MaskConfig, grid: int, seed: int, index: int, m: int) -> list[int]:
+    """Visible positions of one clip under its mask `m`, drawn block by block and cell by cell."""
+    n, blocks, area = grid * grid, mask.blocks[m], int(mask.scale[m] * grid * grid)
+    for attempt in range(masking.ROUNDS):
+        numbers = rng.numpy_rng(seed, "mask", index, m, attempt).random(3 * masking.TRIES * blocks + n)
+        draws, priority = numbers[:-n].reshape(masking.TRIES, 3, blocks), numbers[-n:]
+        for shape, tops, lefts in draws:
+            ratio = mask.aspect[0] + shape[0] * (mask.aspect[1] - mask.aspect[0])
+            height = min(max(round(math.sqrt(area * ratio)), 1), grid)
+            width = min(max(round(math.sqrt(area / ratio)), 1), grid)
+            hidden = set()
+            for top, left in zip(tops, lefts, strict=True):
+                y, x = int(top * (grid - height + 1)), int(left * (grid - width + 1))
+                hidden |= {grid * (y + i) + x + j for i in range(height) for j in range(width)}
+            left_over = [place for place in range(n) if place not in hidden]
+            keep = mask.counts(n)[m] if mask.static else max(len(left_over), 1)
+            if len(left_over) >= keep:
+                return sorted(sorted(left_over, key=lambda place: priority[place])[:keep])
+    raise AssertionError("never enough")
+
+
+@pytest.mark.parametrize("mask, grid", [(FIXED, 16), (FIXED, 8), (PACKED, 8)])
+def test_masks_of_many_clips_are_those_drawn_by_hand(mask, grid):
+    indices = [0, 7, 2**40, *range(100, 121)]
+    masks = masking.draw_masks(mask, grid, 1, 5, indices)
+    for segment in masks.segments:
+        clips = range(len(indices)) if isinstance(segment.clips, slice) else [segment.clips]
+        for row, clip in enumerate(clips):
+            assert masks.of(segment)[row].tolist() == by_hand(mask, grid, 5, indices[clip], segment.mask)
 
 
 def test_fixed_layout_is_mask_frame_position():

@@ -75,3 +75,16 @@ def test_generators_repeat_and_differ():
     x, y = (torch.randn(8, generator=rng.torch_generator(1, "init", 4)) for _ in range(2))
     z = torch.randn(8, generator=rng.torch_generator(1, "init", 5))
     assert torch.equal(x, y) and not torch.equal(x, z)
+
+
+def test_one_generator_after_the_other_draws_what_each_would_alone():
+    """Whatever was left over of the one before: half of 64 bits, a part of a block of four."""
+    ids = [(4, 0), (5, 1), (2**62, 7), (4, 0)]
+
+    def draws(generator: np.random.Generator) -> list:
+        halves = generator.integers(0, 1 << 23, 3)
+        return [*halves, generator.integers(0, 1 << 40), *generator.random(6), *generator.standard_normal(5)]
+
+    found = [draws(generator) for generator in rng.numpy_rngs(3, "mask", ids)]
+    assert found == [draws(rng.numpy_rng(3, "mask", *each)) for each in ids]
+    assert found[0] == found[3] != found[1]
