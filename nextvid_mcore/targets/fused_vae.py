@@ -22,7 +22,7 @@ from nextvid_mcore.targets.autoencoder import (
     SelfAttention,
 )
 from nextvid_mcore.targets.cudnn_conv import convolve
-from nextvid_mcore.targets.triton_vae import WHOLE, Tuning, begin, matrix_of, nchw, nhwc, normalise
+from nextvid_mcore.targets.triton_vae import WHOLE, Tuning, begin, matrix_of, nchw, nhwc, normalise, shares
 
 
 def check(shape: AutoencoderShape) -> None:
@@ -57,13 +57,13 @@ class FusedEncoder:
             if isinstance(m, SelfAttention)
         }
         norms = [m for m in self.encoder.modules() if isinstance(m, nn.GroupNorm)]
-        self.norms = len(norms)
+        self.norms, self.shares = len(norms), max(shares(norm.num_channels) for norm in norms)
         self.zeros = {norm.num_channels: torch.zeros_like(norm.bias) for norm in norms}
 
     @torch.no_grad()
     def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """[N, 3, H, W], multiples of the stride -> mean and log variance, [N, latent, h, w]."""
-        arrived = torch.zeros(self.norms, len(frames), dtype=torch.int32, device=frames.device)
+        arrived = torch.zeros(self.norms, self.shares * len(frames), dtype=torch.int32, device=frames.device)
         self.arrived = iter(arrived.unbind())
         frames = frames.flip(2, 3).contiguous()
         conv, norm = self.encoder.conv_in, self.encoder.down[0].block[0].norm1

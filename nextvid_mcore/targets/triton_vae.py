@@ -1,8 +1,9 @@
 """What stands between the convolutions of VA-VAE's encoder, in Triton: it only moves memory.
 
-    normalise   GroupNorm and SiLU, in one reading from memory. The programs of an image add up their slices,
-                wait for each other, and read their slices again, which the L2 cache still has: few images
-                are in flight at a time. Sums are added in a fixed order.
+    normalise   GroupNorm and SiLU, in one reading from memory. Programs add up their slices, wait for each
+                other, and read their slices again, which the L2 cache still has: little is in flight at a
+                time. A group needs its own channels alone, so those wait for each other that have the same
+                share of an image's, as many as a line of memory holds. Sums are added in a fixed order.
     begin       the first convolution of the frames, and its norm. It is made twice, for the sums and to be
                 written: a product of 27 (padded to 32) with 128 numbers a pixel costs less than to read
                 what was made from memory, 16.8 MB an image.
@@ -30,19 +31,21 @@ PTX = not triton.knobs.runtime.interpret
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a norm is cut: numbers of a tile (of bf16) and of a slice (one program's share of an image),
-    warps, programs a multiprocessor holds.
+    """How a norm is cut: numbers of a tile (of bf16) and of a slice (one program's share), warps, programs a
+    multiprocessor holds, programs that wait for each other at most.
     """
 
     tile: int = 4096
-    slice: int = 32768
+    slice: int = 16384
     warps: int = 4
     programs: int = 4
     stages: int = 3
+    together: int = 128
 
 
-# What was fastest on an H200 (2026-11-23). Frames keep a program too busy to wait for others.
-WHOLE, FRAMES = Tuning(), Tuning(tile=2048)
+# What was fastest on an H100 (2026-11-23; benchmarks/RESULTS.md), FRAMES on an H200.
+WHOLE, FRAMES = Tuning(), Tuning(tile=2048, slice=32768, together=256)
+SHARE = 64  # channels: a line of 128 bytes
 
 
 @triton.jit
@@ -58,13 +61,20 @@ def _silu_of_half(h, PTX: tl.constexpr):
 
 
 @triton.jit
+def _places(n, p, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr):
+    """Where places p [R] of share n of the channels lie, [R, C]."""
+    image, share = n // (WIDE // C), n % (WIDE // C)
+    return image.to(tl.int64) * (H * W * WIDE) + p[:, None] * WIDE + share * C + tl.arange(0, C)[None, :]
+
+
+@triton.jit
 def _read(
     x, first, n, p, inside,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, FRAMES: tl.constexpr, DEPTH: tl.constexpr,
-    PTX: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr, FRAMES: tl.constexpr,
+    DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Places p [R] of image n, [R, C] in fp32: of x, or of the first convolution of the frames x, without
-    its bias. What is not `inside` means nothing.
+    its bias. What is not `inside` means nothing. n counts shares of C of the WIDE channels.
     """
     c = tl.arange(0, C)[None, :]
     if FRAMES:
@@ -79,14 +89,13 @@ def _read(
             patch, weight = patch.to(tl.float32), weight.to(tl.float32)
         return tl.dot(patch, weight, input_precision="ieee")
     else:
-        at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + c
-        return tl.load(x + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        return tl.load(x + _places(n, p, H, W, C, WIDE), mask=inside[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _slice(
     x, first, bias, sums, n, k,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     TILES: tl.constexpr, SPAN: tl.constexpr, SLICES: tl.constexpr, FRAMES: tl.constexpr,
     STAGES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +107,7 @@ def _slice(
     for i in tl.range(0, TILES, num_stages=STAGES):
         p = (k * TILES + i) * R + tl.arange(0, R)
         inside = (p < H * W) | EVEN
-        v = _read(x, first, n, p, inside, H, W, C, FRAMES, DEPTH, PTX)
+        v = _read(x, first, n, p, inside, H, W, C, WIDE, FRAMES, DEPTH, PTX)
         if not EVEN:
             v = tl.where(inside[:, None], v, 0.0)
         if SPAN == R:
@@ -110,7 +119,7 @@ def _slice(
             square += tl.sum(v * v, 0)
     total, square = tl.sum(total, 0), tl.sum(square, 0)
     # the bias, afterwards: with count positions, (v + b)^2 is v^2 + 2 b v + count b^2
-    b = tl.load(bias + c).to(tl.float32)
+    b = tl.load(bias + n % (WIDE // C) * C + c).to(tl.float32)
     count = tl.maximum(tl.minimum(H * W - k * (TILES * R), TILES * R), 0).to(tl.float32)
     square += b * (2.0 * total + count * b)
     total += count * b
@@ -122,13 +131,15 @@ def _slice(
 @triton.jit
 def _line(
     sums, weight, shift, bias, n, eps,
-    P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, SLICES: tl.constexpr, SILU: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, SLICES: tl.constexpr,
+    SILU: tl.constexpr,
 ):  # fmt: skip
     """What normalises image n, of which x has the bias still to get: a number [C] to multiply with, and one
     to add. SiLU wants half of both.
     """
     MORE: tl.constexpr = triton.next_power_of_2(SLICES)
-    c, g, s = tl.arange(0, C), tl.arange(0, G), tl.arange(0, MORE)
+    g, s = tl.arange(0, G), tl.arange(0, MORE)
+    c = n % (WIDE // C) * C + tl.arange(0, C)
     parts = sums + n * (SLICES * 2 * G) + s[:, None] * (2 * G) + g[None, :]
     there = (s < SLICES)[:, None] & (g >= 0)[None, :]
     mean = tl.sum(tl.load(parts, mask=there, other=0.0, cache_modifier=".cg"), 0) / (P * (C // G))
@@ -146,19 +157,19 @@ def _line(
 @triton.jit
 def _statistics(
     x, first, bias, sums, arrived, weight, shift, lines, eps,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     TILES: tl.constexpr, SPAN: tl.constexpr, SLICES: tl.constexpr, FRAMES: tl.constexpr,
     SILU: tl.constexpr, STAGES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Only what normalises each image, lines [N, 2, C]: an image's last program to be done writes it."""
+    """Only what normalises each image or share of one, lines [N, 2, C]: its last program writes it."""
     n = tl.program_id(0) // SLICES
     _slice(
         x, first, bias, sums, n, tl.program_id(0) % SLICES,
-        H, W, C, G, R, TILES, SPAN, SLICES, FRAMES, STAGES, DEPTH, PTX,
+        H, W, C, WIDE, G, R, TILES, SPAN, SLICES, FRAMES, STAGES, DEPTH, PTX,
     )  # fmt: skip
     tl.debug_barrier()  # all threads have stored before one says so
     if tl.atomic_add(arrived + n, 1, sem="acq_rel") == SLICES - 1:
-        scale, start = _line(sums, weight, shift, bias, n, eps, H * W, C, G, SLICES, SILU)
+        scale, start = _line(sums, weight, shift, bias, n, eps, H * W, C, WIDE, G, SLICES, SILU)
         c = tl.arange(0, C)
         tl.store(lines + n * (2 * C) + c, scale)
         tl.store(lines + n * (2 * C) + C + c, start)
@@ -177,8 +188,8 @@ def _write(
     p = tl.program_id(0) % tiles * R + tl.arange(0, R)
     inside = (p < H * W) | EVEN
     c = tl.arange(0, C)[None, :]
-    v = _read(x, first, n, p, inside, H, W, C, FRAMES, DEPTH, PTX)
-    at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + c
+    v = _read(x, first, n, p, inside, H, W, C, C, FRAMES, DEPTH, PTX)
+    at = _places(n, p, H, W, C, C)
     if FRAMES:
         tl.store(kept + at, v + tl.load(bias + c).to(tl.float32), mask=inside[:, None])
     v = v * tl.load(lines + n * (2 * C) + c) + tl.load(lines + n * (2 * C) + C + c)
@@ -189,33 +200,30 @@ def _write(
 
 @triton.jit
 def _normalise(
-    x, bias, sums, arrived, weight, shift, out, images, eps,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    x, bias, sums, arrived, weight, shift, out, count, eps,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     TILES: tl.constexpr, SPAN: tl.constexpr, SLICES: tl.constexpr, SILU: tl.constexpr,
     STAGES: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     EVEN: tl.constexpr = H * W == SLICES * TILES * R
     k = tl.program_id(0) % SLICES
     n = tl.program_id(0) // SLICES
-    while n < images:  # the interpreter has no range() over its numbers
-        _slice(
-            x, x, bias, sums, n, k, H, W, C, G, R, TILES, SPAN, SLICES, False, STAGES, DEPTH, PTX
-        )  # fmt: skip
+    while n < count:  # the interpreter has no range() over its numbers
+        _slice(x, x, bias, sums, n, k, H, W, C, WIDE, G, R, TILES, SPAN, SLICES, False, STAGES, DEPTH, PTX)
         tl.debug_barrier()
-        count = tl.atomic_add(arrived + n, 1, sem="acq_rel") + 1
-        while count < SLICES:
-            count = tl.atomic_add(arrived + n, 0, sem="acquire")
+        there = tl.atomic_add(arrived + n, 1, sem="acq_rel") + 1
+        while there < SLICES:
+            there = tl.atomic_add(arrived + n, 0, sem="acquire")
         tl.debug_barrier()
-        scale, start = _line(sums, weight, shift, bias, n, eps, H * W, C, G, SLICES, SILU)
+        scale, start = _line(sums, weight, shift, bias, n, eps, H * W, C, WIDE, G, SLICES, SILU)
         for j in tl.range(0, TILES, num_stages=STAGES):  # what was read last comes first
             p = (k * TILES + (TILES - 1 - j)) * R + tl.arange(0, R)
             inside = (p < H * W) | EVEN
-            v = _read(x, x, n, p, inside, H, W, C, False, DEPTH, PTX)
+            v = _read(x, x, n, p, inside, H, W, C, WIDE, False, DEPTH, PTX)
             v = v * scale[None, :] + start[None, :]
             if SILU:
                 v = _silu_of_half(v, PTX)
-            at = n.to(tl.int64) * (H * W * C) + p[:, None] * C + tl.arange(0, C)[None, :]
-            tl.store(out + at, v, mask=inside[:, None])
+            tl.store(out + _places(n, p, H, W, C, WIDE), v, mask=inside[:, None])
         n += tl.num_programs(0) // SLICES
 
 
@@ -245,7 +253,7 @@ def waiting(tuning: Tuning, tiles: int, ahead: int, device: torch.device) -> int
 
 @dataclass(frozen=True)
 class Cut:
-    """An image of H * W places with C channels in `slices` of `tiles` of `tile` places each."""
+    """An image of H * W places, or a share of its channels, in `slices` of `tiles` of `tile` places each."""
 
     tile: int
     tiles: int
@@ -253,21 +261,27 @@ class Cut:
 
     @classmethod
     def of(cls, shape: tuple[int, int, int, int], width: int, tuning: Tuning, device: torch.device) -> Cut:
-        """shape: N, H, W, C, of `width` bytes each."""
+        """shape: images or shares, H, W, C, of `width` bytes each."""
         N, H, W, C = shape
         tile = min(max(16, tuning.tile * 2 // width // C), max(16, triton.next_power_of_2(H * W)))
         room = tuning.programs * _processors(device)[0]
-        slices = triton.cdiv(H * W * C, max(min(tuning.slice, N * H * W * C // room), tile * C))
+        longest = max(tuning.slice, H * W * C // tuning.together)
+        slices = triton.cdiv(H * W * C, max(min(longest, N * H * W * C // room), tile * C))
         tiles = triton.cdiv(H * W, slices * tile)
         return cls(tile, tiles, triton.cdiv(H * W, tiles * tile))
 
     def constants(self, shape: tuple[int, int, int, int], tuning: Tuning, silu: bool) -> dict[str, int]:
-        """What `_statistics` and `_normalise` are compiled for."""
+        """What `_statistics` and `_normalise` are compiled for, but for SPAN; shape: as above."""
         return dict(
-            H=shape[1], W=shape[2], C=shape[3], G=GROUPS, R=self.tile, TILES=self.tiles, SLICES=self.slices,
+            H=shape[1], W=shape[2], C=shape[3], R=self.tile, TILES=self.tiles, SLICES=self.slices,
             SILU=silu, STAGES=tuning.stages, DEPTH=DEPTH, PTX=PTX, num_warps=tuning.warps,
             maxnreg=65536 // (32 * tuning.warps * tuning.programs) // 8 * 8,
         )  # fmt: skip
+
+
+def shares(C: int) -> int:
+    """Of C channels, that are normalised by themselves."""
+    return max(1, C // SHARE)
 
 
 def normalise(
@@ -283,29 +297,32 @@ def normalise(
 ) -> Tensor:
     """GroupNorm with weight and shift [C] of x [N, H, W, C] + bias [C], and SiLU -> [N, H, W, C].
 
-    arrived: zeros [N], int32, for this call alone. in_place: into x's memory.
+    arrived: zeros [N * shares(C)], int32, for this call alone. in_place: into x's memory.
     """
-    N, _, _, C = shape = tuple(x.shape)
-    width = x.element_size()
+    N, H, W, C = x.shape
+    width, share = x.element_size(), C // shares(C)
+    count = N * shares(C)
+    shape = count, H, W, share
     cut = Cut.of(shape, width, tuning, x.device)
     out = x if in_place else torch.empty_like(x)
-    sums = torch.empty(N, cut.slices, 2, GROUPS, dtype=torch.float32, device=x.device)
+    sums = torch.empty(count, cut.slices, 2, GROUPS * share // C, dtype=torch.float32, device=x.device)
     # a thread reads 16 bytes at once, so a program's threads have as many rows between them
-    span = min(cut.tile, max(1, tuning.warps * 512 // width // C))
-    ahead = (tuning.stages - 1) * cut.tile * C * width + 8 * C + 1024
+    span = min(cut.tile, max(1, tuning.warps * 512 // width // share))
+    ahead = (tuning.stages - 1) * cut.tile * share * width + 8 * share + 1024
     room = waiting(tuning, cut.tiles, ahead, x.device)
-    constants = cut.constants(shape, tuning, silu)
+    constants = cut.constants(shape, tuning, silu) | dict(WIDE=C, G=sums.shape[-1], SPAN=span)
     if cut.slices <= room and (PTX or cut.slices == 1):  # the interpreter's programs don't wait
-        images = min(N, room // cut.slices)
-        _normalise[(images * cut.slices,)](
-            x, bias, sums, arrived, weight, shift, out, N, EPS, SPAN=span,
+        together = min(count, room // cut.slices)
+        _normalise[(together * cut.slices,)](
+            x, bias, sums, arrived, weight, shift, out, count, EPS,
             launch_cooperative_grid=cut.slices > 1, **constants,
         )  # fmt: skip
     else:
-        lines = torch.empty(N, 2, C, dtype=torch.float32, device=x.device)
-        _statistics[(N * cut.slices,)](
-            x, x, bias, sums, arrived, weight, shift, lines, EPS, SPAN=span, FRAMES=False, **constants
+        lines = torch.empty(count, 2, share, dtype=torch.float32, device=x.device)
+        _statistics[(count * cut.slices,)](
+            x, x, bias, sums, arrived, weight, shift, lines, EPS, FRAMES=False, **constants
         )
+        lines = lines.view(N, -1, 2, share).transpose(1, 2).contiguous()
         _write_to(out, out, x, bias, lines, silu)
     return out
 
@@ -324,14 +341,15 @@ def begin(
     first: its weights as a matrix [32, C] (`matrix_of`). weight, shift: the norm's. arrived: as above.
     """
     N, _, H, W = frames.shape
-    shape = N, H, W, C = N, H, W, len(bias)
+    C = len(bias)
+    shape = N, H, W, C
     cut = Cut.of(shape, frames.element_size(), tuning, frames.device)
     sums = torch.empty(N, cut.slices, 2, GROUPS, dtype=torch.float32, device=frames.device)
     lines = torch.empty(N, 2, C, dtype=torch.float32, device=frames.device)
     normed, kept = (torch.empty(shape, dtype=frames.dtype, device=frames.device) for _ in range(2))
     _statistics[(N * cut.slices,)](
-        frames, first, bias, sums, arrived, weight, shift, lines, EPS, SPAN=cut.tile, FRAMES=True,
-        **cut.constants(shape, tuning, True),
+        frames, first, bias, sums, arrived, weight, shift, lines, EPS, WIDE=C, G=GROUPS, SPAN=cut.tile,
+        FRAMES=True, **cut.constants(shape, tuning, True),
     )  # fmt: skip
     _write_to(normed, kept, frames, bias, lines, True, first)
     return normed, kept

@@ -34,16 +34,19 @@ def test_the_fused_encoder_equals_the_eager_one(multipliers, shape):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("channels", "slice"), [(64, 4096), (128, 1 << 20)]
+)  # several slices; several shares
 @pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_its_norm_is_group_norm(offset):
+def test_its_norm_is_group_norm(offset, channels, slice):
     """Also where the mean is large against the spread: more than this bf16 can't hold."""
     generator = torch.Generator().manual_seed(0)
-    weight, bias = 1 + 0.2 * torch.randn(64, generator=generator), 0.2 * torch.randn(64, generator=generator)
-    spread, late = 0.5 + torch.rand(64, generator=generator), torch.randn(64, generator=generator)
-    x = torch.randn(3, 8, 16, 64, generator=generator) * spread + offset
+    shift, spread, late = (torch.randn(channels, generator=generator) for _ in range(3))
+    weight, bias, spread = 1 + 0.2 * late.flip(0), 0.2 * shift, 0.5 + spread.abs()
+    x = torch.randn(3, 8, 16, channels, generator=generator) * spread + offset
     for dtype, tolerance in ((torch.float32, 1e-5 if offset == 0 else 1e-3), (torch.bfloat16, 2e-2)):
-        part, arrived = x.to(dtype), torch.zeros(3, dtype=torch.int32)
-        got = normalise(part, weight, bias, arrived, bias=late, silu=False, tuning=Tuning(slice=4096))
+        part, arrived = x.to(dtype), torch.zeros(6, dtype=torch.int32)
+        got = normalise(part, weight, bias, arrived, bias=late, silu=False, tuning=Tuning(slice=slice))
         wanted = (part.float() + late).permute(0, 3, 1, 2)
         wanted = torch.nn.functional.group_norm(wanted, 32, weight, bias, 1e-6)
         assert got.dtype == dtype
@@ -58,10 +61,10 @@ def test_programs_wait_for_each_other_only_where_a_gpu_runs_them_all(monkeypatch
         assert tuple(waiting(Tuning(), *each, None) for each in given) == wanted
     monkeypatch.setattr(triton_vae, "_processors", lambda device: (2, 4096))  # none: two launches
     monkeypatch.setattr(triton_vae, "_normalise", None)
-    x, weight, bias = torch.randn(2, 8, 16, 64), torch.rand(64), torch.rand(64)
-    arrived = torch.zeros(2, dtype=torch.int32)
+    x, weight, bias = torch.randn(2, 8, 16, 128), torch.rand(128), torch.rand(128)
+    arrived = torch.zeros(4, dtype=torch.int32)
     tuning = Tuning(tile=512, slice=1 << 20)
-    got = normalise(x, weight, bias, arrived, bias=torch.zeros(64), silu=False, tuning=tuning)
+    got = normalise(x, weight, bias, arrived, bias=torch.zeros(128), silu=False, tuning=tuning)
     wanted = torch.nn.functional.group_norm(x.permute(0, 3, 1, 2), 32, weight, bias, 1e-6)
     torch.testing.assert_close(got.permute(0, 3, 1, 2), wanted, rtol=1e-4, atol=1e-4)
 
