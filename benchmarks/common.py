@@ -42,6 +42,7 @@ from nextvid_mcore.targets.autoencoder import AutoencoderKL
 from nextvid_mcore.targets.va_vae import VA_VAE, VaVae
 from nextvid_mcore.training import graphs
 from nextvid_mcore.training import step as training_step
+from nextvid_mcore.training.microbatch import Outline
 from nextvid_mcore.training.step import StepResult, TrainStep
 
 PEAK_BF16 = 989e12  # dense FLOP/s of one H100 or H200
@@ -158,9 +159,14 @@ class Bench:
             for first in range(0, self.point.batch, wave)
         ]
 
+    def run(self) -> StepResult:
+        """One step, which knows, as in a run, what the next one begins with."""
+        coming = Outline.of(self.clips[0], self.point.stage.tau_samples)
+        return self.step.run(self.point, self.clips, coming)
+
     def take(self) -> StepResult:
         """One step, finished."""
-        result = self.step.run(self.point, self.clips)
+        result = self.run()
         self.synchronize()
         return result
 
@@ -184,7 +190,7 @@ class Bench:
         self.synchronize()
         start, loss = time.perf_counter(), math.nan
         for _ in range(steps):
-            loss = self.step.run(self.point, self.clips).loss
+            loss = self.run().loss
         self.synchronize()
         seconds = (time.perf_counter() - start) / steps
         gib = torch.cuda.max_memory_reserved() / 2**30 if self.cuda else math.nan

@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 import os
 import sys
@@ -96,9 +98,10 @@ class Files:
         seats = build_seats(placement)
         home = seats.home
         clips = placement.clips(seats.mine[0], config.micro_batch(config.stages[0]))
-        requests = rank_batches(Schedule(config), 0, home.data_rank, home.layout.data, lambda _: clips)
+        of_rank = (home.data_rank, home.layout.data, lambda _: clips)
+        self.requests = functools.partial(rank_batches, Schedule(config), 0, *of_rank)
         self.data, self._gib = config.data, gib_in_use()
-        self.loader = build_loader(config, requests) if home.collection.mp.rank() == 0 else None
+        self.loader = build_loader(config, self.requests()) if home.collection.mp.rank() == 0 else None
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
         def first() -> ClipBatch:
@@ -132,6 +135,7 @@ def from_files(bench: Bench, config: RunConfig, files: Files, seconds: float, re
 
     from nextvid_mcore.data.guard import BadShareGuard
     from nextvid_mcore.training.feed import Feed
+    from nextvid_mcore.training.microbatch import Outline
 
     seats, point, data = bench.step.seats, bench.point, files.data
     feed = Feed(
@@ -141,6 +145,7 @@ def from_files(bench: Bench, config: RunConfig, files: Files, seconds: float, re
         config.model.image_size,
     )
     count = bench.placement.encoder.layout.micro_batches(point.batch, point.micro_batch)
+    coming = itertools.islice(files.requests(), count, None, count)  # of every later step the first
     refused, times, waits = 0, [], []
     ahead = math.ceil((data.workers * data.prefetch + 2) / count)
     said = time.perf_counter()
@@ -150,7 +155,7 @@ def from_files(bench: Bench, config: RunConfig, files: Files, seconds: float, re
             start, cpu = time.perf_counter(), cpu_seconds()
         begin = time.perf_counter()
         batch = feed.next(point, 0)
-        bench.step.run(point, batch.batches)
+        bench.step.run(point, batch.batches, Outline(*next(coming), point.stage.tau_samples))
         times.append(time.perf_counter() - begin)
         waits.append(batch.seconds)
         refused += batch.refused if number >= ahead else 0

@@ -44,7 +44,7 @@ def seconds(bench: Bench, steps: int, knn: OnlineKnn | None = None) -> float:
     bench.synchronize()
     begin = time.perf_counter()
     for _ in range(steps):
-        bench.step.run(bench.point, bench.clips)
+        bench.run()
     if knn is not None:
         knn.run()
     bench.synchronize()

@@ -239,7 +239,7 @@ def _measured(args: argparse.Namespace, case: dict[str, Any], world: int) -> dic
     found["flops"] = flops.clip_flops(config, config.stages[0], executed=True).total
     if bench.cuda:
         with contextlib.suppress(RuntimeError):  # a profiler that cannot record costs the gaps alone
-            found["activity"] = activity(lambda: bench.step.run(bench.point, bench.clips))
+            found["activity"] = activity(bench.run)
     bench.step.close()
     if bench.cuda and case["shares"]:  # parts are told apart in an eager step
         torch.cuda.empty_cache()

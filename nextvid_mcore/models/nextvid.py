@@ -55,19 +55,18 @@ class MicroBatch:
     draws: tuple[Tensor, Tensor] | None = None  # tau and noise of `flow.draw`; None: drawn when needed
     latents: Tensor | None = None  # of the predicted frames 1 .. t-1, [B, p, n, C]
 
-    def draw(self, config: RunConfig, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """tau and noise of `flow.draw` for these clips' `latents` [B, p, n, C], on their device."""
-        _, frames, n, channels = latents.shape
+    def draw(self, config: RunConfig, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """tau and noise of `flow.draw` for these clips' latents of C = `channels`."""
         return flow.draw(
             self.seed,
             self.index,
             config.mask.masks,
-            frames,
+            self.token_frames - 1,
             self.tau_samples,
-            n,
+            config.model.tokens_per_frame,
             channels,
             per=config.loss.tau,
-            device=latents.device,
+            device=device,
         )
 
 
@@ -229,7 +228,7 @@ class NextVid(MegatronModule):
     def flow_matching(self, z: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
         """Eq. 8: `flow` and its `tau`; z: [n (/ tp), M, p, B, E]."""
         latents, place = batch.latents, self.places["decoder"]
-        tau, noise = batch.draws or batch.draw(self.run, latents)
+        tau, noise = batch.draws or batch.draw(self.run, latents.shape[-1], latents.device)
         data = latents[:, None, :, None]  # [B, 1, p, 1, n, C]
         noisy = flow.interpolate(noise, data, tau[..., None, None])
         velocity = flow.velocity(noise, data).expand_as(noise)

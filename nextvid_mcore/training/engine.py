@@ -35,6 +35,7 @@ from nextvid_mcore.targets import Target
 from nextvid_mcore.training import microbatch
 from nextvid_mcore.training.ahead import Ahead, Pending
 from nextvid_mcore.training.graphs import Graphs
+from nextvid_mcore.training.microbatch import Outline
 
 Watch = Callable[[LossTerms, MicroBatch], None]
 
@@ -84,14 +85,14 @@ class Engine:
 
         `watch` is called with every micro-batch's loss terms where there are losses.
         """
-        fp8.quantise_again(self.model.children())
         latents = [self.latents(clip) for clip in clips]
-        if self.graphs is not None:
+        if self.graphs is not None:  # every one of their passes quantises weights
             watchdog.enter("forward and backward")
             for i, (clip, made) in enumerate(zip(clips, latents, strict=True)):
                 ready = made() if made else None
                 self.graphs.run(clip, ready, point.stage.tau_samples, len(clips), watch, first=i == 0)
             return
+        fp8.quantise_again(self.model.children())
         watchdog.enter("reference pass")
         features = self.reference_features(clips)
         watchdog.enter("forward and backward")
@@ -105,6 +106,14 @@ class Engine:
                 yield work
 
         self.students(works(), len(clips), len(clips[0].index), watch)
+
+    def draw_ahead(self, outline: Outline) -> None:
+        """Draw for the micro-batch that the next step begins with, where the device then waits for the host.
+
+        If another one comes after all, its own numbers are drawn.
+        """
+        if self.graphs is not None:
+            self.graphs.draw_ahead(outline)
 
     def held_out(
         self, clip: ClipBatch, tau_samples: int, seed: int, ema: bool
@@ -217,7 +226,8 @@ class Engine:
         seed: int | None = None,
     ) -> Work:
         """What this rank's networks read of a clip batch."""
-        student = microbatch.make_micro_batch(self.config, clip, tau_samples, self.device, seed)
+        outline = Outline.of(clip, tau_samples)
+        student = microbatch.make_micro_batch(self.config, outline, self.device, seed)
         if "student" in self.model.holds and self.model.student.encoder.first:
             patches = microbatch.full_patches(self.config, clip, self.device)
             student = microbatch.with_patches(student, patches)
@@ -225,9 +235,8 @@ class Engine:
             return Work(student, student)
         generator = student
         if self.shares > 1:
-            generator = microbatch.make_micro_batch(
-                self.config, self.share(clip), tau_samples, self.device, seed
-            )
+            mine = outline.share(self.shares, self.share_number)
+            generator = microbatch.make_micro_batch(self.config, mine, self.device, seed)
             features = None if features is None else self.part(features, dim=1)
         made = latents() if latents else None
         return Work(student, dataclasses.replace(generator, features=features, latents=made))

@@ -34,6 +34,7 @@ from nextvid_mcore.models import fp8, overlapped
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch
 from nextvid_mcore.parallel.placement import Placement, recorded, unrecordable
 from nextvid_mcore.training import microbatch, monitors
+from nextvid_mcore.training.microbatch import Outline
 from nextvid_mcore.training.replay_check import ReplayCheck
 
 if TYPE_CHECKING:
@@ -85,6 +86,15 @@ class Inputs:
         torch._foreach_copy_(self.tensors(), other.tensors(), non_blocking=True)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What is drawn for a micro-batch."""
+
+    batch: MicroBatch
+    share: MicroBatch  # the clips that this rank's predictor and decoder take
+    draws: tuple[Tensor | None, Tensor | None]  # tau and noise of `share`; None without generation
+
+
 @dataclass
 class Recorded:
     """The passes of one shape so far, and the graph once there is one."""
@@ -114,10 +124,29 @@ class Graphs:
         self.device = engine.device
         self._recorded: dict[tuple, Recorded] = {}
         self._seen: set[tuple] = set()
+        self._ahead: tuple[Outline, Drawn] | None = None
         self._said = False
         self.say: Callable[[str], None] = log.info
         self._rehearsed = fp8.rehearsals(self.config.fp8)  # passes, before which gradients vanish
         fp8.cache_weights(self.model.children(), False)
+
+    def draw_ahead(self, outline: Outline) -> None:
+        """Draw for the micro-batch that `run` is given next, while the device is busy with others."""
+        self._ahead = outline, self._draw(outline)
+
+    def _drawn(self, outline: Outline) -> Drawn:
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead is not None and ahead[0] == outline else self._draw(outline)
+
+    def _draw(self, outline: Outline) -> Drawn:
+        engine = self.engine
+        batch = share = microbatch.make_micro_batch(self.config, outline, self.device)
+        if engine.shares > 1:
+            mine = outline.share(engine.shares, engine.share_number)
+            share = microbatch.make_micro_batch(self.config, mine, self.device)
+        if "decoder" not in self.model.holds:
+            return Drawn(batch, share, (None, None))
+        return Drawn(batch, share, share.draw(self.config, engine.target.channels, self.device))
 
     def run(
         self,
@@ -133,13 +162,10 @@ class Graphs:
         latents: of the predicted frames of this rank's share, [B, p, n, C]; None without generation.
         first: all gradients are zero, as the comparison of a recorded pass wants them.
         """
-        batch = microbatch.make_micro_batch(self.config, clip, tau_samples, self.device)
-        share = batch
-        if self.engine.shares > 1:
-            share = microbatch.make_micro_batch(
-                self.config, self.engine.share(clip), tau_samples, self.device
-            )
-        inputs = self._inputs(clip, batch, share, latents)
+        drawn = self._drawn(Outline.of(clip, tau_samples))
+        batch, share = drawn.batch, drawn.share
+        video = clip.video.to(self.device, non_blocking=True)
+        inputs = Inputs(video, batch.masks.tokens, latents, *drawn.draws)
         key = (*inputs.video.shape, tau_samples, count)
         if key not in self._recorded:
             self._say_again(key)
@@ -209,13 +235,6 @@ class Graphs:
         terms = terms.detached()
         seen = monitors.moments(terms.z, terms.target, terms.aligned)
         return dataclasses.replace(terms, z=None, target=None, aligned=None, moments=seen)
-
-    def _inputs(
-        self, clip: ClipBatch, batch: MicroBatch, share: MicroBatch, latents: Tensor | None
-    ) -> Inputs:
-        tau, noise = (None, None) if latents is None else share.draw(self.config, latents)
-        video = clip.video.to(self.device, non_blocking=True)
-        return Inputs(video, batch.masks.tokens, latents, tau, noise)
 
     def _record(
         self, here: Recorded, batch: MicroBatch, share: MicroBatch, inputs: Inputs, count: int

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from nextvid_mcore.config import RunConfig
 from nextvid_mcore.data.guard import BadShareGuard, DataError
 from nextvid_mcore.data.loader import ClipBatch, build_loader, data_note
-from nextvid_mcore.data.sampler import rank_batches
+from nextvid_mcore.data.sampler import Request, rank_batches
 from nextvid_mcore.models import fp8
 from nextvid_mcore.models.specs import backend_note
 from nextvid_mcore.parallel import mailbox, watchdog
@@ -46,6 +46,7 @@ from nextvid_mcore.training.full_memory import FullMemory
 from nextvid_mcore.training.inventory import Inventory
 from nextvid_mcore.training.manifest import CheckpointError
 from nextvid_mcore.training.metrics import MetricsFile
+from nextvid_mcore.training.microbatch import Outline
 from nextvid_mcore.training.online_knn import OnlineKnn
 from nextvid_mcore.training.profiling import StepProfiler
 from nextvid_mcore.training.progress import Progress
@@ -187,21 +188,19 @@ class Trainer:
         metrics = MetricsFile(self.out / "metrics.jsonl", self.step)
         return metrics, MetricsFile(self.out / "eval.jsonl", self.step), wandb
 
-    def _loader(self) -> Iterator[ClipBatch] | None:
-        """This replica's micro-batches from here to the end; None where another rank of it loads."""
-        seat = self.seats.mine[0]
-        requests = rank_batches(
-            self.schedule,
-            self.step,
-            self.groups.data_rank,
-            self.groups.layout.data,
-            lambda point: self.placement.clips(seat, point.micro_batch),
+    def _requests(self, step: int) -> Iterator[Request]:
+        """This replica's micro-batches after `step` steps, to the end."""
+        rank, ranks, seat = self.groups.data_rank, self.groups.layout.data, self.seats.mine[0]
+        return rank_batches(
+            self.schedule, step, rank, ranks, lambda point: self.placement.clips(seat, point.micro_batch)
         )
-        if not seat.sees_video:
+
+    def _loader(self) -> Iterator[ClipBatch] | None:
+        """Their clips, from here; None where another rank of the replica loads."""
+        requests = self._requests(self.step)
+        if not self.seats.mine[0].sees_video:
             return (blank(request) for request in requests)
-        if self.groups.collection.mp.rank() != 0:
-            return None
-        return build_loader(self.config, requests)
+        return build_loader(self.config, requests) if self.groups.collection.mp.rank() == 0 else None
 
     def run(self) -> int:
         """Train to the end of the schedule (or of `train.steps`). Returns the process's exit code."""
@@ -271,10 +270,14 @@ class Trainer:
 
     def _step(self, point: StagePoint, data: StepData) -> StepResult:
         flag, clips = self.config.micro_batch_flag(point.stage), point.micro_batch
-        ways = full_memory.training_ways(self.config, flag, clips)
-        where = f"step {self.step + 1}, stage {point.stage.name}"
-        with full_memory.told(where, f"with micro-batches of {clips}; {ways}"):
-            return self.train_step.run(point, data.batches)
+        said = f"with micro-batches of {clips}; {full_memory.training_ways(self.config, flag, clips)}"
+        with full_memory.told(f"step {self.step + 1}, stage {point.stage.name}", said):
+            return self.train_step.run(point, data.batches, self._coming())
+
+    def _coming(self) -> Outline | None:
+        """The next step's first micro-batch, if there is one."""
+        request = next(self._requests(self.step + 1), None)
+        return request and Outline(*request, self.schedule.at(self.step + 1).stage.tau_samples)
 
     def _row(self, point: StagePoint, data: StepData, result: StepResult, seconds: float) -> dict[str, Any]:
         """One line of metrics.jsonl. `skipped` counts the steps skipped in a row up to this one."""

@@ -194,16 +194,24 @@ class RoleOptimizers:
             optimizer.zero_grad()
 
     @torch.no_grad()
-    def step(self, loss: Tensor | None = None) -> StepOutcome:
+    def step(self, loss: Tensor | None = None, then: Callable[[], None] | None = None) -> StepOutcome:
         """Clip by the global norm and update, or change nothing. Gradients must be finalized.
 
         Every rank of the world must call it.
 
         Args:
             loss: this rank's loss, if it has one: a non-finite loss skips the step too.
+            then: called when nothing here needs the gradients any more; in one pass that is before the host
+                waits for the norm.
         """
+        then = then or (lambda: None)
         if self.one_pass is not None:
-            return self._step_in_one_pass(self.one_pass, loss)
+            return self._step_in_one_pass(self.one_pass, loss, then)
+        outcome = self._step_by_lists(loss)
+        then()
+        return outcome
+
+    def _step_by_lists(self, loss: Tensor | None) -> StepOutcome:
         grads = []
         for optimizer in self.optimizers.values():
             optimizer.prepare_grads()
@@ -226,13 +234,16 @@ class RoleOptimizers:
         self.refresh()
         return StepOutcome(True, norm)
 
-    def _step_in_one_pass(self, update: OnePass, loss: Tensor | None) -> StepOutcome:
+    def _step_in_one_pass(
+        self, update: OnePass, loss: Tensor | None, then: Callable[[], None]
+    ) -> StepOutcome:
         """The host reads the norm once the device has the update, which has read it too."""
         norm = update.norm(loss)
         report = Report(norm)
         update.update(norm, self.updates + 1)
         if self.ema is not None and self.reference is not None:
             self.ema.gather()
+        then()
         (seen,) = report.read()
         if not math.isfinite(seen):
             return StepOutcome(False, seen)

@@ -27,6 +27,7 @@ from nextvid_mcore.targets import build_target, target_channels
 from nextvid_mcore.training import graphs
 from nextvid_mcore.training.ahead import Report
 from nextvid_mcore.training.engine import Engine
+from nextvid_mcore.training.microbatch import Outline
 from nextvid_mcore.training.monitors import Collapse
 from nextvid_mcore.training.optimizer import RoleOptimizers, finalize_grads, wrap_roles
 from nextvid_mcore.training.separate import SeparateEngine
@@ -100,6 +101,7 @@ class TrainStep:
         self.engine.graphs = graphs.Graphs(self.engine) if recorded else None
         self.losses = [name for name, on in (("flow", generate), ("align", config.model.align)) if on]
         self.rehearsals = fp8.rehearsals(config.fp8)
+        self._forgotten = False  # the last step's gradients are, for the next one
 
     def _reference_edge(self) -> ReferenceEdge | None:
         """Brings the reference to the generator's ranks, where it is run there."""
@@ -123,20 +125,32 @@ class TrainStep:
             parts["target"] = self.target
         return parts
 
-    def run(self, point: StagePoint, clips: Sequence[ClipBatch]) -> StepResult:
-        """Take the step at `point` on the micro-batches of this rank's first seat."""
+    def run(self, point: StagePoint, clips: Sequence[ClipBatch], coming: Outline | None = None) -> StepResult:
+        """Take the step at `point` on the micro-batches of this rank's first seat.
+
+        coming: the next step's first micro-batch, for which this step draws. Without it that step does, with
+        the same result, while the device waits.
+        """
         self.optimizers.set_lr(point)
         self.engine.traffic.reset()
         means, collapse = self.accumulate(point, clips)
         named = dict(zip(self.losses, means, strict=True))
         report = Report(torch.cat([means, self._monitors(collapse)]))
         watchdog.enter("optimizer step")
-        outcome = self.optimizers.step(self.config.loss.total(named.get("flow"), named.get("align")))
+        loss = self.config.loss.total(named.get("flow"), named.get("align"))
+        outcome = self.optimizers.step(loss, lambda: self._prepare(coming))
         losses, monitors = self._named(report.read(), collapse)
         crossed = self._crossed(point.batch) if self.seats.placement.separate else {}
         flow, align = losses.get("flow"), losses.get("align")
         loss = self.config.loss.total(flow, align)
         return StepResult(loss, flow, align, outcome.grad_norm, outcome.applied, monitors, crossed)
+
+    def _prepare(self, coming: Outline | None) -> None:
+        """The next step's beginning, before the host waits for this one."""
+        self.optimizers.zero_grad()
+        self._forgotten = True
+        if coming is not None:
+            self.engine.draw_ahead(coming)
 
     def gradients(
         self, point: StagePoint, clips: Sequence[ClipBatch]
@@ -185,7 +199,9 @@ class TrainStep:
             elif terms.z is not None:
                 collapse.add(terms.z, terms.target, terms.aligned)
 
-        self.optimizers.zero_grad()
+        if not self._forgotten:
+            self.optimizers.zero_grad()
+        self._forgotten = False
         self.engine.gradients(point, clips, watch)
         watchdog.enter("gradient reduction")
         finalize_grads(self.roles, {role: self.seats.of(role) for role in self.roles})

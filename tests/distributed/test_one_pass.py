@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from small import build, drawn_step, snapshot
 
 from nextvid_mcore.parallel.groups import Layout
 from nextvid_mcore.training import checkpoint
+from nextvid_mcore.training.ahead import Report
+from nextvid_mcore.training.one_pass import OnePass
 from nextvid_mcore.training.optimizer import RoleOptimizers
 
 BUCKETS = {"overlap_grad_reduce": True, "bucket_size": 500}
@@ -88,6 +92,27 @@ def test_steps_are_megatron_cores(layout: Layout, bad: str, ddp: dict) -> None:
             torch.testing.assert_close(a, b, rtol=rtol, atol=1e-7, msg=lambda m, key=key: f"{key}: {m}")
         for a, b in zip(ours["weights"], theirs["weights"], strict=True):  # the reference's too
             torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-7)
+
+
+def order_of_a_step() -> list[str]:
+    (_, _), (_, optimizers) = pair(Layout())
+    done, update, read = [], OnePass.update, Report.read
+
+    def noted(name: str, inner: Callable) -> Callable:
+        return lambda *args: (done.append(name), inner(*args))[1]
+
+    with (
+        mock.patch.object(OnePass, "update", noted("update", update)),
+        mock.patch.object(Report, "read", noted("read", read)),
+    ):
+        for role in optimizers.roles.values():
+            role.finish_grad_sync()
+        assert optimizers.step(None, lambda: done.append("then")).applied
+    return done
+
+
+def test_what_comes_then_is_given_out_before_the_host_waits() -> None:
+    assert shared(1).run(order_of_a_step)[0] == ["update", "then", "read"]
 
 
 def covered(layout: Layout, ddp: dict) -> dict[str, list[tuple[int, int, int]]]:

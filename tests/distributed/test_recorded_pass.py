@@ -16,12 +16,15 @@ import pytest
 import torch
 from launch import RankFailure, shared
 
+from nextvid_mcore import masking
 from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig
 from nextvid_mcore.parallel import mailbox, plan, split
 from nextvid_mcore.parallel.groups import Layout
 from nextvid_mcore.parallel.placement import Placement, resolve_placement
-from nextvid_mcore.training import graphs
+from nextvid_mcore.training import graphs, microbatch
 from nextvid_mcore.training import step as training_step
+from nextvid_mcore.training.microbatch import Outline
+from nextvid_mcore.training.optimizer import StepOutcome
 
 TENSOR = {"encoder": RoleParallel(tensor=2)}
 LAYOUTS = {
@@ -103,6 +106,61 @@ def test_passes_that_are_recorded_exchange_beside_products_and_eager_ones_in_lin
         same(recorded, engine)
         layers, passes = config.model.encoder.depth, parity.BATCH // 2
         assert (before, after) == (0, passes * layers * (4 + 4 + 4))  # reference, student, student backward
+
+
+def three_steps(config: RunConfig, way: str) -> dict:
+    """Of three steps, the second not finite, the last of another stage: what they did, and masks drawn in it.
+
+    way: the micro-batch of which a step knows, the next one or another; at once: each begins as a first one.
+    """
+    step, schedule = parity.built(config), parity.schedule(config)
+    step.engine.graphs, update = graphs.Graphs(step.engine), step.optimizers.step
+    points, home = [schedule.at(i) for i in range(3)], step.seats.home
+    micro = step.seats.placement.clips(step.seats.mine[0], points[0].micro_batch)
+    clips = [parity.clips(config, point, home.data_rank, home.layout.data, micro) for point in points]
+    drawn, results = [], []
+
+    def draw(*args: object) -> masking.ClipMasks:
+        drawn[-1] += 1
+        return masking.draw_masks(*args)
+
+    def broken(*args: object) -> StepOutcome:
+        if len(drawn) == 2:
+            next(step.model.predictor.parameters()).main_grad.fill_(math.nan)
+        return update(*args)
+
+    step.optimizers.step = broken
+    with (
+        mock.patch.object(graphs, "WARM", parity.BATCH * 8),
+        mock.patch.object(microbatch, "draw_masks", draw),
+        graphs.recordable(),
+    ):
+        for i, point in enumerate(points):
+            coming = None
+            if way != "at once" and i + 1 < len(points):
+                of = i + 1 if way == "next" else 0
+                coming = Outline.of(clips[of][0], points[of].stage.tau_samples)
+            step._forgotten &= way != "at once"
+            drawn.append(0)
+            results.append(dataclasses.asdict(step.run(point, clips[i], coming)))
+    weights = [p.detach().clone() for p in step.model.parameters()]
+    return {"results": results, "weights": weights, "drawn": drawn, "once": drawn[0] // len(clips[0])}
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2-sp-generator-dp2"])
+def test_what_a_step_does_for_the_next_changes_nothing(layout: str) -> None:
+    parallel, ranks = LAYOUTS.get(layout, {}), 1 + (layout in LAYOUTS)
+    config = parity.small(**parallel).altered(train={"micro_batch": 2})
+    found = {way: shared(ranks).run(three_steps, config, way) for way in ("at once", "next", "another")}
+    for usual, right, wrong in zip(*found.values(), strict=True):
+        assert [x["applied"] for x in usual["results"]] == [True, False, True]
+        for each in (right, wrong):
+            assert repr(each["results"]) == repr(usual["results"])  # one has a norm of nan
+            assert all(torch.equal(a, b) for a, b in zip(each["weights"], usual["weights"], strict=True))
+        a_step, once = usual["drawn"][0], usual["once"]  # a rank may draw for its share too
+        assert usual["drawn"] == [a_step] * 3 and once < a_step
+        assert right["drawn"] == [a_step + once, a_step, a_step - once]
+        assert wrong["drawn"] == [a_step + once, a_step + once, a_step]
 
 
 def taking_turns(config: RunConfig) -> list[list[str]]:

@@ -17,6 +17,7 @@ from unit.test_triton_update import (  # noqa: F401  collected here again, on th
 
 from nextvid_mcore.parallel.groups import Layout
 from nextvid_mcore.training import ahead, optimizer
+from nextvid_mcore.training.microbatch import Outline
 from nextvid_mcore.training.one_pass import OnePass
 from nextvid_mcore.training.optimizer import RoleOptimizers
 
@@ -135,12 +136,13 @@ def recorded_step() -> bool:
     step = parity.built(config)
     point = parity.schedule(config).at(0)
     clips = parity.clips(config, point, 0, 1)
+    coming = Outline.of(clips[0], point.stage.tau_samples)
     for _ in range(5):
-        step.run(point, clips)
+        step.run(point, clips, coming)
     ours = step.optimizers.one_pass is not None
     torch.cuda.set_sync_debug_mode("error")
     try:
-        return ours and step.run(point, clips).applied
+        return ours and step.run(point, clips, coming).applied
     finally:
         torch.cuda.set_sync_debug_mode("default")
         step.close()
