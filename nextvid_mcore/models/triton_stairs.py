@@ -91,21 +91,27 @@ def _place(tile, BM: tl.constexpr, BN: tl.constexpr, KEYS: tl.constexpr, STRETCH
 
 
 @triton.jit
+def _at(x, first, token, last, D: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr):
+    """Where BN tokens of a head lie, `token` from one to the next; EDGE: none after `last`."""
+    c = tl.arange(0, D)[None, :]
+    if EDGE:
+        key = tl.minimum(first + tl.arange(0, BN), last)
+        at = x + key.to(tl.int64)[:, None] * token + c
+    else:
+        at = x + tl.cast(first, tl.int64) * token + tl.arange(0, BN)[:, None] * token + c
+    return at
+
+
+@triton.jit
 def _attend(
     query, top, total, found, k, v, k_token, v_token, limit, start, stop, last, scale,
     D: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Queries to keys start to stop; EDGE: not all of them see all, and the last block may not be whole."""
-    c = tl.arange(0, D)[None, :]
     for first in range(start, stop, BN):
         key = first + tl.arange(0, BN)
-        if EDGE:
-            token = tl.minimum(key, last).to(tl.int64)[:, None]
-            k_at, v_at = k + token * k_token + c, v + token * v_token + c
-        else:
-            token = tl.arange(0, BN)[:, None]
-            k_at = k + tl.cast(first, tl.int64) * k_token + token * k_token + c
-            v_at = v + tl.cast(first, tl.int64) * v_token + token * v_token + c
+        k_at = _at(k, first, k_token, last, D, BN, EDGE)
+        v_at = _at(v, first, v_token, last, D, BN, EDGE)
         scores = tl.dot(query, tl.load(k_at).T)
         if EDGE:
             scores = tl.where(key[None, :] < limit[:, None], scores, float("-inf"))
@@ -161,16 +167,10 @@ def _ask(
     D: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """The queries' gradient from keys start to stop."""
-    c = tl.arange(0, D)[None, :]
     for first in range(start, stop, BN):
         key = first + tl.arange(0, BN)
-        if EDGE:
-            token = tl.minimum(key, last).to(tl.int64)[:, None]
-            k_at, v_at = k + token * k_token + c, v + token * v_token + c
-        else:
-            token = tl.arange(0, BN)[:, None]
-            k_at = k + tl.cast(first, tl.int64) * k_token + token * k_token + c
-            v_at = v + tl.cast(first, tl.int64) * v_token + token * v_token + c
+        k_at = _at(k, first, k_token, last, D, BN, EDGE)
+        v_at = _at(v, first, v_token, last, D, BN, EDGE)
         keys = tl.load(k_at)
         scores = tl.dot(query, keys.T)
         p = tl.exp2(scores * scale - sum_[:, None])
@@ -281,43 +281,13 @@ def _keys_backward(
     dkey, dvalue = tl.zeros([BN, D], tl.float32), tl.zeros([BN, D], tl.float32)
     power = scale * LOG2E
     dkey, dvalue = _answer(
-        key,
-        value,
-        dkey,
-        dvalue,
-        q,
-        dout,
-        sums,
-        shares,
-        q_token,
-        g_token,
-        begin,
-        start,
-        whole,
-        power,
-        D,
-        BM,
-        True,
-    )
+        key, value, dkey, dvalue, q, dout, sums, shares, q_token, g_token, begin, start, whole, power,
+        D, BM, True,
+    )  # fmt: skip
     dkey, dvalue = _answer(
-        key,
-        value,
-        dkey,
-        dvalue,
-        q,
-        dout,
-        sums,
-        shares,
-        q_token,
-        g_token,
-        begin,
-        whole,
-        end,
-        power,
-        D,
-        BM,
-        False,
-    )
+        key, value, dkey, dvalue, q, dout, sums, shares, q_token, g_token, begin, whole, end, power,
+        D, BM, False,
+    )  # fmt: skip
     to = row * d_row + head * d_head + at * d_token + c
     tl.store(dk + to, (dkey * scale).to(dk.dtype.element_ty), mask=(keys <= last)[:, None])
     tl.store(dv + to, dvalue.to(dv.dtype.element_ty), mask=(keys <= last)[:, None])
