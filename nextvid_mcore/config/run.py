@@ -41,6 +41,12 @@ class RunConfig:
         require(len(self.stages) > 0, "a run needs at least one stage")
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), f"stage names must differ, got {names}")
+        for lone, other in (("align", "generate"), ("flow", "align")):
+            require(
+                getattr(self.model, other) or getattr(self.loss, lone) > 0,
+                f"loss {lone} is 0 and {other} is off, so there is nothing to train; raise loss {lone} or "
+                f"switch {other} on",
+            )
         for stage in self.stages:
             self.model.token_frames(stage.frames)
         if self.mask.static:

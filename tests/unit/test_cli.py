@@ -80,6 +80,8 @@ def test_switch_spellings(words: str, value: bool):
         ("tiny --dry-run --optim.max-skipped 0", "optim max skipped must be 1 or more, got 0"),
         ("tiny --dry-run --loss.flow -1", "loss flow is a weight of 0 or more, got -1.0"),
         ("tiny --dry-run --loss.flow 0 --loss.align 0", "loss flow and align are both 0"),
+        ("tiny --dry-run --loss.align 0 --model.generate False", "loss align is 0 and generate is off"),
+        ("tiny --dry-run --loss.flow 0 --model.align False", "loss flow is 0 and align is off"),
         ("tiny --dry-run --stages.0.lr-start nan", "stage warmup: lr_start must be 0 or more, got nan"),
         ("tiny --dry-run --data.prefetch 0", "prefetch must be 1 or more, got 0"),
         ("tiny --dry-run --data.timeout 0", "data timeout must be positive, got 0.0"),
