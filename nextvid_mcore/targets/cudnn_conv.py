@@ -65,19 +65,22 @@ def _warn(reason: str) -> None:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def _library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL("libcudnn.so.9")
-        library.cudnnGetErrorString.restype = ctypes.c_char_p
-    except (OSError, AttributeError) as error:
-        raise Refused(str(error)) from error
+    except OSError:
+        return None
+    library.cudnnGetErrorString.restype = ctypes.c_char_p
     return library
 
 
 def _call(name: str, *arguments: Any) -> None:
-    status = getattr(_library(), name)(*arguments)
+    library = _library()
+    if library is None:
+        raise Refused("torch has no libcudnn.so.9")
+    status = getattr(library, name)(*arguments)
     if status:
-        raise Refused(f"{name}: {_library().cudnnGetErrorString(status).decode()}")
+        raise Refused(f"{name}: {library.cudnnGetErrorString(status).decode()}")
 
 
 class Descriptor:

@@ -84,6 +84,25 @@ def test_a_convolution_adds_residual_and_bias(shape, channels, stride, residual,
     assert int(different) == 0
 
 
+def test_torch_adds_them_where_cudnn_refuses(monkeypatch, caplog) -> None:
+    x = torch.randn(2, 64, 16, 16, device="cuda").bfloat16().to(memory_format=torch.channels_last)
+    weight = torch.randn(64, 64, 3, 3, device="cuda").bfloat16() / 24
+    weight, bias = weight.to(memory_format=torch.channels_last), x[0, :, 0, 0].clone()
+    wanted = cudnn_conv.convolve(x, weight, bias, x)
+
+    def refuse(*_: object) -> None:
+        raise cudnn_conv.Refused("here")
+
+    monkeypatch.setattr(cudnn_conv, "_plan", refuse)
+    cudnn_conv._graphs.cache_clear()
+    cudnn_conv._warn.cache_clear()
+    for _ in range(2):
+        got = cudnn_conv.convolve(x, weight, bias, x)
+        torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
+    assert [record.getMessage()[-4:] for record in caplog.records] == ["here"]
+    cudnn_conv._graphs.cache_clear()
+
+
 def losses(graphs: str) -> dict[str, list[float]]:
     """Of steps with clips that change, by place. Nothing is learnt: both begin where the other did."""
     sys.path.insert(0, BENCHMARKS)
