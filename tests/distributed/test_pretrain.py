@@ -76,20 +76,29 @@ def pretrain(argvs: list[list[str]]) -> list[int]:
 
 
 def pretrain_with_signals(data: Path, out: Path) -> list[int]:
-    """Rank 1 alone gets SIGTERM in step 2, in later starts Ctrl-C in 3 and SIGUSR1 in 4; then to the end."""
+    """Rank 1 alone gets SIGTERM in step 2, in later starts Ctrl-C in 3 and SIGUSR1 in 4; then to the end.
+
+    Every step must begin as the one before it was told.
+    """
+    from nextvid_mcore.training.microbatch import Outline
     from nextvid_mcore.training.step import TrainStep
 
-    take = TrainStep.run
+    take, foretold = TrainStep.run, {}
     when = {2: signal.SIGTERM, 3: signal.SIGINT, 4: signal.SIGUSR1}
 
-    def step(self, point, clips):
+    def step(self, point, clips, coming):
         if os.environ["RANK"] == "1" and point.step + 1 in when:
             os.kill(os.getpid(), when.pop(point.step + 1))
-        return take(self, point, clips)
+        outline = Outline.of(clips[0], point.stage.tau_samples)
+        assert foretold.get(point.step, outline) == outline
+        foretold[point.step + 1] = coming
+        return take(self, point, clips, coming)
 
     TrainStep.run = step
     try:
-        return pretrain([words(data, out)] * 4)
+        codes = pretrain([words(data, out)] * 4)
+        assert sorted(foretold) == [1, 2, 3, 4, 5, 6] and foretold[6] is None
+        return codes
     finally:
         TrainStep.run = take
 
