@@ -33,6 +33,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
+from nextvid_mcore import switches  # noqa: E402
 from nextvid_mcore.models import fused, triton_adaln  # noqa: E402
 
 ROWS = {"tau 1": 224, "tau 4": 560}
@@ -46,15 +47,14 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 @contextlib.contextmanager
 def by(kernels: bool) -> Iterator[None]:
     """Our kernels, or what is compiled."""
-    before, compiles = fused.takes("gated_norm"), fused.compiles
+    compiles = fused.compiles
     fused.use(True)
-    fused.use_kernels(gated_norm=kernels)
     if not CUDA:
         fused.compiles = lambda x: kernels
     try:
-        yield
+        with switches.changed(gated_norm=kernels):
+            yield
     finally:
-        fused.use_kernels(gated_norm=before)
         fused.compiles = compiles
 
 

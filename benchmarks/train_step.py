@@ -34,18 +34,16 @@ from common import PEAK_BF16, Bench, quick_start
 from parts import PARTS, Activity, activity, shares
 from world import first_says, join, leave
 
-from nextvid_mcore import cli, flops, recipes
+from nextvid_mcore import cli, flops, recipes, switches
 from nextvid_mcore.config import ConfigError, Fp8Config, RoleParallel, RunConfig, require
-from nextvid_mcore.models import fp8_layer, fused
-from nextvid_mcore.training import optimizer
 
 KEYS = {
     "recipe": str,
     "backend": str,
     "fp8": str,  # none, current, delayed, blockwise: of all roles, or role:recipe,role:recipe
     "fp8_fused": int,  # 0: delayed's GELU writes bf16, which is then quantised
-    "fp8_layer": str,  # models/fp8_layer.py's ways: trained,carry,attention; all, none
-    "pieces": str,  # models/fused.py's: gated_norm,monitors; all, none
+    "fp8_layer": str,  # of nextvid_mcore/switches.py: trained,carry,attention; all, none
+    "pieces": str,  # likewise: gated_norm,monitors; all, none
     "recompute": str,
     "compile": int,
     "one_pass": int,  # the update in one kernel
@@ -68,8 +66,8 @@ WAITS = 8  # printed beside the kernels
 
 
 WAYS = {
-    "fp8_layer": (fp8_layer.SWITCHES, fp8_layer.SHIPPED),
-    "pieces": (fused.KERNELS, fused.SHIPPED),
+    "fp8_layer": ("trained", "carry", "attention"),
+    "pieces": ("gated_norm", "monitors"),
 }
 
 
@@ -80,13 +78,17 @@ def fp8_config(text: str, fused: int) -> Fp8Config:
     return Fp8Config(**recipes, fused=bool(fused))
 
 
-def switches(case: dict[str, Any], key: str) -> dict[str, bool]:
-    """For fp8_layer.use and fused.use_kernels."""
-    known, shipped = WAYS[key]
-    names = {"as_shipped": shipped, "none": (), "all": known}.get(case[key])
-    names = case[key].split(",") if names is None else names
-    require(set(names) <= set(known), f"{key}={case[key]}: there are {', '.join(known)}, all and none")
-    return {name: name in names for name in known}
+def switched(case: dict[str, Any]) -> dict[str, bool]:
+    """For `switches.changed`."""
+    found = {"one_pass": bool(case["one_pass"])}
+    for key, known in WAYS.items():
+        if case[key] == "as_shipped":
+            continue
+        names = {"none": (), "all": known}.get(case[key])
+        names = case[key].split(",") if names is None else names
+        require(set(names) <= set(known), f"{key}={case[key]}: there are {', '.join(known)}, all and none")
+        found |= {name: name in names for name in known}
+    return found
 
 
 def configure(case: dict[str, Any], world: int) -> RunConfig:
@@ -139,8 +141,7 @@ def check(case: dict[str, Any], world: int) -> None:
         f"tensor={tensor} can't share {ranks} process{'es' if ranks > 1 else ''}; start a multiple of it "
         "with torchrun --nproc-per-node",
     )
-    for key in WAYS:
-        switches(case, key)
+    switched(case)
     with own_words():
         config = configure(case, ranks)
     require(
@@ -175,7 +176,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
     parser.add_argument("--pieces", default="as_shipped")
     parser.add_argument("--recompute", default="none", choices=["none", "pieces", "core_attn", "full"])
     parser.add_argument("--compile", type=int, default=1)
-    parser.add_argument("--one-pass", type=int, default=int(optimizer.ONE_PASS))
+    parser.add_argument("--one-pass", type=int, default=1)
     parser.add_argument("--graphs", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("--micro-batch", type=int, default=16)
@@ -214,19 +215,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[dict[
 
 
 def measure(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[str, Any]:
-    before = {name: fused.takes(name) for name in fused.KERNELS}
-    if case["pieces"] != "as_shipped":
-        fused.use_kernels(**switches(case, "pieces"))
-    try:
+    with switches.changed(**switched(case)):
         return _measured(args, case, world)
-    finally:
-        fused.use_kernels(**before)
 
 
 def _measured(args: argparse.Namespace, case: dict[str, Any], world: int) -> dict[str, Any]:
     config = configure(case, world)
-    fp8_layer.use(**switches(case, "fp8_layer"))
-    optimizer.use_one_pass(bool(case["one_pass"]))
     if case["vae"]:
         from common import online_vae_target
 

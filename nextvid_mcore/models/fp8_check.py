@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nextvid_mcore import switches
 from nextvid_mcore.config import ConfigError, ModelConfig, RunConfig
-from nextvid_mcore.models import again, fp8_layer, fp8_mlp, kernels
+from nextvid_mcore.models import again, fp8_mlp, kernels
 from nextvid_mcore.models.attention import AttentionPattern
 from nextvid_mcore.rope import angles, turns
 
@@ -90,7 +91,7 @@ def _written(
             back = both(lambda *a: t.gelu_backward(*a, gradient)[0], x, x, bias)
             yield f"the kernel of GELU's derivative {width} wide", *back
     encoder = model.encoder
-    trained = "student" in used and fp8_layer.on("trained")
+    trained = "student" in used and switches.on("trained")
     if "student" in used or "reference" in used:
         x, y, weight = whole(ROWS, encoder.width), whole(ROWS, encoder.width), drawn(encoder.width)
         for added in ((None, None), (y, whole(encoder.width))):
@@ -106,7 +107,7 @@ def _written(
         made = both(lambda *a: t.turn_backward(a[:3], *a[3:], gradient)[0], *grads, cos, sin)
         yield f"the kernel of rotation's derivative, {encoder.heads} heads", *made
     frame, width = model.tokens_per_frame, encoder.head_width
-    if "reference" in used and fp8_layer.on("attention") and kernels.prefix_takes(frame, width, device):
+    if "reference" in used and switches.on("attention") and kernels.prefix_takes(frame, width, device):
         packed = drawn(2 * frame, 2, encoder.heads, 3, width).to(device)
         parts = [x.permute(1, 2, 0, 3) for x in packed.unbind(3)]
         pattern = AttentionPattern((), prefix=frame)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nextvid_mcore import switches
 from nextvid_mcore.models import carried, fp8_mlp, fused
 from nextvid_mcore.models.fp8_products import (
     GRADIENT,
@@ -38,27 +39,10 @@ if TYPE_CHECKING:
 
     from nextvid_mcore.models.attention import AttentionPattern
 
-SWITCHES = ("trained", "carry", "attention")
-SHIPPED = SWITCHES  # those that have been seen to be right on a GPU
-_SWITCHES = {name: name in SHIPPED for name in SWITCHES}
-
-
-def use(**switches: bool) -> None:
-    """What goes this way from now on.
-
-    trained: passes with gradients too; carry: additions across layers; attention: its output is written in
-    FP8.
-    """
-    _SWITCHES.update(switches)
-
-
-def on(switch: str) -> bool:
-    return _SWITCHES[switch]
-
 
 def fits(config: TransformerConfig, x: Tensor) -> bool:
     """Whether a layer of `config` goes this way with the input `x`."""
-    return fp8_mlp.fits(config, x) and (_SWITCHES["trained"] or not torch.is_grad_enabled())
+    return fp8_mlp.fits(config, x) and (switches.on("trained") or not torch.is_grad_enabled())
 
 
 def encoder_layer(
@@ -78,7 +62,7 @@ def encoder_layer(
     flat, y = _NormMlp.apply(
         flat, y.flatten(0, 1), bias, norm.weight, norm.bias, one.weight, one.bias, two.weight, inside, eps
     )
-    leave = carried.left if _SWITCHES["carry"] else lambda _, *added: fused.add(*added)
+    leave = carried.left if switches.on("carry") else lambda _, *added: fused.add(*added)
     return leave(layer, flat.view(size), y.view(size), two.bias)
 
 
@@ -87,7 +71,7 @@ def _project(
 ) -> tuple[Tensor, Tensor]:
     """Attention and its output linear: q, k, v [s, rows, A, d] -> [s, rows, D], and the bias to be added."""
     linear = attention.linear_proj
-    if trained or not _SWITCHES["attention"]:
+    if trained or not switches.on("attention"):
         return linear(attention.attend(*parts, pattern))
     q = parts[0]
     quantizers = opened(linear, q, False)

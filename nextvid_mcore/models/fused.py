@@ -21,29 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
-KERNELS = ("gated_norm", "monitors")
-SHIPPED = KERNELS  # those that have been seen to be right on a GPU
-_state = {"compile": True} | {name: name in SHIPPED for name in KERNELS}
+from nextvid_mcore import switches
+
+_state = {"compile": True}
 VARIANTS = 64  # compiled forms of one function: widths x precisions x with and without gradient
 
 
 def use(compile: bool) -> None:
     """Whether CUDA tensors take the compiled form from now on."""
     _state["compile"] = compile
-
-
-def use_kernels(**kernels: bool) -> None:
-    """What compiled tensors take from now on.
-
-    gated_norm: models/triton_adaln.py's kernels in place of torch.compile's; monitors: `cosine` and `moments`
-    in one pass each, in place of torch's.
-    """
-    _state.update(kernels)
-
-
-def takes(kernels: str) -> bool:
-    """Whether compiled tensors take `kernels` (`use_kernels`)."""
-    return _state[kernels]
 
 
 def compiles(x: Tensor) -> bool:
@@ -201,7 +187,7 @@ def gated_norm(
     x: Tensor, added: Added | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """x with `added`, and `modulate` of it; our kernels are for tokens that are not too wide for them."""
-    if compiles(x) and takes("gated_norm"):
+    if compiles(x) and switches.on("gated_norm"):
         kernels = _triton("triton_adaln")
         if kernels.fits(x):
             return kernels.GatedNorm.apply(x, *(added or (None,) * 3), shift, scale, eps)
@@ -223,7 +209,7 @@ def _cosine(x: Tensor, y: Tensor) -> Tensor:
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
     """Over D in fp32; x [n, M, ..., D], y [n, 1, ..., D] the same for every M."""
-    if x.dim() < 4 or not takes("monitors"):
+    if x.dim() < 4 or not switches.on("monitors"):
         return F.cosine_similarity(x.float(), y.float(), dim=-1)
     return _cosine(x.flatten(2, -2), y.flatten(2, -2)).view(x.shape[:-1])
 
@@ -233,7 +219,7 @@ def moments(x: Tensor) -> Tensor:
 
     A share's count, and its channels' means and sums of squared deviations.
     """
-    if compiles(x) and takes("monitors"):
+    if compiles(x) and switches.on("monitors"):
         return _triton().moments(x)
     x = x.float()
     mean = x.mean(0)

@@ -21,6 +21,7 @@ from megatron.core.optimizer import clip_grads
 from torch import Tensor
 from torch.nn import Module
 
+from nextvid_mcore import switches
 from nextvid_mcore.config import OptimConfig, require
 from nextvid_mcore.models import fused
 from nextvid_mcore.parallel.groups import RoleGroups
@@ -33,13 +34,6 @@ if TYPE_CHECKING:
     from nextvid_mcore.training.one_pass import OnePass
 
 STUDENT, DECODER = "student", "decoder"
-ONE_PASS = True  # as shipped
-_state = {"one_pass": ONE_PASS}
-
-
-def use_one_pass(on: bool) -> None:
-    """Whether optimizers that can make their update in one pass do so, of those made from now on."""
-    _state["one_pass"] = on
 
 
 class HasRoles(Protocol):
@@ -156,7 +150,7 @@ class RoleOptimizers:
         self.ema = Ema(self.optimizers[STUDENT], config.ema) if STUDENT in self.optimizers else None
         self.updates = 0  # steps that were applied
         self.refresh()
-        self.one_pass = self.in_one_pass() if _state["one_pass"] and self._fits_one_pass() else None
+        self.one_pass = self.in_one_pass() if switches.on("one_pass") and self._fits_one_pass() else None
 
     def _fits_one_pass(self) -> bool:
         """bf16 weights, and Triton's kernels in use: the same on all ranks that share a role."""

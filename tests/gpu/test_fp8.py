@@ -21,6 +21,7 @@ import pytest
 import torch
 from launch import shared
 
+from nextvid_mcore import switches
 from nextvid_mcore.config import Fp8Config, RoleParallel, RunConfig, StageConfig, TransformerShape
 
 ROLES = ("student", "reference", "predictor", "decoder")
@@ -174,15 +175,11 @@ def test_weights_are_quantised_again_after_every_update(recipe: str) -> None:
         assert len(scales) == len(errors) and min(scales.values()) > 1.5
 
 
-def over_an_update(
-    recipe: str, graphs: str, layers: bool = False
-) -> list[tuple[dict[str, float], dict[str, torch.Tensor]]]:
+def over_an_update(recipe: str, graphs: str) -> list[tuple[dict[str, float], dict[str, torch.Tensor]]]:
     """Losses and gradients before and after an update, late enough to be replayed."""
     # one micro-batch: else the engine runs the reference for all of them first, and scales follow the order
     config = small(all=recipe).altered(train={"micro_batch": BATCH, "cuda_graphs": graphs})
     step, point = built(config)
-    if layers:
-        write_fp8(True, **WHOLE)
     assert (step.engine.graphs is not None) == (graphs == "on")
     if graphs == "on":  # it is compared when it is recorded, too
         step.engine.graphs.say = print
@@ -195,12 +192,11 @@ def over_an_update(
     return found
 
 
-@pytest.mark.parametrize("recipe", ["current", "delayed", "blockwise", "whole layers"])
+@pytest.mark.parametrize("recipe", ["current", "delayed", "blockwise"])
 def test_recorded_equals_eager(recipe: str) -> None:
     """Also in what changes between replays: weights, and the scales of `delayed`."""
-    given = ("delayed", "off", True) if recipe == "whole layers" else (recipe, "off")
-    eager = shared(1).run(over_an_update, *given, timeout=60)[0]
-    recorded = shared(1).run(over_an_update, given[0], "on", *given[2:], timeout=60)[0]
+    eager = shared(1).run(over_an_update, recipe, "off", timeout=60)[0]
+    recorded = shared(1).run(over_an_update, recipe, "on", timeout=60)[0]
     assert abs(eager[0][0]["flow"] - eager[1][0]["flow"]) > 0.03 * eager[0][0]["flow"]  # the update shows
     for (losses, grads), (losses2, grads2), rel in zip(eager, recorded, (2e-3, 2e-2), strict=True):
         assert losses2 == pytest.approx(losses, rel=rel)
@@ -213,23 +209,18 @@ def test_recorded_equals_eager(recipe: str) -> None:
 WHOLE = {"trained": True, "carry": True, "attention": True}
 
 
-def write_fp8(pieces: bool, **layers: bool) -> None:
-    """Whether GELU and the reference's norms write FP8, and what of an encoder layer does besides."""
-    from nextvid_mcore.models import fp8_layer, fp8_mlp
-
-    fp8_mlp.use(pieces)
-    fp8_layer.use(**dict.fromkeys(fp8_layer.SWITCHES, False) | layers)
-
-
 def with_pieces(
     quantises: bool, recompute: str = "none", layers: dict[str, bool] | None = None
 ) -> tuple[dict[str, float], dict[str, torch.Tensor], dict[str, int]]:
-    """Losses and gradients in `delayed`, and how often pieces were called; attention: `prefix` or masked."""
-    from nextvid_mcore.models import fused, kernels, triton_fp8
+    """Losses and gradients in `delayed`, and how often pieces were called; attention: `prefix` or masked.
+
+    quantises: GELU and the reference's norms write FP8; layers: what of an encoder layer does besides.
+    """
+    from nextvid_mcore.models import fp8_mlp, fused, kernels, triton_fp8
 
     config = small(recompute, all="delayed")
     step, point = built(config)
-    write_fp8(quantises, **layers or {})
+    fp8_mlp.use(quantises)
 
     def choose(q: torch.Tensor, pattern: Any) -> Any:
         if pattern is None:
@@ -239,6 +230,7 @@ def with_pieces(
     pieces = [(triton_fp8, x) for x in ("gelu", "norm", "norm_both", "turn_backward")]
     pieces += [(fused, "add"), (kernels, "prefix_low")]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(switches.changed(**dict.fromkeys(WHOLE, False) | (layers or {})))
         stack.enter_context(mock.patch.object(kernels, "choose", choose))
         calls = {
             name: stack.enter_context(mock.patch.object(module, name, side_effect=getattr(module, name)))

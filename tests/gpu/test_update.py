@@ -15,8 +15,9 @@ from unit.test_triton_update import (  # noqa: F401  collected here again, on th
     test_steps_are_adamw_and_lerp,
 )
 
+from nextvid_mcore import switches
 from nextvid_mcore.parallel.groups import Layout
-from nextvid_mcore.training import ahead, optimizer
+from nextvid_mcore.training import ahead
 from nextvid_mcore.training.microbatch import Outline
 from nextvid_mcore.training.one_pass import OnePass
 from nextvid_mcore.training.optimizer import RoleOptimizers
@@ -26,13 +27,9 @@ CYCLES = 1_000_000_000  # of the device's clock: about half a second
 
 
 def made(one_pass: bool, compile: bool = True) -> tuple:
-    optimizer.use_one_pass(one_pass)
     settings = config(ema=0.99).altered(model={"compile": compile})
-    try:
-        model, optimizers = build(Layout(), settings, torch.bfloat16)
-    finally:
-        optimizer.use_one_pass(optimizer.ONE_PASS)
-    return model, optimizers
+    with switches.changed(one_pass=one_pass):
+        return build(Layout(), settings, torch.bfloat16)
 
 
 def broken(optimizers: RoleOptimizers) -> bool:
@@ -131,7 +128,6 @@ def test_the_host_waits_for_nothing_before_the_update() -> None:
 
 
 def recorded_step() -> bool:
-    optimizer.use_one_pass(True)
     config = test_fast_paths.small("te", True, "on")
     step = parity.built(config)
     point = parity.schedule(config).at(0)
@@ -157,9 +153,5 @@ def test_without_compiled_pieces_it_is_megatron_cores() -> None:
 
 
 def uncompiled() -> tuple:
-    optimizer.use_one_pass(True)
-    try:
-        fp32 = build(Layout(), config())[1].one_pass
-        return fp32, made(True, compile=False)[1].one_pass
-    finally:
-        optimizer.use_one_pass(optimizer.ONE_PASS)
+    fp32 = build(Layout(), config())[1].one_pass
+    return fp32, made(True, compile=False)[1].one_pass

@@ -8,10 +8,10 @@ import itertools
 import pytest
 import torch
 
-from nextvid_mcore import recipes
+from nextvid_mcore import recipes, switches
 from nextvid_mcore.config import ConfigError
 from nextvid_mcore.config.fp8 import ROLES
-from nextvid_mcore.models import fp8_check, fp8_layer, fp8_mlp
+from nextvid_mcore.models import fp8_check, fp8_mlp
 from nextvid_mcore.models.specs import transformer_config
 from nextvid_mcore.parallel.groups import Layout
 from nextvid_mcore.parallel.split import make_split
@@ -22,8 +22,7 @@ KERNELS = {"gelu": "GELU's kernel", "gelu_backward": "GELU's derivative", "norm"
 
 
 @pytest.fixture(autouse=True)
-def switches(monkeypatch) -> None:
-    monkeypatch.setattr(fp8_layer, "_SWITCHES", dict.fromkeys(fp8_layer.SWITCHES, True))
+def own_mlp() -> None:
     fp8_mlp.use(True)
 
 
@@ -71,8 +70,8 @@ def test_kernels_are_checked_before_a_run(monkeypatch, kernel: str) -> None:
     if kernel in ("norm_both", "turn_backward"):  # nobody calls them
         check(reference="delayed")
         check(all="delayed", roles=("predictor", "decoder"))
-        fp8_layer.use(trained=False)
-        check(all="delayed")
+        with switches.changed(trained=False):
+            check(all="delayed")
     check(all="delayed", tensor=2)
     check(all="delayed", recompute="full")
     fp8_mlp.use(False)

@@ -12,7 +12,7 @@ from te_double import SCALE, Cuda, Linear, Roll, engine, plain  # noqa: F401 (a 
 from test_kernels import scalars  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from nextvid_mcore import rope
+from nextvid_mcore import rope, switches
 from nextvid_mcore.models import carried, fp8_layer, kernels
 from nextvid_mcore.models.attention import Frames, PatternAttention, regular_pattern
 
@@ -170,21 +170,13 @@ def built(remade: bool = False) -> tuple[list[Layer], Tensor, Tensor, Tensor]:
     return layers, torch.randn(TOKENS, ROWS, WIDTH), angles, rope.turns(angles)
 
 
-@pytest.fixture(autouse=True)
-def switches() -> None:
-    before = dict(fp8_layer._SWITCHES)
-    yield
-    fp8_layer.use(**before)
-
-
 @interpreted
 @pytest.mark.parametrize("writes", [False, True])
 @pytest.mark.parametrize("carry", [False, True])
 def test_a_frozen_layer(te: Roll, writes: bool, carry: bool) -> None:
-    fp8_layer.use(carry=carry, attention=writes)
     layers, x, angles, turns = built()
     y = wanted = x
-    with torch.no_grad():
+    with torch.no_grad(), switches.changed(carry=carry, attention=writes):
         for layer in layers:
             layer.self_attention.writes = writes
             y = fp8_layer.encoder_layer(layer, y, turns, "pattern")
@@ -205,7 +197,6 @@ def test_a_frozen_layer(te: Roll, writes: bool, carry: bool) -> None:
 @pytest.mark.parametrize("carry", [False, True])
 @pytest.mark.parametrize("remade", [False, True])
 def test_a_trained_layer(te: Roll, carry: bool, remade: bool) -> None:
-    fp8_layer.use(trained=True, carry=carry)
     layers, x, angles, turns = built(remade)
     leaves = [x.requires_grad_(), *(p for layer in layers for p in layer.parameters())]
     y = x
@@ -214,8 +205,9 @@ def test_a_trained_layer(te: Roll, carry: bool, remade: bool) -> None:
     dy = torch.randn_like(y)
     wanted = torch.autograd.grad(y, leaves, dy)
     ours = x
-    for layer in layers:
-        ours = fp8_layer.encoder_layer(layer, ours, turns, "pattern")
+    with switches.changed(carry=carry):
+        for layer in layers:
+            ours = fp8_layer.encoder_layer(layer, ours, turns, "pattern")
     torch.testing.assert_close(ours, y, rtol=1e-4, atol=1e-4)
     qkv, one = layer.self_attention.linear_qkv, layer.mlp.linear_fc1
     for linear in (qkv, one):  # nobody else read them
@@ -234,9 +226,8 @@ def test_a_trained_layer(te: Roll, carry: bool, remade: bool) -> None:
 
 def test_what_goes_this_way(monkeypatch) -> None:
     monkeypatch.setattr(fp8_layer.fp8_mlp, "fits", lambda config, x: x == "fits")
-    fp8_layer.use(trained=False)
-    assert not fp8_layer.fits(None, "fits")
-    with torch.no_grad():
-        assert fp8_layer.fits(None, "fits") and not fp8_layer.fits(None, "does not")
-    fp8_layer.use(trained=True)
+    with switches.changed(trained=False):
+        assert not fp8_layer.fits(None, "fits")
+        with torch.no_grad():
+            assert fp8_layer.fits(None, "fits") and not fp8_layer.fits(None, "does not")
     assert fp8_layer.fits(None, "fits") and not fp8_layer.fits(None, "does not")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-from nextvid_mcore import recipes
+from nextvid_mcore import recipes, switches
 from nextvid_mcore.config import RunConfig, StageConfig, TransformerShape
 from nextvid_mcore.models import again, fused, kernels
 from nextvid_mcore.parallel.groups import Layout, sequences
@@ -95,13 +95,13 @@ def as_on_a_gpu(monkeypatch) -> None:
     doubles = dict(BiasGelu=BiasGelu, Turn=Turn, norm_backward=norm_backward, GatedNorm=GatedNorm)
     stands_for = SimpleNamespace(**doubles, fits=lambda x: True)
     monkeypatch.setattr(fused, "_triton", lambda name="": stands_for)
-    monkeypatch.setitem(fused._state, "monitors", False)  # they keep nothing
     monkeypatch.setattr(kernels, "choose", lambda q, pattern: kernels.plain)  # one call, as FlexAttention is
     monkeypatch.setattr(kernels, "plain", lambda q, k, v, _=None: F.scaled_dot_product_attention(q, k, v))
     pieces = [piece for piece in vars(fused).values() if hasattr(piece, "compiled")]
     for piece in pieces:
         piece.compiled.cache_clear()
-    yield
+    with switches.changed(monitors=False):  # they keep nothing
+        yield
     for piece in pieces:
         piece.compiled.cache_clear()
 
