@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from nextvid_mcore.config.errors import require
+
+TYPED = 0.05  # of a token: 73 of 196 has no decimal end, and is typed as 0.3724 or 0.372449
 
 
 @dataclass(frozen=True)
@@ -151,13 +154,15 @@ class MaskConfig:
             return (tokens_per_frame,)
         out = []
         for share in self.keep:
-            count = share * tokens_per_frame
+            exact, count = share * tokens_per_frame, round(share * tokens_per_frame)
+            near = sorted({math.floor(exact), math.ceil(exact)} & set(range(1, tokens_per_frame)))
+            shares = " or ".join(f"{x / tokens_per_frame:.6g} ({x})" for x in near)
             require(
-                count == int(count) and count >= 1,
-                f"mask keep {share} of {tokens_per_frame} tokens is {count}: not a whole number of "
-                f"tokens; choose a share k / {tokens_per_frame}",
+                abs(exact - count) <= TYPED and 1 <= count < tokens_per_frame,
+                f"mask keep {share} of {tokens_per_frame} tokens is {exact:g}: not a whole number of tokens; "
+                f"keep {shares or 'a patch size that leaves more than one'}",
             )
-            out.append(int(count))
+            out.append(count)
         return tuple(out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -394,3 +395,8 @@ def test_auto_takes_te_where_it_can_run(monkeypatch, cuda, installed, backend, w
 def test_mask_keep_must_be_whole_tokens():
     with pytest.raises(ConfigError, match="not a whole number"):
         dataclasses.replace(small(), mask=MaskConfig(keep=(0.3, 0.1)))
+    for share in (0.375, 0.9999, 0.001):  # of 14 x 14 tokens; the message's own numbers are taken
+        with pytest.raises(ConfigError, match="keep 0.") as caught:
+            MaskConfig(keep=(share, share)).counts(196)
+        for typed, count in re.findall(r"(0\.\d+) \((\d+)\)", str(caught.value)):
+            assert MaskConfig(keep=(float(typed), 0.5)).counts(196) == (int(count), 98)
