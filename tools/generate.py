@@ -50,9 +50,12 @@ from nextvid_mcore.evaluation.generation import (  # noqa: E402
 from nextvid_mcore.evaluation.pictures import HIDDEN, visible_map  # noqa: E402
 from nextvid_mcore.evaluation.results import writable_folder  # noqa: E402
 from nextvid_mcore.evaluation.strips import Panel, Strip  # noqa: E402
-from nextvid_mcore.hub.export import run_config  # noqa: E402
+from nextvid_mcore.hub.export import flat_config, run_config  # noqa: E402
 from nextvid_mcore.masking import draw_masks  # noqa: E402
 from nextvid_mcore.targets import Target, build_target  # noqa: E402
+
+# Keys of an export's config.json that may differ from its run's settings: the rest shapes the pictures.
+ITS_OWN = ("version", "recipe", "step", "weights", "frames", "clips")
 
 
 def read_run(run: Path) -> RunConfig:
@@ -75,6 +78,15 @@ def settings(args: argparse.Namespace) -> tuple[RunConfig, Path, Path]:
             export.exists(),
             f"{export} does not exist; export the run first: python tools/convert_to_torch.py {args.folder} "
             f"--out {export} --all",
+        )
+        made = hub.load_config(export)
+        wanted = flat_config(config, made["target_channels"], made["step"], made["weights"])
+        other = [name for name in made if name not in ITS_OWN and made[name] != wanted[name]]
+        require(
+            not other,
+            f"{export} is of another run than {args.folder}: "
+            + ", ".join(f"{name} {made[name]} and not {wanted[name]}" for name in other)
+            + f"; export this one with --all, or draw the other by its name: generate.py {export}",
         )
         out = args.out or args.folder / "plots"
     else:
@@ -116,18 +128,23 @@ def read_clips(config: RunConfig, args: argparse.Namespace, frames: int) -> list
             "there is no run that would name clips: give --data, a manifest, a folder, a video or an image",
         )
         data, out = build_dataset(config, train=False), []
-        for index in range(args.skip, args.skip + args.clips):
+        there = sum(data.mixture.rows)
+        for index in range(args.skip, args.skip + enough(source, there - args.skip, args)):
             sample = data.sample(index, frames)
             video, name = normalize(sample.video), Path(sample.item).name
             out.append(Clip(video, sample.label, name, sample.static))
         return out
     found = clip_files.find(args.data, args.skip + args.clips).items[args.skip :]
-    require(len(found) > 0, f"{args.data} has no more than {args.skip} clips; lower --skip")
-    if Path(args.data).is_dir() and len(found) < args.clips:
-        print(
-            f"{args.data} has {len(found)} clips from --skip {args.skip} on, not the {args.clips} of --clips"
-        )
+    enough(args.data, len(found), args)
     return [clip_files.read(item, frames, size, config.data.fps) for item in found]
+
+
+def enough(source: str, left: int, args: argparse.Namespace) -> int:
+    """How many clips to draw of the `left` that `source` has behind --skip; says so where they are few."""
+    require(left > 0, f"{source} has no more than {args.skip} clips; lower --skip")
+    if left < args.clips and not Path(source).is_file():
+        print(f"{source} has {left} clips from --skip {args.skip} on, not the {args.clips} of --clips")
+    return min(left, args.clips)
 
 
 def masked(

@@ -7,6 +7,7 @@ appended, and read again by the encoder. A token frame's velocity is integrated 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from nextvid_mcore import flow, hub
 from nextvid_mcore.config import (
     DataConfig,
+    MaskConfig,
     ModelConfig,
     RunConfig,
     StageConfig,
@@ -125,7 +127,7 @@ def roll_out(
 
 def run_config_of(config: dict, fps: float = 4.0) -> RunConfig:
     """A RunConfig with the shapes, the target and the made clips of an exported config.json; its masks are
-    Table 8's."""
+    Table 8's, of the nearest whole number of tokens."""
 
     def shape(prefix: str) -> TransformerShape:
         width, depth, heads, mlp = (config[f"{prefix}{k}"] for k in ("width", "depth", "heads", "mlp_width"))
@@ -141,8 +143,10 @@ def run_config_of(config: dict, fps: float = 4.0) -> RunConfig:
         rope_base=config["rope_base"],
         norm_eps=config["norm_eps"],
     )
+    n, table = model.tokens_per_frame, MaskConfig()
+    mask = dataclasses.replace(table, keep=tuple(max(1, round(share * n)) / n for share in table.keep))
     stage = StageConfig("export", 1, frames=config["frames"], batch=1, lr_start=0.0, lr_end=0.0)
     target = TargetConfig(config["target_kind"], pixel_scale=config["target_pixel_scale"])
     made = config["clips"] or None
     data = DataConfig(manifest=made, eval_manifest=made, fps=fps)
-    return RunConfig(config["recipe"], model, (stage,), target=target, data=data)
+    return RunConfig(config["recipe"], model, (stage,), mask=mask, target=target, data=data)

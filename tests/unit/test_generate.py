@@ -1,5 +1,6 @@
 """tools/generate.py: what is generated depends on what it may depend on, and the pictures are written."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -35,17 +36,19 @@ def tool() -> ModuleType:
     return module
 
 
-def write_export(folder: Path, roles: tuple[str, ...] = ("encoder", "predictor", "decoder")) -> Path:
+def write_export(
+    folder: Path, roles: tuple[str, ...] = ("encoder", "predictor", "decoder"), config: dict = CONFIG
+) -> Path:
     """Networks full of seeded noise."""
     torch.manual_seed(0)
     states = {}
     for role in roles:
-        network = hub.MODULES[role].from_config(CONFIG)
+        network = hub.MODULES[role].from_config(config)
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         states[role] = network.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
-    export.write_folder(folder, CONFIG, states)
+    export.write_folder(folder, config, states)
     return folder
 
 
@@ -173,6 +176,26 @@ def test_an_export_alone_with_files_of_ones_own(run: Path, tmp_path: Path) -> No
         assert ended.returncode == 2 and "pip install av" in ended.stderr
 
 
+def test_an_export_of_a_grid_that_table_8s_shares_do_not_divide(run: Path, tmp_path: Path) -> None:
+    """6 x 6 tokens: 0.375 of them are 13.5. A run of this grid names its own shares, an export has none."""
+    folder = write_export(tmp_path / "grid6", config=CONFIG | {"image_size": 48})
+    media.image(tmp_path / "seed.png")
+    common = ("--data", str(tmp_path / "seed.png"), "--steps", "1", "--out", str(tmp_path / "out"))
+    for mode in ("autoregressive", "masked"):
+        ended = start(str(folder), "--mode", mode, "--samples", "1", "--length", "1", *common)
+        assert ended.returncode == 0, ended.stderr
+
+
+def test_held_out_clips_are_not_drawn_twice(run: Path) -> None:
+    module = tool()
+    args = argparse.Namespace(data=None, clips=5, skip=1)
+    config = module.read_run(run)
+    assert [clip.name for clip in module.read_clips(config, args, 8)] == ["b.png"]  # of two
+    args.skip = 2
+    with pytest.raises(ConfigError, match="val has no more than 2 clips; lower --skip"):
+        module.read_clips(config, args, 8)
+
+
 def test_the_picture(run: Path) -> None:
     ended = start(str(run), "--steps", "1", "--mask", "2")
     assert ended.returncode == 0, ended.stderr
@@ -200,6 +223,10 @@ def test_mistakes_are_one_sentence(
         (("--fps", "0"), "--fps must be positive, got 0"),
         (("--frames", "-4"), "--frames must be 1 or more, got -4"),
         (("--out", str(tmp_path / "file")), "file cannot be written"),
+        (
+            ("--export", str(write_export(tmp_path / "other", config=CONFIG | {"target_pixel_scale": 8.0}))),
+            f"other is of another run than {run}: target_pixel_scale 8.0 and not 1.0; export this one",
+        ),
         (
             ("--export", str(tmp_path / "none")),
             f"export the run first: python tools/convert_to_torch.py {run}",
