@@ -22,7 +22,8 @@ def check_fp8(config: RunConfig, placement: Placement) -> None:
     for seat in placement.seats:
         for role in seat.roles:
             recipe = config.fp8.of(role)
-            if recipe == "none":
+            idle = role == "reference" and not (config.model.align or config.eval.knn_every)
+            if recipe == "none" or idle:
                 continue
             unit = 32 if recipe == "mxfp8" else 16
             _check_widths(config, role, recipe, seat.layout, unit)
@@ -69,9 +70,10 @@ def _tokens(
             clips = max(1, placement.clips(seat, size))
             passes.append(("the held-out loss", config.stages[0].frames, config.eval.tau_bins, clips))
     for where, frames, samples, clips in passes:
-        length = sequences(config, frames)
+        t, n = config.model.token_frames(frames), config.model.tokens_per_frame
+        length = {"reference": t * n} | sequences(config, frames)  # without alignment an online kNN asks it
         # every predicted frame of every mask and tau sample is a row of the decoder's
-        rows = config.mask.masks * (config.model.token_frames(frames) - 1) * samples
+        rows = config.mask.masks * (t - 1) * samples
         yield where, role, length[role] * (rows if role == "decoder" else 1), clips
         if role == "predictor" and config.model.context == "isolated":
             yield where, "student", length["student"], clips

@@ -90,6 +90,15 @@ def test_what_cannot_be_is_refused_with_its_numbers(line: str, world: int, said:
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_without_alignment_the_reference_is_asked_for_an_online_knn_alone():
+    plan(f"table5_cross {TE} --fp8.all current", 1)
+    odd = f"tiny {TE} --train.precision bf16 --fp8.reference current --model.align False --mask.keep 0.5 0.25"
+    odd += " --model.image-size 48 --train.micro-batch 1"  # 4 x 36 tokens in stage 1, 8 x 36 in the last
+    assert plan(f"{odd} --stages.0.frames 10", 1)
+    with pytest.raises(ConfigError, match="fp8 reference current, stage warmup: 1 clip of 180 reference tok"):
+        plan(f"{odd} --stages.0.frames 10 --eval.knn-every 5", 1)
+
+
 def on(monkeypatch, name: str, capability: tuple[int, int], cuda: str = "13.0") -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
