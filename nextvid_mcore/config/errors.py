@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import typing
 from types import NoneType
 from typing import Any, Literal
@@ -20,15 +21,20 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_choices(part: Any, name: str = "") -> None:
-    """Raise ConfigError where a field of dataclass `part`, or of one in it, is none of its `Literal`.
+    """Raise ConfigError if a field of `part`, or of a dataclass in it, is infinite or not in its `Literal`.
 
-    The command line has seen to it; a benchmark's, a notebook's or a test's own configuration hasn't.
+    The command line has seen to the latter; a benchmark's, a notebook's or a test's own configuration hasn't.
     """
     for field in dataclasses.fields(part):
         value, where = getattr(part, field.name), f"{name} {field.name}".strip()
         if dataclasses.is_dataclass(value):
             require_choices(value, where)
             continue
+        for x in value if isinstance(value, tuple) else (value,):
+            if dataclasses.is_dataclass(x):
+                require_choices(x, where)
+            finite = not isinstance(x, float) or math.isfinite(x)
+            require(finite, f"{where} must be a finite number, got {x}")
         choices = _choices(type(part)).get(field.name)
         require(
             choices is None or value in choices,
