@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nextvid_mcore.models import triton_pieces
+from nextvid_mcore.models.triton_pieces import quick
 
 GPU = tl.constexpr(triton_pieces.PTX)
 K = tl.constexpr(0.84932180)  # exp(-a^2 / 2) is 2 to the power of -(K a)^2
@@ -86,16 +87,7 @@ def _wide(x):
 @triton.jit
 def _tail(z):
     """triton_pieces._tail of z / K, with fewer terms: a relative error of 5e-5, where FP8 rounds by 6e-2."""
-    denominator, exponent = 1.0 + 0.33635203 * tl.abs(z), -(z * z)  # of 2
-    if GPU:  # one instruction each; tl.exp2 and / take care of numbers that do not occur here
-        t = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=tl.float32, is_pure=True, pack=1
-        )
-        bell = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [exponent], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        t, bell = 1.0 / denominator, tl.exp2(exponent)
+    t, bell = quick(1.0 + 0.33635203 * tl.abs(z), -(z * z), GPU)
     p = 0.28672928 * t - 0.069839106
     p = p * t + 0.17770549
     p = p * t + 0.10542935

@@ -33,6 +33,21 @@ PTX = not triton.knobs.runtime.interpret
 
 
 @triton.jit
+def quick(denominator, exponent, PTX: tl.constexpr):
+    """1 / denominator, and 2 to the power of exponent."""
+    if PTX:  # one instruction each; tl.exp2 and / take care of numbers that do not occur here
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=tl.float32, is_pure=True, pack=1
+        )
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [exponent], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        inverse, power = 1.0 / denominator, tl.exp2(exponent)
+    return inverse, power
+
+
+@triton.jit
 def _tail(x, PTX: tl.constexpr):
     """The normal distribution function of -|x|, and exp(-x^2 / 2).
 
@@ -40,16 +55,7 @@ def _tail(x, PTX: tl.constexpr):
     a third of the instructions of erf, and the exponential is the density that the derivative needs.
     """
     denominator = 1.0 + 0.36062445840513924 * tl.abs(x)
-    exponent = x * x * -0.7213475204444817  # of 2
-    if PTX:  # one instruction each; tl.exp2 and / take care of numbers that do not occur here
-        t = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=tl.float32, is_pure=True, pack=1
-        )
-        bell = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [exponent], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        t, bell = 1.0 / denominator, tl.exp2(exponent)
+    t, bell = quick(denominator, x * x * -0.7213475204444817, PTX)
     p = 0.04725342995
     p = p * t - 0.1795792285
     p = p * t + 0.1792388245
