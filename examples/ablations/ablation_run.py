@@ -30,7 +30,7 @@ from nextvid_mcore.evaluation.features import Extractor, Rows, chunks
 from nextvid_mcore.evaluation.ranks import Ranks
 from nextvid_mcore.evaluation.results import score
 from nextvid_mcore.hub import VisionTransformer
-from nextvid_mcore.hub.export import to_hub
+from nextvid_mcore.hub.export import encoder_config, to_hub
 from nextvid_mcore.schedule import Schedule
 from nextvid_mcore.targets.va_vae import VaVae
 
@@ -80,23 +80,9 @@ def source(config: RunConfig, split: str, seed: int, where: torch.device, labell
 
 def hub_encoder(config: RunConfig, parameters: Iterable[tuple[str, Tensor]] | None) -> VisionTransformer:
     """The plain encoder of a run's shape, with the training model's weights; None: with fresh ones."""
-    model, shape = config.model, config.model.encoder
-    encoder = VisionTransformer.from_config(
-        {
-            "image_size": model.image_size,
-            "frames": config.stages[-1].frames,
-            "patch_size": model.patch_size,
-            "tubelet_size": model.tubelet_size,
-            "width": shape.width,
-            "depth": shape.depth,
-            "heads": shape.heads,
-            "mlp_width": shape.mlp,
-            "norm_eps": model.norm_eps,
-            "rope_base": model.rope_base,
-        }
-    )
+    encoder = VisionTransformer.from_config(encoder_config(config, config.stages[-1].frames))
     if parameters is not None:
-        encoder.load_state_dict(to_hub(parameters, shape.heads), strict=True)
+        encoder.load_state_dict(to_hub(parameters, config.model.encoder.heads), strict=True)
     return encoder
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, require
 from nextvid_mcore.hub import HubError, VisionTransformer, load_config, load_encoder
-from nextvid_mcore.hub.export import made_clips
+from nextvid_mcore.hub.export import encoder_config, made_clips
 from nextvid_mcore.rng import key
 
 LAST = (-1,)
@@ -152,20 +152,7 @@ def random_encoder(what: str, seed: int) -> HubEncoder:
         config = load_config(what)
     else:
         run = recipes.get(what)
-        model, shape = run.model, run.model.encoder
-        config = {
-            "image_size": model.image_size,
-            "frames": run.stages[-1].frames,
-            "patch_size": model.patch_size,
-            "tubelet_size": model.tubelet_size,
-            "width": shape.width,
-            "depth": shape.depth,
-            "heads": shape.heads,
-            "mlp_width": shape.mlp,
-            "norm_eps": model.norm_eps,
-            "rope_base": model.rope_base,
-            "clips": made_clips(run),
-        }
+        config = encoder_config(run, run.stages[-1].frames) | {"clips": made_clips(run)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "init") % 2**32)
         module = VisionTransformer.from_config(config)

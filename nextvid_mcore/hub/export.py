@@ -137,14 +137,30 @@ def made_clips(config: RunConfig) -> str:
     return config.data.manifest if is_made(config.data.manifest) else ""
 
 
+def encoder_config(config: RunConfig, frames: int) -> dict:
+    """Of a run's encoder that reads clips of `frames` frames, for `VisionTransformer.from_config`."""
+    model, shape = config.model, config.model.encoder
+    return {
+        "image_size": model.image_size,
+        "frames": frames,
+        "patch_size": model.patch_size,
+        "tubelet_size": model.tubelet_size,
+        "width": shape.width,
+        "depth": shape.depth,
+        "heads": shape.heads,
+        "mlp_width": shape.mlp,
+        "norm_eps": model.norm_eps,
+        "rope_base": model.rope_base,
+    }
+
+
 def flat_config(config: RunConfig, channels: int, step: int, weights: str) -> dict:
     """config.json of an export. channels: C of the target; weights: "ema" or "online"."""
-    model = config.model
 
-    def shape(role: str, prefix: str = "") -> dict[str, int]:
-        x = getattr(model, role)
+    def shape(role: str) -> dict[str, int]:
+        x = config.model.shape(role)
         sizes = {"width": x.width, "depth": x.depth, "heads": x.heads, "mlp_width": x.mlp}
-        return {f"{prefix}{key}": value for key, value in sizes.items()}
+        return {f"{role}_{key}": value for key, value in sizes.items()}
 
     return check_config(
         {
@@ -153,15 +169,9 @@ def flat_config(config: RunConfig, channels: int, step: int, weights: str) -> di
             "recipe": config.recipe,
             "step": step,
             "weights": weights,
-            "image_size": model.image_size,
-            "frames": frames_at(config, step),
-            "patch_size": model.patch_size,
-            "tubelet_size": model.tubelet_size,
-            **shape("encoder"),
-            "norm_eps": model.norm_eps,
-            "rope_base": model.rope_base,
-            **shape("predictor", "predictor_"),
-            **shape("decoder", "decoder_"),
+            **encoder_config(config, frames_at(config, step)),
+            **shape("predictor"),
+            **shape("decoder"),
             "target_kind": config.target.kind,
             "target_channels": channels,
             "target_pixel_scale": config.target.pixel_scale,
