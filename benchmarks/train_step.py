@@ -43,7 +43,7 @@ KEYS = {
     "fp8": str,  # none, current, delayed, blockwise: of all roles, or role:recipe,role:recipe
     "fp8_fused": int,  # 0: delayed's GELU writes bf16, which is then quantised
     "fp8_layer": str,  # of nextvid_mcore/switches.py: trained,carry,attention; all, none
-    "pieces": str,  # likewise: gated_norm,monitors; all, none
+    "pieces": str,  # likewise: gated_norm,monitors,pixels; all, none
     "recompute": str,
     "compile": int,
     "one_pass": int,  # the update in one kernel
@@ -67,7 +67,7 @@ WAITS = 8  # printed beside the kernels
 
 WAYS = {
     "fp8_layer": ("trained", "carry", "attention"),
-    "pieces": ("gated_norm", "monitors"),
+    "pieces": ("gated_norm", "monitors", "pixels"),
 }
 
 

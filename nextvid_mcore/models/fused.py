@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from nextvid_mcore import switches
+from nextvid_mcore.data.transforms import normalize
 
 _state = {"compile": True}
 VARIANTS = 64  # compiled forms of one function: widths x precisions x with and without gradient
@@ -79,6 +80,18 @@ def fuse(open_dim: int) -> Callable[[Callable[..., object]], Callable[..., objec
         return call
 
     return decorate
+
+
+@fuse(open_dim=0)
+def _pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return normalize(x).to(dtype).flatten(1)
+
+
+def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 [B, ...], wherever it lies in memory, as values in [-1, 1] (data/transforms.py), contiguous."""
+    if compiles(x) and switches.on("pixels"):
+        return _pixels(x, dtype).view(x.shape)
+    return normalize(x.contiguous()).to(dtype)
 
 
 @fuse(open_dim=0)

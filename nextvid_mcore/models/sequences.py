@@ -6,6 +6,7 @@ row of them beside their values: cosines and sines of its rotary angles, and the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,15 +54,21 @@ class JointSequence:
     queries: int  # of one stretch, p * n
 
 
-def patchify(video: Tensor, model: ModelConfig) -> Tensor:
-    """[B, 3, T, H, W] -> [B, t * n, patch_dim], values of a patch in (c, dt, dy, dx) order."""
-    return rearrange(
+def patchify(
+    video: Tensor, model: ModelConfig, read: Callable[[Tensor], Tensor] = Tensor.contiguous
+) -> Tensor:
+    """[B, 3, T, H, W] -> [B, t * n, patch_dim], values of a patch in (c, dt, dy, dx) order.
+
+    read: what is made of the values on the way, [B, t, h, w, 3, dt, dy, dx] as they lie in `video`.
+    """
+    patches = rearrange(
         video,
-        "b c (t dt) (h dy) (w dx) -> b (t h w) (c dt dy dx)",
+        "b c (t dt) (h dy) (w dx) -> b t h w c dt dy dx",
         dt=model.tubelet_size,
         dy=model.patch_size,
         dx=model.patch_size,
     )
+    return read(patches).flatten(4).flatten(1, 3)
 
 
 def visible_patches(patches: Tensor, masks: ClipMasks) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from nextvid_mcore.config import RunConfig
-from nextvid_mcore.data import ClipBatch, normalize
+from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.masking import draw_masks
+from nextvid_mcore.models import fused
 from nextvid_mcore.models.nextvid import MicroBatch
 from nextvid_mcore.models.sequences import patchify, visible_patches
 from nextvid_mcore.targets import Target
@@ -40,7 +41,7 @@ class Outline:
 def patches_of(config: RunConfig, video: Tensor) -> Tensor:
     """Every patch of clips uint8 [B, 3, T, H, W]: [B, t * n, patch_dim] in [-1, 1], the run's precision."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    return normalize(patchify(video, config.model)).to(dtype)
+    return patchify(video, config.model, lambda x: fused.pixels(x, dtype))
 
 
 def full_patches(config: RunConfig, clip: ClipBatch, device: torch.device) -> Tensor:
@@ -89,5 +90,5 @@ def with_patches(batch: MicroBatch, patches: Tensor) -> MicroBatch:
 @torch.no_grad()
 def predicted_latents(clip: ClipBatch, target: Target, device: torch.device) -> Tensor:
     """The target's latents of frames 1 .. t-1, [B, p, n, C]."""
-    video = normalize(clip.video.to(device, non_blocking=True))
+    video = fused.pixels(clip.video.to(device, non_blocking=True), torch.float32)
     return target.latents(video, clip.static, clip.index.tolist(), first=1)

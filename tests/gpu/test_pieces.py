@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from nextvid_mcore import rope
+from nextvid_mcore import rope, switches
 from nextvid_mcore.models import fused, kernels
 from nextvid_mcore.models.attention import Frames, regular_pattern
 
@@ -86,6 +87,20 @@ def test_compiled_pieces_are_what_is_written() -> None:
         if not max(errors) < 1e-2:
             wrong.append((name, errors))
     assert not wrong
+
+
+def test_pixels_of_a_clip_and_of_its_patches() -> None:
+    """Up to fp32's last digit: every value of a byte, 2 clips and then 3."""
+    with switches.changed(pixels=True):
+        for clips in (2, 3):
+            video = torch.randint(0, 256, (clips, 3, 4, 64, 64), dtype=torch.uint8, device="cuda")
+            patches = rearrange(video, "b c (t u) (h v) (w x) -> b t h w c u v x", u=2, v=16, x=16)
+            assert len(video.unique()) == 256 and not patches.is_contiguous()
+            for x in (video, patches):
+                for dtype, rtol in ((torch.float32, 0), (torch.bfloat16, 2**-7)):
+                    found, wanted = fused.pixels(x, dtype), (x.double() / 127.5 - 1).to(dtype)
+                    assert found.is_contiguous()
+                    torch.testing.assert_close(found, wanted, rtol=rtol, atol=2e-7)
 
 
 def test_heads_of_any_width_turn() -> None:

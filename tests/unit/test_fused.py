@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from nextvid_mcore import rope
+from nextvid_mcore import rope, switches
 from nextvid_mcore.models import fused
 
 PIECES = [piece for piece in vars(fused).values() if hasattr(piece, "compiled")]
@@ -92,6 +94,29 @@ def test_compiled_equals_written_and_sizes_stay_open(compiled) -> None:
                 torch.testing.assert_close(a, b)
         graphs.append(counters["stats"]["unique_graphs"] - before)
     assert graphs == [7, 0, 0]  # more rows compile nothing again
+
+
+@pytest.fixture
+def whole_pixels() -> Iterator[None]:
+    with switches.changed(pixels=True):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_wherever_they_lie(compiled, whole_pixels, dtype: torch.dtype) -> None:
+    video = torch.arange(256, dtype=torch.uint8).repeat(6).view(2, 3, 4, 8, 8)
+    before = counters["stats"]["unique_graphs"]
+    for clips in (2, 3, 5):
+        clip = video.repeat(3, 1, 1, 1, 1)[:clips]
+        patches = rearrange(clip, "b c (t u) (h v) (w x) -> b t h w c u v x", u=2, v=4, x=4)
+        for x in (clip, patches):
+            found = fused.pixels(x, dtype)
+            wanted = (x.double() / 127.5 - 1).to(dtype)
+            assert found.dtype == dtype and found.is_contiguous() and not patches.is_contiguous()
+            torch.testing.assert_close(found, wanted, rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=2e-7)
+            with fused.eager():
+                assert torch.equal(fused.pixels(x, dtype), found)
+    assert counters["stats"]["unique_graphs"] - before == 2  # more clips compile nothing again
 
 
 def test_rotated_heads_are_ropes() -> None:
