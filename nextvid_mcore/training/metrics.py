@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nextvid_mcore.config import ConfigError
+from nextvid_mcore.config import require
 
 # What a save has cost, in the line of the step after which it began or, in the background, ended.
 SAVING = ("save_seconds", "save_host_gib", "save_background_seconds")
@@ -40,17 +40,20 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines that end in a newline: a killed process can tear the last. Others must be JSON."""
+    """Lines that end in a newline: a killed process can tear the last. Others must be rows of a step."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")[:-1]  # what follows the last newline is nothing, or torn
+    # What follows the last newline is nothing, or torn. A damaged disk's bytes need not be text.
+    lines = path.read_text(errors="replace").split("\n")[:-1]
     for number, line in enumerate(lines, 1):
         try:
-            json.loads(line)
-        except ValueError:
-            raise ConfigError(
-                f"{path}, line {number} is not JSON: {line[:80]!r}; mend the line, or move the file away"
-            ) from None
+            step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError, IndexError):
+            step = None
+        require(
+            isinstance(step, int),
+            f"{path}, line {number} is not JSON with a step: {line[:80]!r}; mend it, or move the file away",
+        )
     return lines
 
 

@@ -62,10 +62,13 @@ def test_a_crash_while_cutting_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
+@pytest.mark.parametrize("line", [b'{"st', b"7", b"{}", b'["step"]', b'{"step": "\xff'])
+def test_a_damaged_line_in_the_middle_is_an_error(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ConfigError, match="line 2 is not JSON: .*; mend the line, or move the file away"):
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(
+        ConfigError, match="line 2 is not JSON with a step: .*; mend it, or move the file away"
+    ):
         MetricsFile(path, step=3)
 
 
