@@ -157,9 +157,10 @@ def check_model(path: Path | str, config: RunConfig, weights_only: bool = False)
     here = json.loads(json.dumps(dataclasses.asdict(config)))
     saved = completed(there["model"], config.model)
     pairs = [(name, saved.get(name), here["model"][name]) for name in here["model"]]
-    pairs = [
-        (f"model.{n}", a, b) for n, a, b in pairs if n not in _HOW and (not weights_only or n in _SHAPES)
-    ]
+    # the decoder, or the alignment's head, may be left behind; one that isn't there can't be taken
+    missing = {name for name in ("generate", "align") if here["model"][name] and not saved[name]}
+    needed = missing.union(_SHAPES)
+    pairs = [(f"model.{n}", a, b) for n, a, b in pairs if n not in _HOW and (not weights_only or n in needed)]
     pairs.append(("target.kind", there.get("target", {}).get("kind"), here["target"]["kind"]))
     differ = []
     for name, a, b in pairs:

@@ -46,3 +46,15 @@ def test_another_shape_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     saved(monkeypatch, recipes.get("vit_l"))
     with pytest.raises(CheckpointError, match="model.encoder.width is 1024 there and 1408 here"):
         check_model("old", recipes.get("vit_g"))
+
+
+def test_weights_of_a_network_that_a_run_never_had_can_not_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = recipes.get("vit_l")
+    for part, row in (("generate", "table2_align_ciso"), ("align", "table4_mask")):
+        saved(monkeypatch, recipes.get(row))
+        with pytest.raises(
+            CheckpointError, match=f"model.{part} is False there and True here; set"
+        ):
+            check_model("old", full, weights_only=True)
+        saved(monkeypatch, full)
+        check_model("old", recipes.get(row), weights_only=True)  # left behind
