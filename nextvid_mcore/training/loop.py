@@ -51,7 +51,7 @@ from nextvid_mcore.training.online_knn import OnlineKnn
 from nextvid_mcore.training.profiling import StepProfiler
 from nextvid_mcore.training.progress import Progress
 from nextvid_mcore.training.saving import Saver
-from nextvid_mcore.training.start import changes, find_checkpoint
+from nextvid_mcore.training.start import find_checkpoint, going_on
 from nextvid_mcore.training.step import StepResult, TrainStep
 from nextvid_mcore.training.together import together
 from nextvid_mcore.training.told import Told
@@ -144,7 +144,7 @@ class Trainer:
         config = self.config
         newest, passed = checkpoint.resumable(self.checkpoints)
         if newest is not None:
-            notes = passed + changes(checkpoint.read_state(newest)["config"], config)
+            notes = passed + going_on(checkpoint.read_state(newest), config, self.out)
             progress = checkpoint.load(newest, config, self.train_step.optimizers, verified=True)
             self.guard.load_state_dict(progress.extra.get("bad_window", []))
             self.skipped = int(progress.extra.get("skipped", 0))

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from nextvid_mcore.config import RunConfig, require
+from nextvid_mcore.schedule import Schedule
 from nextvid_mcore.training import checkpoint
+
+
+def going_on(state: dict[str, Any], config: RunConfig, out: Path) -> list[str]:
+    """What is to be said before a run goes on from a checkpoint of this state.json. ConfigError if not."""
+    check_start_stage(state["config"], config, out)
+    notes = samples_notes(int(state["step"]), int(state["samples"]), Schedule(config))
+    return changes(state["config"], config) + notes
 
 
 def changes(old: dict[str, Any], config: RunConfig) -> list[str]:
@@ -32,6 +40,28 @@ def changes(old: dict[str, Any], config: RunConfig) -> list[str]:
             was = f"was {_said(then[name])} and" if name in then else "wasn't there and"
             notes.append(f"note: {name} {was} is now {_said(now[name])}")
     return notes
+
+
+def check_start_stage(old: dict[str, Any], config: RunConfig, out: Path) -> None:
+    """ConfigError where a run that goes on is told to begin elsewhere: it would not."""
+    asked, began = config.train.start_stage, old["train"].get("start_stage")
+    require(
+        asked in (None, began),
+        f"--start-stage {asked}: {out} holds a run that began at "
+        f"{'its first stage' if began is None else f'stage {began}'} and goes on from its own checkpoint; "
+        f"leave it out, or branch into another --out with --init-from {out}",
+    )
+
+
+def samples_notes(step: int, samples: int, schedule: Schedule) -> list[str]:
+    """What is to be said where batches or stages have changed, and with them which samples come next."""
+    now = schedule.samples_before(min(step, schedule.schedule_steps))
+    if now == samples:
+        return []
+    what = f"{samples - now:,} are drawn again" if now < samples else f"{now - samples:,} are left out"
+    return [
+        f"note: {samples:,} samples were drawn; by this start's settings it goes on at {now:,}, so {what}"
+    ]
 
 
 def _said(value: Any) -> Any:

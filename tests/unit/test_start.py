@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+
+import pytest
 
 from nextvid_mcore import recipes
-from nextvid_mcore.config import RoleParallel, RunConfig
+from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig
 from nextvid_mcore.parallel.placement import settled
-from nextvid_mcore.training.start import changes
+from nextvid_mcore.schedule import Schedule
+from nextvid_mcore.training.start import changes, check_start_stage, samples_notes
 
 
 def saved(config: RunConfig, micro: int | None = None) -> dict:
@@ -57,3 +61,26 @@ def test_what_differs_is_said_as_it_is() -> None:
     assert changes(saved(config), config.altered(train={"log_every": 5}, eval={"every": 3})) == []
     branched = saved(config.altered(train={"init_from": "runs/other"}))
     assert changes(branched, config) == []  # left out this time: nothing was asked for
+
+
+def test_a_branch_needs_a_folder_of_its_own() -> None:
+    whole = recipes.get("tiny")
+    branch = whole.altered(train={"start_stage": "cooldown"})
+    for old, new in ((whole, whole), (branch, branch), (branch, whole)):
+        check_start_stage(saved(old), new, Path("runs/a"))
+    with pytest.raises(
+        ConfigError, match="--start-stage cooldown: runs/a holds a run that began at its first"
+    ):
+        check_start_stage(saved(whole), branch, Path("runs/a"))
+
+
+def test_other_batches_draw_other_samples_and_it_is_said() -> None:
+    config = recipes.get("tiny")
+    same, half = Schedule(config), Schedule(config.altered(train={"global_batch": 4}))
+    double = Schedule(config.altered(train={"global_batch": 16}))
+    assert samples_notes(12, 96, same) == []
+    said = "note: 96 samples were drawn; by this start's settings it goes on at"
+    assert samples_notes(12, 96, half) == [f"{said} 48, so 48 are drawn again"]
+    assert samples_notes(12, 96, double) == [f"{said} 192, so 96 are left out"]
+    short = Schedule(config.altered(stages=config.stages[:1]))  # of 20 steps, 40 were made
+    assert samples_notes(40, 320, short) == [f"{said.replace('96', '320')} 160, so 160 are drawn again"]
