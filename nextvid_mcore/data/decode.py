@@ -116,6 +116,17 @@ def unpadded(frame: np.ndarray) -> np.ndarray:
     return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
+def _eight_bits(image):  # noqa: ANN001, ANN202 (PIL is imported late)
+    """PIL's own conversion cuts 16 bits off at 255, so nearly all of a picture would be white."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range; store 8 or 16 bits")
+    return image
+
+
 def read_image(path: str) -> np.ndarray:
     """uint8 [height, width, 3], turned as its EXIF says."""
     from PIL import Image, ImageOps
@@ -124,7 +135,7 @@ def read_image(path: str) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # palette with transparency, large image, odd EXIF
             with Image.open(path) as image:
-                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+                return np.array(_eight_bits(ImageOps.exif_transpose(image)).convert("RGB"))
     except MemoryError:
         raise
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...

@@ -122,6 +122,15 @@ def test_images_of_any_mode_become_rgb(tmp_path: Path, mode: str) -> None:
     assert pixels.shape == (10, 20, 3) and pixels.dtype == np.uint8 and pixels.min() >= 250
 
 
+def test_images_of_sixteen_bits_keep_their_greys(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "i.png")
+    assert np.array_equal(read_image(str(tmp_path / "i.png"))[..., 1].ravel(), np.arange(256))
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(BadFile, match="mode F have no known range"):
+        read_image(str(tmp_path / "f.tif"))
+
+
 def test_images_are_turned_as_exif_says(tmp_path: Path) -> None:
     image = Image.new("RGB", (20, 10))
     exif = image.getexif()
