@@ -106,7 +106,12 @@ def main() -> int:
         for folder in [build.out, build.held] if build.holdout else [build.out]:
             manifest = Manifest.open(folder)
             print(f"{folder}: {manifest.rows:,} rows in {', '.join(manifest.sets)}")
-    except ConfigError as error:
+        if stale := build.stale(report.name for report in reports):
+            print(
+                f"note: {build.held} holds files of {', '.join(stale)} from an earlier call, which are in "
+                f"{build.out} too now: no held-out clips any more; build again with --holdout, or remove it"
+            )
+    except (ConfigError, OSError) as error:  # a full disk too
         bar.close()
         print(f"build_manifest: {error}", file=sys.stderr)
         return 2

@@ -70,10 +70,20 @@ class Build:
         require(0 <= self.holdout < 1, f"--holdout {self.holdout}: give a share from 0 to below 1")
         require(self.jobs >= 1, f"--jobs {self.jobs}: give 1 or more")
         require(self.min_frames >= 1, f"--min-frames {self.min_frames}: give 1 or more")
+        same = bool(self.holdout) and os.path.realpath(self.held) == os.path.realpath(self.out)
+        require(not same, f"--holdout-out {self.held} is --out itself; name another folder")
 
     @property
     def held(self) -> Path:
         return self.holdout_out or self.out.with_name(self.out.name + "-val")
+
+    def stale(self, names: Iterable[str]) -> list[str]:
+        """Sets of the held-out folder that this call, without a share to hold out, put into OUT whole."""
+        if self.holdout:
+            return []
+        return sorted(
+            {name for name in names if any(self.held.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9].parquet"))}
+        )
 
     def run(self, sources: list[Source], progress: Callable[[str, int, int], None]) -> list[Report]:
         """Build all sets. `progress(set, files done, files in all)` is called now and then."""

@@ -52,9 +52,7 @@ def test_weights_of_a_network_that_a_run_never_had_can_not_be_taken(monkeypatch:
     full = recipes.get("vit_l")
     for part, row in (("generate", "table2_align_ciso"), ("align", "table4_mask")):
         saved(monkeypatch, recipes.get(row))
-        with pytest.raises(
-            CheckpointError, match=f"model.{part} is False there and True here; set"
-        ):
+        with pytest.raises(CheckpointError, match=f"model.{part} is False there and True here; set"):
             check_model("old", full, weights_only=True)
         saved(monkeypatch, full)
         check_model("old", recipes.get(row), weights_only=True)  # left behind

@@ -200,6 +200,24 @@ def test_the_held_out_share_belongs_to_the_path(tmp_path: Path) -> None:
     assert {path for path in again if "new" not in path} == held
 
 
+def test_what_was_held_out_before_and_is_not_now_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("".join(f"/x/{i}.mp4 0\n" for i in range(20)))
+    source, first, second = (
+        f"a={tmp_path / 'a.csv'}",
+        Build(tmp_path / "m", holdout=0.5),
+        Build(tmp_path / "m"),
+    )
+    run(first, source)
+    assert first.stale(["a"]) == [] and second.stale(["a", "b"]) == ["a"]
+    command = [sys.executable, ROOT / "tools/build_manifest.py", "--out", tmp_path / "m", "--set", source]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (
+        done.returncode == 0 and f"note: {tmp_path / 'm-val'} holds files of a from an earlier" in done.stdout
+    )
+
+
 def test_several_sets_and_sources_and_a_later_call(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "a.csv").write_text("/x/1.mp4 0\n")
     (tmp_path / "b.csv").write_text("/x/2.mp4 0\n")
@@ -250,6 +268,11 @@ def test_a_name_that_is_no_utf8_is_reported(tmp_path: Path) -> None:
         ({"holdout": 1 - 1e-9}, ["s={here}/one"], "all its 1 files were held out"),
         ({"jobs": 0}, ["s={here}/one"], "--jobs 0"),
         (
+            {"out": Path("/m"), "holdout": 0.5, "holdout_out": Path("/m/../m")},
+            ["s={here}/one"],
+            "--holdout-out /m/../m is --out itself",
+        ),
+        (
             {"out": Path(__file__)},
             ["s={here}/one"],
             r"test_data_build\.py cannot be written \(Not a directory\)",
@@ -283,5 +306,9 @@ def test_the_command(tmp_path: Path, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "s: 2 images, 2 videos" in done.stdout and "1 unreadable" in done.stdout
     assert str(tmp_path / "m" / "rejected.tsv") in done.stdout and "4 rows in s" in done.stdout
+    (tmp_path / "list.csv").write_text("/x/1.mp4 0\n")
+    (tmp_path / "m" / ".probed" / "t").touch()  # a write that fails, as on a full disk
+    failed = subprocess.run([*command, "--set", f"t={tmp_path / 'list.csv'}", "--probe"], **options)
+    assert failed.returncode == 2 and failed.stderr.startswith("build_manifest: ") and "/t" in failed.stderr
     failed = subprocess.run([*command, "--set", "s=/no/such/place"], **options)
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "Traceback" not in failed.stderr
