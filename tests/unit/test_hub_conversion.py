@@ -1,13 +1,12 @@
 """From the training model to the hub: same numbers for every network and mask mode, and no half export."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tool import tool
 
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, RunConfig, TransformerShape
@@ -15,11 +14,7 @@ from nextvid_mcore.hub import FILES, HubError, export
 from nextvid_mcore.models.init import init_weights
 
 CHANNELS = 10
-_path = Path(__file__).resolve().parents[2] / "tools" / "convert_to_torch.py"
-_spec = importlib.util.spec_from_file_location("convert_to_torch", _path)
-convert_to_torch = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = convert_to_torch
-_spec.loader.exec_module(convert_to_torch)
+convert_to_torch = tool("convert_to_torch")
 
 
 def small(mode: str) -> RunConfig:

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import media
 import numpy as np
@@ -14,22 +13,13 @@ import pytest
 import torch
 from PIL import Image
 from test_generate import CONFIG, write_export
+from tool import tool
 
 from nextvid_mcore.config import ConfigError
 from nextvid_mcore.data.manifest import Item
 from nextvid_mcore.evaluation import clips, strips
 from nextvid_mcore.evaluation.strips import Panel, Strip
 from nextvid_mcore.hub import load_encoder
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_picture_tools import tool
+from tool import tool
 
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, TargetConfig
