@@ -49,22 +49,6 @@ def lively(config: RunConfig) -> RunConfig:
 # C-Iso. off --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["fixed", "packed", "truncate", "none"])
-@pytest.mark.parametrize("frame", [1, 2])
-def test_joint_predictions_see_no_frame_from_their_own_on(groups, mode, frame):
-    config = small(mode).altered(model={"context": "joint"})
-    model = build(config, groups)
-    video = video_of(config)
-    other = video.clone()
-    start = frame * config.model.tubelet_size
-    other[:, :, start : start + config.model.tubelet_size] *= -1
-    masks = draw_masks(config.mask, config.model.grid, T_TOKENS - 1, 0, [0, 1])
-    difference = (z_of(model, video, masks) - z_of(model, other, masks)).abs().amax((0, 1, 3, 4))  # [p]
-    assert (difference[:frame] == 0).all()
-    if mode != "truncate":  # the cut may leave a mask nothing of a late frame
-        assert (difference[frame:] > 1e-6).all()
-
-
 def test_joint_rows_and_stretches_are_separate(groups):
     """packed: every (clip, mask) gives what it gives alone."""
     config = small("packed").altered(model={"context": "joint"})

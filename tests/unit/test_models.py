@@ -132,10 +132,11 @@ def test_changing_a_frame_changes_no_earlier_context(groups, frame):
     assert torch.equal(changed.T, masks.frames >= frame)
 
 
-@pytest.mark.parametrize("mode", ["fixed", "packed", "truncate"])
+@pytest.mark.parametrize("context", ["isolated", "joint"])
+@pytest.mark.parametrize("mode", ["fixed", "packed", "truncate", "none"])
 @pytest.mark.parametrize("frame", [1, 2])
-def test_changing_a_frame_changes_no_prediction_up_to_it(groups, mode, frame):
-    config = small(mode)
+def test_changing_a_frame_changes_no_prediction_up_to_it(groups, context, mode, frame):
+    config = small(mode).altered(model={"context": context})
     model = build(config, groups)
     video = video_of(config)
     other = video.clone()
