@@ -82,32 +82,39 @@ def build_labelled(config: RunConfig) -> LabelledClips:
             f"{task} has {len(known)} neighbours of {len(known.unique())} classes and {len(wanted)} to ask; "
             "two classes and one clip to ask are the least: raise --eval.knn-samples",
         )
+        require(
+            bool(torch.isin(wanted, known).any()),
+            f"online kNN: of the {config.eval.knn_samples} clips of {config.data.eval_manifest} looked at, "
+            f"none of {task}'s {len(wanted)} to ask has a neighbour of its class, so none can be right: "
+            "raise --eval.knn-samples, or hold more clips of every class out",
+        )
     return clips
 
 
 def _of_manifest(dataset: ClipDataset, config: RunConfig) -> LabelledClips:
     """Those with a label among the first clips in held-out order, each file once."""
     mixture, manifest = dataset.mixture, dataset.manifest
-    found: dict[tuple[str, int], tuple[int, int]] = {}  # (set, row) -> (held-out index, label)
+    found: dict[str, tuple[str, int, int]] = {}  # path -> (set, held-out index, label)
     for index in range(min(config.eval.knn_samples, sum(mixture.rows))):
-        place = mixture.held_out(index)
-        label = manifest.item(*place).label
-        if label >= 0 and place not in found:
-            found[place] = index, label
+        name, row = mixture.held_out(index)
+        item = manifest.item(name, row)
+        if item.label >= 0:
+            found.setdefault(item.path, (name, index, item.label))
     require(
         len(found) > 0,
         f"online kNN: {manifest.path} has no labels among the {config.eval.knn_samples} clips looked at; "
         + ADVICE,
     )
-    tasks = tuple(name for name in mixture.names if any(place[0] == name for place in found))
+    tasks = tuple(name for name in mixture.names if any(place[0] == name for place in found.values()))
     labels = torch.full((len(found), len(tasks)), -1)
     seen = dict.fromkeys(tasks, 0)
     asked = torch.zeros(len(found), dtype=torch.bool)
-    for number, ((name, _), (_, label)) in enumerate(found.items()):
+    for number, (name, _, label) in enumerate(found.values()):
         labels[number, tasks.index(name)] = label
         asked[number] = seen[name] % 3 == 2
         seen[name] += 1
-    return LabelledClips((dataset,), tuple((0, index) for index, _ in found.values()), tasks, labels, asked)
+    places = tuple((0, index) for _, index, _ in found.values())
+    return LabelledClips((dataset,), places, tasks, labels, asked)
 
 
 def _of_digits(dataset: Any, config: RunConfig) -> LabelledClips:

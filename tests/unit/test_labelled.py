@@ -50,6 +50,13 @@ def test_sets_are_tasks_and_no_file_stands_twice(tmp_path: Path) -> None:
     assert batch.index.tolist() == list(range(21)) and (batch.label >= 0).all()
 
 
+def test_a_file_that_a_list_names_again_is_no_neighbour_of_itself(tmp_path: Path) -> None:
+    paths = pictures(tmp_path, 6)
+    twice = [Item(path, "image", label=i % 2) for i, path in enumerate(paths)] * 2
+    clips = build_labelled(tiny(media.manifest(tmp_path / "m", one=twice)))
+    assert sorted(clips[8, list(range(len(clips)))].items) == sorted(paths)
+
+
 def test_a_batch_with_a_bad_file_is_left_out(tmp_path: Path) -> None:
     paths = pictures(tmp_path, 9)
     Path(paths[4]).write_bytes(b"no picture")
@@ -62,14 +69,17 @@ def test_a_batch_with_a_bad_file_is_left_out(tmp_path: Path) -> None:
 
 
 def test_settings_that_cannot_work_are_named_before_the_start(tmp_path: Path) -> None:
-    path = pictures(tmp_path, 1)[0]
-    bare = media.manifest(tmp_path / "bare", one=[Item(path, "image")] * 8)
-    same = media.manifest(tmp_path / "same", one=[Item(path, "image", label=3)] * 8)
+    paths = pictures(tmp_path, 8)
+    bare = media.manifest(tmp_path / "bare", one=[Item(path, "image") for path in paths])
+    same = media.manifest(tmp_path / "same", one=[Item(path, "image", label=3) for path in paths])
+    each = media.manifest(tmp_path / "each", one=[Item(path, "image", i) for i, path in enumerate(paths)])
     flags = "--target.kind pixels"
     with pytest.raises(ConfigError, match="no labels"):
         plan.check(tiny(bare, flags), 1)
     with pytest.raises(ConfigError, match="6 neighbours of 1 classes and 2 to ask"):
         plan.check(tiny(same, flags), 1)
+    with pytest.raises(ConfigError, match="none of one's 2 to ask has a neighbour of its class"):
+        plan.check(tiny(each, flags), 1)
     with pytest.raises(ConfigError, match="--data.eval-manifest"):
         plan.check(config(f"tiny --out x --data.manifest {same} {flags}"), 1)
     with pytest.raises((ConfigError, SystemExit)):
