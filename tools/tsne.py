@@ -124,6 +124,9 @@ def run(args: argparse.Namespace) -> str:
         what = Path(args.data).name
     classes = len(labels.unique())
     require(classes >= 2, f"{what}: only {classes} class; t-SNE of one class shows nothing")
+    require(
+        classes < len(labels), f"{what}: {classes} clips of as many classes have no neighbour of their own"
+    )
     accuracy = folded_accuracy(features, labels)
     perplexity = min(args.perplexity, (len(features) - 1) / 3)
     points = embed(features, perplexity)

@@ -85,7 +85,8 @@ def _of_files(path: Path, limit: int | None, kind: str | None) -> Items:
         entries = [Item(e.path, e.kind or "", e.label) for e in source.entries(classes)]
         if path.is_dir() and {item.label for item in entries} == {-1}:
             classes = ()
-    entries = [item for item in entries if item.kind and kind in (None, item.kind)]
+    # a list may name a file many times: it is one clip here, which would be its own nearest neighbour
+    entries = list({item.path: item for item in entries if item.kind and kind in (None, item.kind)}.values())
     if limit is not None and len(entries) > limit:
         entries = [entries[i] for i in np.linspace(0, len(entries) - 1, limit).round().astype(int)]
     return Items(entries, classes)

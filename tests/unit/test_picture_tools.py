@@ -43,7 +43,7 @@ def test_clips_of_folders_lists_manifests_and_files(folder, tmp_path):
     few = clips.find(folder / "classes", limit=4)
     assert [item.label for item in few.items] == [0, 0, 1, 1]
     names = tmp_path / "list.csv"
-    names.write_text(f"{folder}/one.avi 3\n{folder}/classes/dark/0.png 1\n")
+    names.write_text(f"{folder}/one.avi 3\n{folder}/classes/dark/0.png 1\n" * 3)  # each is one clip
     assert [item.label for item in clips.find(names).items] == [3, 1]
     assert [item.label for item in clips.find(names, kind="image").items] == [1]
     media.manifest(tmp_path / "m", a=[Item(str(folder / "one.avi"), "video", 0)] * 3)
@@ -156,6 +156,8 @@ def test_tsne_of_two_classes(folder, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "12 clips of 2 classes" in said and "most frequent class 50.0%" in said and out.exists()
     assert len(Image.open(out).convert("RGB").getcolors(2**16)) > 20
+    monkeypatch.setattr(sys, "argv", [*command, str(folder / "classes"), "--items", "2"])
+    assert module.main() == 2 and "2 clips of as many classes have no" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*command, str(folder / "one.avi")])
     assert module.main() == 2 and "has no labels" in capsys.readouterr().err
     for options, words in (
