@@ -35,7 +35,7 @@ def test_sets_are_tasks_and_no_file_stands_twice(tmp_path: Path) -> None:
     folder = media.manifest(
         tmp_path / "m",
         one=[Item(path, "image", label=i % 2) for i, path in enumerate(paths[:12])],
-        two=[Item(path, "image", label=5 + i % 3) for i, path in enumerate(paths[12:21])],
+        two=[Item(path, "image", label=5 + i // 3) for i, path in enumerate(paths[12:21])],
         bare=[Item(path, "image") for path in paths[21:]],
     )
     clips = build_labelled(tiny(folder))  # asks for 1024 of 24
@@ -44,7 +44,7 @@ def test_sets_are_tasks_and_no_file_stands_twice(tmp_path: Path) -> None:
     assert sorted(batch.items) == sorted(paths[:21])
     for number, item in enumerate(batch.items):
         i = paths.index(item)
-        assert clips.labels[number].tolist() == ([i % 2, -1] if i < 12 else [-1, 5 + (i - 12) % 3])
+        assert clips.labels[number].tolist() == ([i % 2, -1] if i < 12 else [-1, 5 + (i - 12) // 3])
     for column, rows in enumerate((12, 9)):
         assert int(clips.asked[clips.labels[:, column] >= 0].sum()) == rows // 3
     assert batch.index.tolist() == list(range(21)) and (batch.label >= 0).all()
