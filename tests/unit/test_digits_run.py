@@ -75,6 +75,7 @@ def test_every_tool_draws_the_runs_digits(folder: Path) -> None:
         if place == "run":
             (folder / "run" / "encoder").mkdir(parents=True)
             (folder / "run" / "config.json").write_text(RUN.to_json())
+            (folder / "run" / "encoder" / "config.json").write_text((folder / "config.json").read_text())
         arguments = {"folder": folder / "run" if place == "run" else folder, "data": None, "clips": 2}
         arguments |= {"skip": 0, "fps": None, "export": None, "out": None}
         arguments |= {"target_checkpoint": None, "target_statistics": None}
