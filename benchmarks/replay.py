@@ -17,21 +17,12 @@ def recorded(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     Autograd lets the stream of a gradient's tensor wait for the one that computed it; the default stream
     may not wait for one that records (`training.graphs.own_stream`): from there, work without gradients only.
     """
+    from nextvid_mcore.recording import capture  # the clone may get onto the path after this file
+
     for _ in range(WARM):
         work()
     torch.cuda.synchronize()
-    stream = torch.cuda.current_stream()
-    if stream == torch.cuda.default_stream():
-        stream = None  # it can't be recorded: one of torch's
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    try:
-        with torch.cuda.graph(graph, pool, stream=stream, capture_error_mode="thread_local"):
-            work()
-    except Exception:
-        from nextvid_mcore.training.graphs import free  # slow to import
-
-        free(graph, pool, torch.device("cuda", torch.cuda.current_device()))
-        raise
+    graph, _, _ = capture(work)
     return graph
 
 

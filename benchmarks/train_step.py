@@ -58,7 +58,7 @@ KEYS = {
     "sequence": int,
     "overlap": str,  # --parallel.tensor-overlap: on, off or auto
     "generator": int,  # data replicas of predictor and decoder on the tensor ranks
-    "vae": int,  # 1: VA-VAE of random weights encodes the clips in every step
+    "vae": int,  # VA-VAE of random weights encodes the clips in every step: 1 as launched, 2 recorded
     "shares": int,  # 0: without the parts' shares, an eager step
 }
 
@@ -104,7 +104,9 @@ def configure(case: dict[str, Any], world: int) -> RunConfig:
         stages=(stage,),
         model=dataclasses.replace(config.model, backend=case["backend"], compile=bool(case["compile"])),
         target=dataclasses.replace(
-            config.target, kind="va_vae" if config.model.patch_size == 16 else "pixels"
+            config.target,
+            kind="va_vae" if config.model.patch_size == 16 else "pixels",
+            recorded=case["vae"] == 2 and config.model.patch_size == 16,
         ),
         fp8=fp8_config(case["fp8"], case["fp8_fused"]),
         parallel=dataclasses.replace(
@@ -141,6 +143,7 @@ def check(case: dict[str, Any], world: int) -> None:
         f"tensor={tensor} can't share {ranks} process{'es' if ranks > 1 else ''}; start a multiple of it "
         "with torchrun --nproc-per-node",
     )
+    require(case["vae"] in (0, 1, 2), f"vae={case['vae']}: give 0 (latents resident), 1, or 2 (recorded)")
     switched(case)
     with own_words():
         config = configure(case, ranks)

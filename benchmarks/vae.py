@@ -5,8 +5,8 @@
 Random weights of the true shape, frames that lie on the device, the clips' predicted frames alone, as in
 the step. First the encoder by itself, eager and fused, with its kernels' time by kind; then whole steps
 with latents that lie on the device, with the encoder on the step's own stream, and beside it on its own
-(training/ahead.py), by frames that go through it at once. Everything after RECIPE is a setting of the run,
-as of nextvid_mcore.pretrain.
+(training/ahead.py), and that recorded (targets/replayed.py), by frames that go through it at once. Everything
+after RECIPE is a setting of the run, as of nextvid_mcore.pretrain.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ KINDS = {
     "norms and sums": ("_normalise", "_statistics", "_write"),
     "convolutions": ("conv", "fprop", "cudnn", "xmma"),
 }
+
+
+WAYS = ("in line", "beside", "recorded, beside")
 
 
 def synchronize() -> None:
@@ -71,6 +74,12 @@ def kernels(work: Callable[[], object]) -> None:
         print(f"    {spent / 1e3:8.2f} ms  {name[:100]}")
 
 
+def another(loaded: VaVae, config: RunConfig, chunk: int, **how: bool) -> VaVae:
+    """With the same weights."""
+    mean, std = loaded.mean.flatten(), loaded.std.flatten()
+    return VaVae(config.model, loaded.autoencoder, mean, std, chunk=chunk, **how)
+
+
 def alone(config: RunConfig, chunks: list[int], times: int) -> None:
     """The encoder by itself, at the batch of a micro-batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,13 +88,11 @@ def alone(config: RunConfig, chunks: list[int], times: int) -> None:
     video = torch.rand(batch, 3, stage.frames, size, size, device=device) * 2 - 1
     work = batch * flops.target_flops(config, stage)
     print(f"\nVA-VAE's encoder: {batch} clips of {stage.frames} frames, {work / batch / 1e12:.2f} TFLOP each")
-    print(f"{'':<14} {'chunk':>5} {'ms/clip':>8} {'TFLOP/s':>8} {'of peak':>7} {'GiB':>6} {'error':>8}")
+    print(f"{'':<16} {'chunk':>5} {'ms/clip':>8} {'TFLOP/s':>8} {'of peak':>7} {'GiB':>6} {'error':>8}")
     first = None
-    for fused, chunk in [(False, chunks[0]), *((True, c) for c in chunks if device.type == "cuda")]:
-        target = VaVae(
-            config.model, loaded.autoencoder, loaded.mean.flatten(), loaded.std.flatten(), chunk=chunk,
-            fused=fused,
-        )  # fmt: skip
+    ways = {"eager": [chunks[0]], **({"fused": chunks, "fused, recorded": chunks} if loaded.fused else {})}
+    for way, chunk in [(way, chunk) for way, chunks in ways.items() for chunk in chunks]:
+        target = another(loaded, config, chunk, fused=way != "eager", recorded="recorded" in way)
         start = time.perf_counter()
         got = target.latents(video, first=1)
         synchronize()
@@ -98,7 +105,7 @@ def alone(config: RunConfig, chunks: list[int], times: int) -> None:
         first = got if first is None else first
         error = float((got - first).abs().max() / first.abs().max())
         print(
-            f"{'fused' if fused else 'eager':<14} {chunk:>5} {1e3 * seconds / batch:>8.2f} "
+            f"{way:<16} {chunk:>5} {1e3 * seconds / batch:>8.2f} "
             f"{work / seconds / 1e12:>8.0f} {work / seconds / PEAK_BF16:>7.0%} {gib:>6.1f} {error:>8.1e}   "
             f"(first call {ready:.0f} s)",
             flush=True,
@@ -112,25 +119,26 @@ def in_the_step(config: RunConfig, chunks: list[int], steps: int, warmup: int) -
     with quick_start(online_vae_target):
         bench = Bench(config)
     engine, clips = bench.step.engine, config.micro_batch(config.stages[0])
-    target, stream = engine.target, engine.ahead.stream
+    loaded, stream = engine.target, engine.ahead.stream
     model, frames = config.model, config.stages[0].frames
-    resident = ResidentTarget(model, target.channels)
+    resident = ResidentTarget(model, loaded.channels)
     rates = []
     tau, size = config.stages[0].tau_samples, config.stages[0].batch
     print(
         f"\n{config.recipe}, {frames} frames, tau {tau}, {size // clips} x {clips}, {model.backend}, "
         f"{'recorded' if engine.graphs else 'eager'}"
     )
-    ways = [(f"VAE {way}, {c}", way, c) for c in chunks for way in ("in line", "beside")]
+    ways = [(f"{way}, {c}", way, c) for c in chunks for way in WAYS]
     for name, way, chunk in [("latents resident", "", 1), *ways, ("resident again", "", 1)]:
-        engine.target = target if way else resident
-        engine.ahead.stream = stream if way == "beside" else None
-        target.chunk = chunk
+        engine.target = resident
+        if way:
+            engine.target = another(loaded, config, chunk, fused=loaded.fused, recorded="recorded" in way)
+        engine.ahead.stream = stream if "beside" in way else None
         torch.cuda.empty_cache()
         found = bench.measure(steps, warmup)
         rates.append(size / found.seconds)
         print(
-            f"{name:<18} {rates[-1]:>7.2f} clips/s {1e3 * found.seconds:>8.1f} ms {found.gib:>6.1f} GiB  "
+            f"{name:<24} {rates[-1]:>7.2f} clips/s {1e3 * found.seconds:>8.1f} ms {found.gib:>6.1f} GiB  "
             f"kept {rates[-1] / rates[0]:.1%}  loss {found.loss:.4f}",
             flush=True,
         )

@@ -21,6 +21,7 @@ from nextvid_mcore.config import ConfigError, ModelConfig, RunConfig, require
 from nextvid_mcore.rng import numpy_rng
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
 from nextvid_mcore.targets.base import check_latents, check_video
+from nextvid_mcore.targets.replayed import Replayed
 from nextvid_mcore.transfer import to_device
 
 PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest of the file is training's
@@ -41,14 +42,20 @@ class VaVae:
         seed: int = 0,
         chunk: int = 32,
         fused: bool = False,
+        recorded: bool = False,
     ) -> None:
         """`autoencoder` is where and in the dtype it is to run; mean, std: [latent], per channel.
 
         `chunk` frames go through the network at a time: 32 frames of 256 x 256 need about 0.5 GB an
         activation in bf16. `fused`: the encoder with Triton between its convolutions (fused_vae.py), for
         chunks of one size; `decode` and without it everything runs eagerly, and is the reference.
+        `recorded`: that encoder as a CUDA graph (replayed.py).
         """
         require(chunk > 0, f"frames per chunk must be positive, got {chunk}")
+        require(
+            fused or not recorded,
+            "target recorded True wants VA-VAE's compiled encoder, of bf16 on CUDA: leave it False",
+        )
         self.model = model
         self.channels = self.channels_for(model, autoencoder.shape)
         self.autoencoder = autoencoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -63,7 +70,8 @@ class VaVae:
         if fused:
             from nextvid_mcore.targets.fused_vae import FusedEncoder  # Triton is not installed everywhere
 
-            self._network = FusedEncoder(self.autoencoder)
+            network = FusedEncoder(self.autoencoder)
+            self._network = Replayed(network, "VA-VAE's encoder") if recorded else network
 
     @staticmethod
     def channels_for(model: ModelConfig, shape: AutoencoderShape = VA_VAE) -> int:
@@ -106,6 +114,7 @@ class VaVae:
             seed=config.train.seed,
             chunk=target.chunk,
             fused=target.compile and fuses(device, dtype),
+            recorded=target.recorded,
         )
 
     @torch.no_grad()

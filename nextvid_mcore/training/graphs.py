@@ -33,6 +33,7 @@ from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.models import fp8, overlapped
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch
 from nextvid_mcore.parallel.placement import Placement, recorded, unrecordable
+from nextvid_mcore.recording import first_reason, free
 from nextvid_mcore.training import microbatch, monitors
 from nextvid_mcore.training.microbatch import Outline
 from nextvid_mcore.training.replay_check import ReplayCheck
@@ -274,7 +275,7 @@ class Graphs:
                 # an earlier pass's masks: if more is read of them than `inputs`, the comparison shows it
                 here.terms = self.pass_(*here.earlier, here.inputs, count)
         except Exception as error:
-            reason = _first_reason(error)
+            reason = first_reason(error)
         here.earlier = None
         self._unless(reason, here)  # here, where the error's frames no longer hold the pass's memory
 
@@ -306,21 +307,6 @@ class Graphs:
         failed = torch.tensor(reason is not None, dtype=torch.int32, device=self.device)
         torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX, group=group)
         return reason or ("another tensor rank failed" if failed else None)
-
-
-def free(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
-    """Give back a broken recording's memory: where CUDA refuses to end it, torch leaves its pool open."""
-    graph.reset()
-    with contextlib.suppress(RuntimeError):  # raised where it was ended, and `reset` has freed it
-        torch._C._cuda_endAllocateToPool(device.index, pool)
-        torch._C._cuda_releasePool(device.index, pool)
-
-
-def _first_reason(error: BaseException) -> str:
-    """One line: CUDA's complaint at a recording's end says nothing of the error that broke it off."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 @contextlib.contextmanager

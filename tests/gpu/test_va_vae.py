@@ -55,6 +55,30 @@ def test_the_fused_encoder_equals_the_eager_one() -> None:
         assert torch.equal(latents(torch.bfloat16, True), fused)
 
 
+def test_recorded_it_gives_the_same_to_the_bit(caplog) -> None:
+    """Of frames that change, on two streams by turns."""
+    shape = TransformerShape(width=24, depth=1, heads=2, mlp=48)
+    model = ModelConfig(encoder=shape, image_size=128, patch_size=16, tubelet_size=2)
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL().to("cuda", torch.bfloat16)
+    called, recorded = (
+        VaVae(model, autoencoder, torch.zeros(32), torch.ones(32), chunk=4, fused=True, recorded=each)
+        for each in (False, True)
+    )
+    streams = torch.cuda.current_stream(), torch.cuda.Stream()
+    wanted, found = [], []
+    for i in range(12):
+        video = torch.rand(2, 3, 8, 128, 128, device="cuda") * 2 - 1
+        wanted.append(called.latents(video, first=1))
+        streams[1].wait_stream(streams[0])
+        with torch.cuda.stream(streams[i % 2]):
+            found.append(recorded.latents(video, first=1))
+        streams[0].wait_stream(streams[1])
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    (here,) = recorded._network.shapes.values()
+    assert here.graph is not None and not caplog.records
+
+
 @pytest.mark.parametrize(
     ("shape", "channels", "stride", "residual"),
     [
@@ -134,8 +158,13 @@ def losses(graphs: str) -> dict[str, list[float]]:
     step.optimizers.step = slow
     for _ in range(2):
         bench.take()
-    for way, own in (("in line", None), ("beside", stream)):
+    loaded = engine.target
+    recorded = VaVae(
+        config.model, loaded.autoencoder, loaded.mean, loaded.std, chunk=4, fused=True, recorded=True
+    )
+    for way, own in (("in line", None), ("beside", stream), ("recorded, beside", stream)):
         engine.ahead.stream = own
+        engine.target = recorded if "recorded" in way else loaded
         found[way] = [step.run(bench.point, _clips(config, i)).loss_flow for i in range(6)]
     assert (graphs == "on") == any(
         each.graph is not None for each in (engine.graphs._recorded.values() if engine.graphs else ())
@@ -170,5 +199,5 @@ def _clips(config: RunConfig, step: int) -> list[ClipBatch]:
 @pytest.mark.parametrize("graphs", ["off", "on"])
 def test_where_latents_are_made_changes_no_loss(graphs: str) -> None:
     found = run(losses, 1, graphs)[0]
-    assert found["in line"] == found["beside"], found
+    assert found["in line"] == found["beside"] == found["recorded, beside"], found
     assert len(set(found["in line"])) == len(found["in line"])  # latents of another step would show
