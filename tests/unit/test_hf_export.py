@@ -169,6 +169,12 @@ pixels = [batch["pixel_values_videos"] for batch in batches]
 assert all(torch.equal(each, pixels[0]) for each in pixels)
 assert processor([clip, clip.flip(0)])["pixel_values_videos"].shape == (2, *pixels[0].shape[1:])
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+try:
+    model(pixels[0].transpose(1, 2))  # as the encoder itself takes it
+except ValueError as error:
+    assert "has shape (1, 3, 4, 64, 64): give [B, T, 3, H, W], as the" in str(error), error
+else:
+    raise AssertionError("frames taken for channels")
 with torch.no_grad():
     torch.save({"pixels": pixels[0], "tokens": model(**batches[0]).last_hidden_state}, inputs)
 """

@@ -54,6 +54,11 @@ class NextVidModel(PreTrainedModel):
         the final norm."""
         if kwargs:
             raise TypeError(f"NextVidModel does not know {', '.join(sorted(kwargs))}")
+        if pixel_values_videos.ndim != 5 or pixel_values_videos.shape[2] != 3:
+            raise ValueError(
+                f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}: give [B, T, 3, H, W], as "
+                "the processor makes them"
+            )
         video = pixel_values_videos.transpose(1, 2)  # [B, 3, T, H, W]
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden = None
