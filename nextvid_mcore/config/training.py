@@ -105,5 +105,5 @@ class TrainConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"train {name} must be positive, got {value}")
         require(self.log_every > 0, f"log every must be positive, got {self.log_every}")
-        require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
+        require(0 <= self.seed < 2**63, f"seed must be 0 or more and below 2**63, got {self.seed}")
         require(self.init_noise >= 0, f"init noise must be 0 or more, got {self.init_noise}")

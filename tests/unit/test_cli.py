@@ -90,6 +90,10 @@ def test_switch_spellings(words: str, value: bool):
         ("tiny --dry-run --model.init-std inf", "model init_std must be a finite number, got inf"),
         ("tiny --dry-run --mask.aspect 0.75 inf", "mask aspect must be a finite number, got inf"),
         ("tiny --dry-run --data.sets a=inf b=1", "data sets weight must be a finite number, got inf"),
+        (
+            "tiny --dry-run --train.seed 18446744073709551616",
+            "seed must be 0 or more and below 2**63, got 1844",
+        ),
         ("tiny --train.steps -4", "train steps must be positive, got -4"),
         ("tiny --train.steps", "Missing value for argument '--train.steps'"),
         ("tiny --mask.mode foo", "invalid choice 'foo'"),
