@@ -283,10 +283,11 @@ def check_out(out: Path, force: bool) -> None:
     if not out.exists():
         return
     require(out.is_dir(), f"--out {out} is a file; name a folder")
-    entries = {path.name for path in out.iterdir()}
     require(
-        not entries or force, f"--out {out} is not empty; name another folder, or replace it with --force"
+        out.resolve() != Path.cwd(), f"--out {out} is replaced as a whole, and you stand in it; name another"
     )
+    entries = {path.name for path in out.iterdir()}
+    require(not entries or force, f"--out {out} is not empty; name another, or replace it with --force")
     for stray in sorted(entries - {"config.json", *FILES.values(), *hf.FILES}):
         raise ConfigError(f"--out {out} holds {stray}, which is no part of an export; name another folder")
 
@@ -294,6 +295,7 @@ def check_out(out: Path, force: bool) -> None:
 @contextlib.contextmanager
 def finished_or_nothing(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its place when the block ends well, and vanishes otherwise."""
+    out = out.resolve()  # where a link leads
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.parent / f".{out.name}.unfinished-{os.getpid()}"
     old = out.parent / f".{out.name}.replaced-{os.getpid()}"
@@ -314,7 +316,7 @@ def last_rows(path: Path, step: int, weights: str) -> list[dict | None]:
 
     found: list[dict | None] = []
     for name in ("metrics.jsonl", "eval.jsonl"):
-        rows = [row for row in metrics.read(path.parents[1] / name) if row["step"] == step]
+        rows = [row for row in metrics.read(path.absolute().parents[1] / name) if row["step"] == step]
         found.append(rows[-1] if rows else None)
     return [found[0], found[1] and found[1].get(weights)]
 
@@ -376,9 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier export in DIR")
     parser.add_argument("--clips", metavar="PATH", help="compare on this video or image, or a folder of them")
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="largest absolute difference (default: 1e-4)"
-    )
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference (default: 1e-4)")
     args = parser.parse_args(argv)
     from nextvid_mcore.pretrain import quiet
 
@@ -390,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Mismatch as error:
         print(f"convert_to_torch: {error}; nothing was written", file=sys.stderr)
         return 1
-    except (ConfigError, HubError, CheckpointError) as error:
+    except (ConfigError, HubError, CheckpointError, OSError) as error:  # a full disk too
         print(f"convert_to_torch: {error}", file=sys.stderr)
         return 2
     return 0

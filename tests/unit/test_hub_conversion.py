@@ -104,6 +104,29 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["export"]
 
 
+def test_a_link_stays_and_where_one_stands_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "link").symlink_to("large disk")
+    with convert_to_torch.finished_or_nothing(tmp_path / "link") as folder:
+        (folder / "config.json").write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "large disk" / "config.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large disk", "link"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="--out . is replaced as a whole, and you stand in it"):
+        convert_to_torch.check_out(Path("."), False)
+
+
+def test_a_checkpoint_may_be_named_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
+    for place, path in (("checkpoints", "step_00000002"), ("checkpoints/step_00000002", ".")):
+        monkeypatch.chdir(tmp_path / place)
+        assert convert_to_torch.last_rows(Path(path), 2, "ema") == [{"step": 2, "loss": 0.5}, None]
+
+
 def test_a_folder_is_replaced_only_when_asked_and_only_an_export(tmp_path: Path) -> None:
     check = convert_to_torch.check_out
     check(tmp_path / "new", False)
