@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import re
+import stat
 import sys
 import time
 import typing
@@ -57,6 +58,19 @@ class Help(Exception):
     """`--help` was asked for; the text is the message."""
 
 
+def _check_folder(out: str) -> None:
+    """ConfigError where a file is, or what no file system takes as a name."""
+    try:
+        found = os.stat(out).st_mode
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        shown = out if len(out) < 80 else f"{out[:60]}..."
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--out {shown}: {reason}; name another folder") from error
+    require(stat.S_ISDIR(found), f"--out {out} is a file; name a folder")
+
+
 def parse(argv: Sequence[str]) -> tuple[RunConfig, Options]:
     """The run that `argv` (without the program's name) describes. Raises `ConfigError`, or `Help`."""
     argv = [SHORT.get(flag, flag) + eq + value for flag, eq, value in (a.partition("=") for a in argv)]
@@ -70,7 +84,7 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, Options]:
     options = Options(Path(out) if out else None, dry_run, _world_size(world_size, dry_run))
     if not dry_run:
         require(out is not None, f"say where the run goes, for instance --out runs/{recipe}")
-        require(not Path(out).is_file(), f"--out {out} is a file; name a folder")
+        _check_folder(out)
         config = with_demo_data(config)
     return config, options
 

@@ -75,6 +75,10 @@ def settings(args: argparse.Namespace) -> tuple[RunConfig, Path, Path]:
     if is_run:
         config, export = read_run(args.folder), args.export or args.folder / "encoder"
         require(
+            config.model.generate,
+            f"{args.folder} was trained without a decoder; there is nothing to generate",
+        )
+        require(
             export.exists(),
             f"{export} does not exist; export the run first: python tools/convert_to_torch.py {args.folder} "
             f"--out {export} --all",

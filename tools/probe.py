@@ -158,7 +158,8 @@ def headline(config: ProbeConfig, train: int, val: int) -> str:
         text += f", {'step' if config.rate_is == 'step' else 'frames a second'} {config.rate:g}"
     text += f", {config.segments} segment(s), {config.views} view(s), {config.layers} encoder layer(s)"
     if config.method == "knn":
-        return f"{text}; {config.k} neighbours"
+        fewer = f"{train:,} neighbours, as there are no {config.k:,}" if train < config.k else ""
+        return f"{text}; {fewer or f'{config.k:,} neighbours'}"
     members = len(config.lrs) * len(config.weight_decays)
     return f"{text}; {members} probes, batch {config.batch}, {config.epochs} epochs"
 

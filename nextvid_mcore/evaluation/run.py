@@ -214,7 +214,7 @@ def _knn(
         counts = torch.stack([(guess == wanted[readable, column]).sum(), readable.sum()])
         right, read = ranks.sum(counts).tolist()
         items = len(extractors[1].data)
-        tasks[task] = score(right, items, items - read, classes) | {"k": config.k}
+        tasks[task] = score(right, items, items - read, classes) | {"k": min(config.k, len(features))}
     return {"tasks": tasks, "items": {"train_readable": len(features)}}
 
 

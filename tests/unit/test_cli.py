@@ -115,6 +115,8 @@ def test_switch_spellings(words: str, value: bool):
         ("tiny --out x --data.manifest nowhere.parquet", "nowhere.parquet: no such file"),
         ("tiny --out x --data.manifest moving_digits", "moving_digits: no such file or folder; did you mean"),
         (f"tiny --out {__file__}", "test_cli.py is a file; name a folder"),
+        (f"tiny --out {__file__}/run", "test_cli.py/run: Not a directory; name another folder"),
+        (f"tiny --out {'x' * 300}", "xxx...: File name too long; name another folder"),
     ],
 )
 def test_mistakes_name_the_value_and_the_way_out(line: str, said: str):

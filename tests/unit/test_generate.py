@@ -212,6 +212,15 @@ def test_mistakes_are_one_sentence(
     module = tool()
     with pytest.raises(module.ConfigError, match="config.json does not exist; give a run"):
         module.read_run(tmp_path)
+    ablation = tmp_path / "ablation"
+    ablation.mkdir()
+    settings = json.loads((run / "config.json").read_text())
+    settings["model"]["generate"] = False
+    (ablation / "config.json").write_text(json.dumps(settings))
+    ended = start(str(ablation))
+    assert ended.returncode == 2 and ended.stderr == (
+        f"generate: {ablation} was trained without a decoder; there is nothing to generate\n"
+    )
     encoder_alone = write_export(tmp_path / "encoder", roles=("encoder",))
     with pytest.raises(hub.HubError, match="convert with --all"):
         module.Networks.load(encoder_alone)

@@ -181,3 +181,9 @@ def test_torchrun(tmp_path: Path) -> None:
     assert call(tmp_path / "one", *options, "--frames", "2", "--size", "32", encoder="pixels:16") == 0
     one = json.loads((tmp_path / "one" / "results.json").read_text())
     assert (one["ranks"], two["ranks"]) == (1, 2) and one["tasks"] == two["tasks"]
+
+
+def test_the_neighbours_that_there_are_are_told():
+    config = probe.ProbeConfig("toy", method="knn", k=20)
+    assert probe.headline(config, 100, 9).endswith("; 20 neighbours")
+    assert probe.headline(config, 6, 9).endswith("; 6 neighbours, as there are no 20")

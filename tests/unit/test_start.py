@@ -11,7 +11,7 @@ from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig
 from nextvid_mcore.parallel.placement import settled
 from nextvid_mcore.schedule import Schedule
-from nextvid_mcore.training.start import changes, check_start_stage, samples_notes
+from nextvid_mcore.training.start import changes, check_start_stage, find_checkpoint, samples_notes
 
 
 def saved(config: RunConfig, micro: int | None = None) -> dict:
@@ -84,3 +84,11 @@ def test_other_batches_draw_other_samples_and_it_is_said() -> None:
     assert samples_notes(12, 96, double) == [f"{said} 192, so 96 are left out"]
     short = Schedule(config.altered(stages=config.stages[:1]))  # of 20 steps, 40 were made
     assert samples_notes(40, 320, short) == [f"{said.replace('96', '320')} 160, so 160 are drawn again"]
+
+
+def test_an_export_is_no_beginning(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--init-from .*: there is no whole checkpoint$"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ConfigError, match="this is an export, which holds no optimizer; give the run or"):
+        find_checkpoint(tmp_path)
