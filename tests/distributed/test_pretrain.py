@@ -298,10 +298,12 @@ def test_how_runs_end(data: Path, whole: Path, tmp_path: Path):
 
 def test_data_and_folders_are_looked_at_before_networks_are_built(data: Path, whole: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     ends = {
         "--data.sets no=1": (2, "holds clips, pictures and none of the wanted sets no; name its sets in"),
         f"--data.eval-manifest {tmp_path}": (2, f"{tmp_path} holds no .parquet file; write some with"),
-        f"--out {tmp_path}/file/run": (5, f"run failed on rank 0: Not a directory: {tmp_path}/file/run"),
+        f"--out {tmp_path}/file/run": (2, f"--out {tmp_path}/file/run: Not a directory; name another folder"),
+        f"--out {tmp_path}/gone/run": (5, f"run failed on rank 0: File exists: {tmp_path}/gone"),
     }
     for extra, (code, said) in ends.items():
         found = shared(1).run(without_networks, words(data, tmp_path / "new", extra), timeout=120)[0]
