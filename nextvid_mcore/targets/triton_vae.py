@@ -280,8 +280,8 @@ class Cut:
 
 
 def shares(C: int) -> int:
-    """Of C channels, that are normalised by themselves."""
-    return max(1, C // SHARE)
+    """Of C channels, that are normalised by themselves: whole groups each."""
+    return min(GROUPS, max(1, C // SHARE))
 
 
 def normalise(

@@ -59,6 +59,7 @@ def test_programs_wait_for_each_other_only_where_a_gpu_runs_them_all(monkeypatch
         monkeypatch.setattr(triton_vae, "_processors", lambda device, of=(processors, memory << 10): of)
         given = ((1, 70656), (8, 35840), (2, 70656))  # tiles, bytes
         assert tuple(waiting(Tuning(), *each, None) for each in given) == wanted
+    assert [triton_vae.shares(width) for width in (32, 64, 512, 4096)] == [1, 1, 8, 32]
     monkeypatch.setattr(triton_vae, "_processors", lambda device: (2, 4096))  # none: two launches
     monkeypatch.setattr(triton_vae, "_normalise", None)
     x, weight, bias = torch.randn(2, 8, 16, 128), torch.rand(128), torch.rand(128)
