@@ -66,7 +66,7 @@ def rank_memory(config: RunConfig, placement: Placement, rank: int, point: Stage
 
 def _seat(config: RunConfig, placement: Placement, seat: Seat, rank: int, point: StageConfig) -> RankMemory:
     layout, stage = seat.layout, seat.coordinates(rank)["pipeline"]
-    size = _size(config)
+    size = value_bytes(config)
     by_role = trained(config, seat, stage)
     parameters = sum(by_role.values())
     quantised = sum(2 * number for role, number in by_role.items() if role in config.fp8.used)
@@ -114,7 +114,7 @@ def _activations(
 ) -> float:
     """Bytes kept for backward on a rank, over the micro-batches in flight."""
     model, layout = config.model, seat.layout
-    length, size = sequences(config, point.frames), _size(config)
+    length, size = sequences(config, point.frames), value_bytes(config)
     rows = config.mask.masks * (model.token_frames(point.frames) - 1) * model.tokens_per_frame
     kept = 0.0
     if "student" in seat.roles:
@@ -140,7 +140,8 @@ def _activations(
     )
 
 
-def _size(config: RunConfig) -> int:
+def value_bytes(config: RunConfig) -> int:
+    """Of a weight or an activation in the run's precision."""
     return 2 if config.train.precision == "bf16" else 4
 
 
@@ -152,7 +153,7 @@ def layer_bytes(config: RunConfig, layout: Layout, role: str) -> float:
     gradient: in FP8 where it runs so, and not at all where `recompute pieces` makes it again. After
     Korthikanti et al., 2022, with an attention that keeps no scores and without dropout.
     """
-    model, size, mode = config.model, _size(config), config.parallel.recompute
+    model, size, mode = config.model, value_bytes(config), config.parallel.recompute
     shape, recipe = model.shape(role), config.fp8.of(role)
     split = layout.tensor if layout.sequence else 1
     if mode == "full":
@@ -181,7 +182,7 @@ def key_bytes(config: RunConfig, layout: Layout, role: str) -> float:
         return 0.0
     width = config.model.shape(role).width
     copy = width / (layout.tensor if layout.sequence else 1) if config.fp8.of(role) != "none" else 0.0
-    return 2 * _size(config) * width / layout.tensor + copy
+    return 2 * value_bytes(config) * width / layout.tensor + copy
 
 
 def kinds(placement: Placement) -> Iterator[tuple[str, list[int]]]:

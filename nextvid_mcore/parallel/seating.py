@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nextvid_mcore import flops
 from nextvid_mcore.config import RunConfig, StageConfig
 from nextvid_mcore.parallel.balance import TOLERATED, Balance, Link, balance, best_split, flags, run_speed
-from nextvid_mcore.parallel.memory import micro_batches, trained
+from nextvid_mcore.parallel.memory import micro_batches, trained, value_bytes
 from nextvid_mcore.parallel.placement import Placement, Seat
 from nextvid_mcore.parallel.stages import stage_layers
 
@@ -37,7 +37,7 @@ def crossings(config: RunConfig, placement: Placement, point: StageConfig) -> li
     if not placement.separate:
         return []
     model, n = config.model, config.model.tokens_per_frame
-    p, size = model.token_frames(point.frames) - 1, 2 if config.train.precision == "bf16" else 4
+    p, size = model.token_frames(point.frames) - 1, value_bytes(config)
     names = [seat.name for seat in placement.seats]
     context = p * sum(config.mask.counts(n)) * model.predictor.width
     features = 0
@@ -48,8 +48,10 @@ def crossings(config: RunConfig, placement: Placement, point: StageConfig) -> li
         weights = flops.parameters(model, flops.target_channels(config)).encoder
         found.append(Crossing(*names[:2], "the reference's weights", weights * size, per_step=True))
     what = "context and reference features" if features else "context"
-    both = (context + features) * size  # the gradient of the whole tensor comes back
-    found.insert(0, Crossing(*names[:2], what, both, both))
+    forward = (context + features) * size
+    # megatron-core's bridge returns the gradient of all that it brought; the features' is zero
+    back = context * size if config.parallel.edge == "direct" else forward
+    found.insert(0, Crossing(*names[:2], what, forward, back))
     if placement.kind == "three-groups":
         z = config.mask.masks * p * n * model.predictor.width * size
         found.append(Crossing(*names[1:], "predictions (z)", z, z))

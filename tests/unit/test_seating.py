@@ -192,6 +192,9 @@ def test_bytes_that_cross():
     (edge,) = crossings(config, placement, config.stages[0])
     assert (edge.forward, edge.backward) == (context + features, context + features)
     assert f"{(context + features) / 2**20:.1f} MiB a clip" in text
+    direct = config.altered(parallel={"edge": "direct"})  # no gradient of features that need none
+    (edge,) = crossings(direct, placement, config.stages[0])
+    assert (edge.forward, edge.backward) == (context + features, context)
     config, placement, _ = read("no-alignment")
     first, second = crossings(config, placement, config.stages[0])
     assert first.forward == context and second.forward == 2 * 7 * 256 * 384 * 2
