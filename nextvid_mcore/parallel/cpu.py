@@ -1,4 +1,4 @@
-"""What megatron-core 0.19 needs on a machine without CUDA, in one place (DESIGN section 4).
+"""What megatron-core 0.19 needs on a machine without CUDA, in one place.
 
 megatron-core asks CUDA for the current device and stream, writes `device="cuda"` literally, compares
 `tensor.type()` with CUDA's names and keeps its random states on the GPU. `install()` gives each of these

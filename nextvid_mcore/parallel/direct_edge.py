@@ -194,7 +194,7 @@ class DirectCommunicator:
             fixed.variable_seq_lengths = False
             self.pipeline = P2PCommunicator(home.collection.pp, fixed)
         self._shape: tuple[int, ...] = ()
-        self._before = self._after = Sizes(0)
+        self._before = Sizes(0)
         self._trains = True
 
     def begin(
@@ -212,7 +212,7 @@ class DirectCommunicator:
             before, after: what crosses the edge into this seat, and out of it.
             hidden: shape between this seat's pipeline stages.
         """
-        self._shape, self._before, self._after, self._trains = hidden, before, after, not forward_only
+        self._shape, self._before, self._trains = hidden, before, not forward_only
 
         def rows(values: int) -> Callable[[], Tensor]:
             return lambda: torch.empty(clips, values, dtype=self.config.pipeline_dtype, device=self.device)

@@ -5,8 +5,8 @@ edge carries the context, already projected to the predictor's width, and the re
 a clip; the predictor's edge carries z. Backward, the gradients of context and z return, scaled by the ratio
 of the data replicas (parallel/edges.py). Masks never cross: every seat draws them from (seed, index).
 
-The edges are our own (parallel/direct_edge.py) or, with `parallel.edge bridge`, megatron-core's
-MultiModulePipelineCommunicator, to compare with.
+The edges are megatron-core's MultiModulePipelineCommunicator (`parallel.edge bridge`, the default) or, with
+`direct`, our own (parallel/direct_edge.py); docs/placement.md compares them.
 
 A reference that is not pipelined is run micro-batch by micro-batch, just before its features are needed: a
 pass of its own over the whole step would keep the other seats waiting for it.
