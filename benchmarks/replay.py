@@ -22,8 +22,10 @@ def recorded(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     for _ in range(WARM):
         work()
     torch.cuda.synchronize()
-    graph, _, _ = capture(work)
-    return graph
+    recording = capture(work)
+    if recording.reason is not None:
+        raise RuntimeError(f"it could not be recorded: {recording.reason}")
+    return recording.graph
 
 
 def median(play: Callable[[], object], repeats: int) -> float:

@@ -5,8 +5,8 @@
 Random weights of the true shape, frames that lie on the device, the clips' predicted frames alone, as in
 the step. First the encoder by itself, eager and fused, with its kernels' time by kind; then whole steps
 with latents that lie on the device, with the encoder on the step's own stream, and beside it on its own
-(training/ahead.py), and that recorded (targets/replayed.py), by frames that go through it at once. Everything
-after RECIPE is a setting of the run, as of nextvid_mcore.pretrain.
+(training/ahead.py), and that recorded (targets/replayed.py), as a run does, by frames that go through it at
+once. Everything after RECIPE is a setting of the run, as of nextvid_mcore.pretrain.
 """
 
 from __future__ import annotations

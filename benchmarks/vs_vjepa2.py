@@ -6,10 +6,10 @@
 
 Both take whole steps on clips that lie on the device (benchmarks/vjepa2_step.py says how theirs is run), each
 at a batch of its own: theirs is the first of --batch that fits, with the activation checkpointing of
---config. --rows are measured in their order: of theirs `eager`, `compiled` (its option `compile_model`) and
-`blocks` (every block compiled, which torch can do where it can't the whole); of ours `bf16` and the recipes
-of FP8, in every network. Everything after RECIPE is a setting of ours, as of nextvid_mcore.pretrain; our
-latents are random and resident, since V-JEPA 2 has no generation target.
+--config, ours --accumulate micro-batches. --rows are measured in their order: of theirs `eager`, `compiled`
+(its option `compile_model`) and `blocks` (every block compiled, which torch can do where it can't the whole);
+of ours `bf16` and the recipes of FP8, in every network. Everything after RECIPE is a setting of ours, as of
+nextvid_mcore.pretrain; our latents are random and resident, since V-JEPA 2 has no generation target.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OURS = ("bf16", "current", "delayed", "blockwise", "mxfp8")
 CONFIG = "configs/train/{}16/pretrain-256px-16f.yaml"
 
 
-def ours(argv: list[str], tau: int, frames: int, size: int) -> RunConfig:
+def ours(argv: list[str], tau: int, accumulate: int, frames: int, size: int) -> RunConfig:
     """The run that the arguments after RECIPE describe, as one step of `frames` frames on one GPU."""
     config, _ = cli.parse([*argv, "--dry-run", "--world-size", "1"])
     require(
@@ -43,7 +43,7 @@ def ours(argv: list[str], tau: int, frames: int, size: int) -> RunConfig:
         f"V-JEPA 2's configuration has {size} pixels and ours {config.model.image_size}; compare like with "
         f"like: --model.image-size {size} or another --config",
     )
-    batch = config.micro_batch(config.stages[0])
+    batch = config.micro_batch(config.stages[0]) * accumulate
     stage = dataclasses.replace(config.stages[0], frames=frames, tau_samples=tau, batch=batch)
     target = TargetConfig("va_vae" if config.model.patch_size == 16 else "pixels")
     train = dataclasses.replace(config.train, steps=None)  # an ablation's: more than its first stage has
@@ -85,7 +85,7 @@ def measure_ours(args: argparse.Namespace, config: RunConfig, way: str) -> Row:
         bench = Bench(config)
     found = bench.measure(args.steps, args.warmup)
     bench.step.close()
-    return Row(f"ours, {config.model.backend}, {way}", way, config.micro_batch(config.stages[0]), found)
+    return Row(f"ours, {config.model.backend}, {way}", way, config.stages[0].batch, found)
 
 
 def ways(text: str) -> list[str]:
@@ -124,6 +124,7 @@ def main(argv: list[str]) -> int:
         "--masks", type=least(1), default=4, help="batches of V-JEPA 2's masks, taken in turn"
     )
     parser.add_argument("--tau", type=least(1), default=1, help="samples of tau, of our flow loss")
+    parser.add_argument("--accumulate", type=least(1), default=2, help="our micro-batches a step")
     parser.add_argument("--steps", type=least(1), default=6)
     parser.add_argument("--warmup", type=least(0), default=3)
     parser.add_argument("recipe", help="ours, followed by its settings")
@@ -133,7 +134,8 @@ def main(argv: list[str]) -> int:
         checkout = vjepa2_step.check_checkout(args.checkout)
         name = args.config or CONFIG.format(args.recipe.replace("_", ""))
         settings = vjepa2_step.read_settings(checkout, name)
-        config = ours([args.recipe, *settings_of_ours], args.tau, *vjepa2_step.frames_and_size(settings))
+        shape = vjepa2_step.frames_and_size(settings)
+        config = ours([args.recipe, *settings_of_ours], args.tau, args.accumulate, *shape)
         configs = {
             way: config if way == "bf16" else config.altered(fp8=Fp8Config(all=way))
             for way in args.rows
@@ -161,7 +163,7 @@ def main(argv: list[str]) -> int:
         except Exception:  # the other measurements are still worth having
             traceback.print_exc()
         vjepa2_step.free()
-    frames, size = vjepa2_step.frames_and_size(settings)
+    frames, size = shape
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"\n{args.recipe}, tau {args.tau}, and {name}: {frames} frames of {size} pixels")
     print(f"1 x {device}, torch {torch.__version__}, {time.perf_counter() - start:.0f} s in all")

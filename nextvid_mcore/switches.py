@@ -11,7 +11,7 @@ from collections.abc import Iterator
 _on = {
     "gated_norm": True,  # models/triton_adaln.py's kernels, not torch.compile's
     "monitors": True,  # `fused.cosine` and `fused.moments` in one pass each, not torch's
-    "pixels": False,  # `fused.pixels` in one pass, not torch's; not yet seen on a GPU
+    "pixels": True,  # `fused.pixels` in one pass, not torch's
     # models/fp8_layer.py:
     "trained": True,  # in passes with gradients too
     "carry": True,  # additions go across layers

@@ -175,17 +175,11 @@ class TargetConfig:
     statistics: str | None = None  # va_vae: its latents_stats.pt; siglip2, cosmos: instead of their own
     sample_posterior: bool = False  # False: the posterior's mode
     compile: bool = True  # va_vae, in bf16 on CUDA: Triton between its encoder's convolutions
-    recorded: bool = False  # that encoder as a CUDA graph a chunk: a slow host delays nothing
     chunk: int = 32  # va_vae, siglip2: frames that go through its network at a time; fewer take less memory
     pixel_scale: float = 1.0  # pixels: times this, so that data as flat as moving digits has unit variance
 
     def __post_init__(self) -> None:
         require(self.chunk > 0, f"target chunk must be 1 frame or more, got {self.chunk}")
-        require(
-            not self.recorded or (self.kind == "va_vae" and self.compile),
-            f"target recorded True records VA-VAE's compiled encoder, not target {self.kind} with compile "
-            f"{self.compile}; leave it False",
-        )
         require(self.pixel_scale > 0, f"target pixel scale must be positive, got {self.pixel_scale}")
         require(
             self.kind == "pixels" or self.pixel_scale == 1.0,

@@ -93,7 +93,8 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     # forward and backward pass as one CUDA graph (training/graphs.py); auto: but for FP8 over tensor ranks,
-    # and eagerly where recording fails; on: that too, and where it can't be the run ends
+    # and eagerly where recording fails; on: that too, and where it can't be the run ends. VA-VAE's compiled
+    # encoder is another graph (targets/replayed.py), unless this is off
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     init_from: str | None = None  # weights only, from a run or a checkpoint
     init_noise: float = 0.0  # std of seeded noise in tensors that start at zero (tests)

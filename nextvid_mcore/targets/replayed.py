@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nextvid_mcore.recording import capture, first_reason
+from nextvid_mcore.recording import Recording, capture
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +26,8 @@ class Shape:
     """The calls with an input of one shape, and what is replayed once there is a graph."""
 
     calls: int = 0
-    graph: Any = None
-    pool: Any = None
     x: Tensor | None = None
-    made: tuple[Tensor, ...] = ()
+    recording: Recording[tuple[Tensor, ...]] | None = None
     played: torch.cuda.Event | None = None  # the last replay: the next may be on another stream
 
 
@@ -52,7 +49,7 @@ class Replayed:
         if self.gave_up:
             return self.network(x)
         here = self.shapes.setdefault((x.shape, x.stride(), x.dtype, x.device), Shape())
-        if here.graph is not None:
+        if here.recording is not None:
             return self._replay(here, x)
         here.calls += 1
         return self.network(x) if here.calls <= WARM else self._record(here, x)
@@ -60,10 +57,9 @@ class Replayed:
     def _record(self, here: Shape, x: Tensor) -> tuple[Tensor, ...]:
         wanted = self.network(x)
         here.x = x.clone()
-        try:
-            here.graph, here.pool, here.made = self.capture(lambda: self.network(here.x))
-        except Exception as error:
-            return self._give_up(wanted, first_reason(error))
+        here.recording = self.capture(lambda: self.network(here.x))
+        if here.recording.reason is not None:
+            return self._give_up(wanted, here.recording.reason)
         here.x.zero_()  # what it reads must be what it is given
         for found, want in zip(self._replay(here, x), wanted, strict=True):
             if not torch.equal(found, want):
@@ -75,13 +71,16 @@ class Replayed:
         if here.played is not None:
             stream.wait_event(here.played)
         here.x.copy_(x)
-        here.graph.replay()
-        made = tuple(each.clone() for each in here.made)  # the next replay writes others there
+        here.recording.replay()
+        made = tuple(each.clone() for each in here.recording.made)  # the next replay writes others there
         here.played = stream and stream.record_event()
         return made
 
     def _give_up(self, wanted: tuple[Tensor, ...], reason: str) -> tuple[Tensor, ...]:
         self.gave_up = True
+        for each in self.shapes.values():
+            if each.recording is not None:
+                each.recording.free()
         self.shapes.clear()
         log.warning(
             "%s could not be recorded as a CUDA graph, and goes on without, slower: %s", self.name, reason

@@ -49,13 +49,9 @@ class VaVae:
         `chunk` frames go through the network at a time: 32 frames of 256 x 256 need about 0.5 GB an
         activation in bf16. `fused`: the encoder with Triton between its convolutions (fused_vae.py), for
         chunks of one size; `decode` and without it everything runs eagerly, and is the reference.
-        `recorded`: that encoder as a CUDA graph (replayed.py).
+        `recorded`: the fused encoder as a CUDA graph (replayed.py).
         """
         require(chunk > 0, f"frames per chunk must be positive, got {chunk}")
-        require(
-            fused or not recorded,
-            "target recorded True wants VA-VAE's compiled encoder, of bf16 on CUDA: leave it False",
-        )
         self.model = model
         self.channels = self.channels_for(model, autoencoder.shape)
         self.autoencoder = autoencoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -114,7 +110,7 @@ class VaVae:
             seed=config.train.seed,
             chunk=target.chunk,
             fused=target.compile and fuses(device, dtype),
-            recorded=target.recorded,
+            recorded=config.train.cuda_graphs != "off",
         )
 
     @torch.no_grad()

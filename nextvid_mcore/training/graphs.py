@@ -20,7 +20,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -33,7 +33,7 @@ from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.models import fp8, overlapped
 from nextvid_mcore.models.nextvid import LossTerms, MicroBatch
 from nextvid_mcore.parallel.placement import Placement, recorded, unrecordable
-from nextvid_mcore.recording import first_reason, free
+from nextvid_mcore.recording import Recording, capture
 from nextvid_mcore.training import microbatch, monitors
 from nextvid_mcore.training.microbatch import Outline
 from nextvid_mcore.training.replay_check import ReplayCheck
@@ -98,19 +98,18 @@ class Drawn:
 
 @dataclass
 class Recorded:
-    """The passes of one shape so far, and the graph once there is one."""
+    """The passes of one shape so far, and their recording once there is one."""
 
     passes: int = 0
     earlier: tuple[MicroBatch, MicroBatch] | None = None  # of the last eager pass: the batch and the share
-    graph: torch.cuda.CUDAGraph | None = None
-    pool: Any = None
     inputs: Inputs | None = None
-    terms: LossTerms | None = None
+    recording: Recording[LossTerms] | None = None
 
     def replay(self) -> LossTerms:
-        self.graph.replay()
-        seen = tuple(x.clone() for x in self.terms.moments)  # the next replay writes others there
-        return dataclasses.replace(self.terms, moments=seen)
+        self.recording.replay()
+        terms = self.recording.made
+        seen = tuple(x.clone() for x in terms.moments)  # the next replay writes others there
+        return dataclasses.replace(terms, moments=seen)
 
 
 class NotRecorded(RuntimeError):
@@ -172,7 +171,7 @@ class Graphs:
             self._say_again(key)
             self.clear()  # another stage's graph keeps all its activations
         here = self._recorded.setdefault(key, Recorded())
-        if here.graph is not None:
+        if here.recording is not None:
             here.inputs.fill(inputs)
             terms = here.replay()
         elif first and here.passes >= max(WARM, self._rehearsed):
@@ -203,8 +202,8 @@ class Graphs:
     def clear(self) -> None:
         """Forget what was recorded and free its memory."""
         for here in self._recorded.values():
-            if here.graph is not None:
-                here.graph.reset()
+            if here.recording is not None:
+                here.recording.graph.reset()
         self._recorded.clear()
         torch.cuda.empty_cache()  # what a graph had nobody else can use
 
@@ -264,20 +263,11 @@ class Graphs:
     def _capture(self, here: Recorded, inputs: Inputs, count: int) -> None:
         here.inputs = inputs.copy()
         gc.collect()
-        here.graph, here.pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        # other threads (loader, watchdog) go on calling CUDA meanwhile
-        record = torch.cuda.graph(
-            here.graph, here.pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-        )
-        reason = None
-        try:
-            with recordable(), record:
-                # an earlier pass's masks: if more is read of them than `inputs`, the comparison shows it
-                here.terms = self.pass_(*here.earlier, here.inputs, count)
-        except Exception as error:
-            reason = first_reason(error)
+        with recordable():
+            # an earlier pass's masks: if more is read of them than `inputs`, the comparison shows it
+            here.recording = capture(lambda: self.pass_(*here.earlier, here.inputs, count))
         here.earlier = None
-        self._unless(reason, here)  # here, where the error's frames no longer hold the pass's memory
+        self._unless(here.recording.reason, here)
 
     def _unless(self, reason: str | None, here: Recorded) -> None:
         """Keep what was recorded, unless this rank or another of its tensor ranks has a reason not to.
@@ -288,10 +278,9 @@ class Graphs:
         reason = self._agreed(reason)
         if reason is None:
             return
-        here.terms = None
         gc.collect()
-        free(here.graph, here.pool, self.device)
-        here.graph = None
+        here.recording.free()
+        here.recording = None
         if self.config.train.cuda_graphs == "on":
             raise ConfigError(
                 f"train cuda_graphs on: a micro-batch could not be recorded ({reason}); "

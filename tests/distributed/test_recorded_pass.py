@@ -262,6 +262,7 @@ class Recorder:
         with (
             mock.patch.object(torch.cuda, "CUDAGraph", Graph),
             mock.patch.object(torch.cuda, "graph_pool_handle"),
+            mock.patch.object(torch.cuda, "default_stream"),
             mock.patch.object(torch.cuda, "graph", self.record),
             mock.patch.object(torch._C, "_cuda_endAllocateToPool"),
             mock.patch.object(torch._C, "_cuda_releasePool") as released,

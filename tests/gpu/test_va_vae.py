@@ -19,6 +19,7 @@ from nextvid_mcore.config import ModelConfig, RunConfig, TransformerShape
 from nextvid_mcore.data import ClipBatch
 from nextvid_mcore.targets import cudnn_conv
 from nextvid_mcore.targets.autoencoder import AutoencoderKL
+from nextvid_mcore.targets.replayed import Replayed
 from nextvid_mcore.targets.va_vae import VaVae
 
 BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
@@ -76,7 +77,7 @@ def test_recorded_it_gives_the_same_to_the_bit(caplog) -> None:
         streams[0].wait_stream(streams[1])
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     (here,) = recorded._network.shapes.values()
-    assert here.graph is not None and not caplog.records
+    assert here.recording is not None and not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -159,15 +160,17 @@ def losses(graphs: str) -> dict[str, list[float]]:
     for _ in range(2):
         bench.take()
     loaded = engine.target
-    recorded = VaVae(
-        config.model, loaded.autoencoder, loaded.mean, loaded.std, chunk=4, fused=True, recorded=True
+    assert isinstance(loaded._network, Replayed) == (graphs != "off")
+    launched, recorded = (
+        VaVae(config.model, loaded.autoencoder, loaded.mean, loaded.std, chunk=4, fused=True, recorded=each)
+        for each in (False, True)
     )
     for way, own in (("in line", None), ("beside", stream), ("recorded, beside", stream)):
         engine.ahead.stream = own
-        engine.target = recorded if "recorded" in way else loaded
+        engine.target = recorded if "recorded" in way else launched
         found[way] = [step.run(bench.point, _clips(config, i)).loss_flow for i in range(6)]
     assert (graphs == "on") == any(
-        each.graph is not None for each in (engine.graphs._recorded.values() if engine.graphs else ())
+        each.recording is not None for each in (engine.graphs._recorded.values() if engine.graphs else ())
     )
     return found
 

@@ -7,14 +7,20 @@ import logging
 import pytest
 import torch
 
+from nextvid_mcore.recording import first_reason
 from nextvid_mcore.targets.replayed import WARM, Replayed
 
 
 class Again:
     """What `recording.capture` returns, on the CPU; `off` is added at every replay."""
 
-    def __init__(self, work, off: float = 0.0) -> None:
-        self.work, self.off, self.made = work, off, work()
+    freed = 0
+
+    def __init__(self, work, off: float = 0.0, reason: str | None = None) -> None:
+        self.work, self.off, self.made, self.reason = work, off, None if reason else work(), reason
+
+    def free(self) -> None:
+        Again.freed += 1
 
     def replay(self) -> None:
         for to, found in zip(self.made, self.work(), strict=True):
@@ -22,11 +28,7 @@ class Again:
 
 
 def recorder(off: float = 0.0):
-    def capture(work):
-        graph = Again(work, off)
-        return graph, None, graph.made
-
-    return capture
+    return lambda work: Again(work, off)
 
 
 def network(x):
@@ -75,15 +77,21 @@ def test_a_replay_that_is_off_by_a_bit_is_given_up(off):
 
 
 def test_a_recording_that_breaks_off_is_given_up(caplog):
-    def breaks(work):
-        try:
-            raise ValueError("a wait for the device")
-        except ValueError:
-            raise RuntimeError("operation failed") from None
-
-    replayed = Replayed(network, "it", breaks)
+    freed = Again.freed
+    replayed = Replayed(network, "it", lambda work: Again(work, reason="ValueError: a wait for the device"))
     with caplog.at_level(logging.WARNING):
         for i in range(WARM + 2):
             x = torch.full((2, 3), float(i))
             assert torch.equal(replayed(x)[1], 2 * x)
     assert replayed.gave_up and "slower: ValueError: a wait for the device" in caplog.text
+    assert Again.freed == freed + 1
+
+
+def test_the_reason_is_that_of_the_work_and_not_of_the_recordings_end():
+    try:
+        try:
+            raise ValueError("a wait for the device\nand more")
+        except ValueError:
+            raise RuntimeError("operation failed") from None
+    except RuntimeError as error:
+        assert first_reason(error) == "ValueError: a wait for the device"

@@ -14,7 +14,7 @@ from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, TargetConfig
 from nextvid_mcore.targets import Target, build_target, target_channels
 from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
-from nextvid_mcore.targets.va_vae import VaVae, fuses, load_autoencoder, load_statistics, shape_of
+from nextvid_mcore.targets.va_vae import fuses, load_autoencoder, load_statistics, shape_of
 
 
 @pytest.fixture(scope="module")
@@ -229,11 +229,3 @@ def test_a_file_that_is_missing_or_another_is_named_before_the_patch_size(tmp_pa
     with pytest.raises(ConfigError, match="picture.pt (is not a torch file|cannot be read)") as error:
         shape_of(str(tmp_path / "picture.pt"))
     assert "In PyTorch" not in str(error.value)  # torch would have any file run its code
-
-
-def test_what_is_not_compiled_cannot_be_recorded():
-    for settings in ({"kind": "pixels"}, {"compile": False}):
-        with pytest.raises(ConfigError, match="target recorded True .* leave it False"):
-            TargetConfig(**{"kind": "va_vae", "recorded": True, **settings})
-    with pytest.raises(ConfigError, match="bf16 on CUDA: leave it False"):
-        VaVae(recipes.get("vit_l").model, make_narrow(), torch.zeros(4), torch.ones(4), recorded=True)
