@@ -20,7 +20,6 @@ from nextvid_mcore.masking import mean_shares
 TAU_FEATURES = 256  # width of the sinusoids that enter the decoder's tau embedding
 VAE_CHANNELS = 32  # VA-VAE f16d32: per video frame and latent position
 KNN_SHARE = 0.02  # of a run's work that the online kNN may take
-VAE_WIDTHS = (128, 128, 256, 256, 512)  # of its encoder's five resolutions, two residual blocks each
 
 
 @dataclass(frozen=True)
@@ -145,31 +144,14 @@ def knn_note(config: RunConfig) -> str:
 
 
 def target_flops(config: RunConfig, stage: StageConfig) -> float:
-    """FLOPs of the frozen target's encoder for one clip: VA-VAE's convolutions, nothing for pixels.
-
-    Of the predicted frames alone: frame 0's latents are never asked for. Of SigLIP2 and Cosmos what the
-    published folder's network costs (targets/cost.py).
-    """
-    if config.target.kind == "pixels" or not config.model.generate:
+    """FLOPs of the frozen target's network for one clip (targets/cost.py), nothing for pixels."""
+    kind = config.target.kind
+    if kind == "pixels" or not config.model.generate:
         return 0.0
-    if config.target.kind != "va_vae":
-        from nextvid_mcore.targets import cost  # it reads the target's config.json
+    from nextvid_mcore.targets import cost  # it reads the target's file
 
-        count = {"siglip2": cost.siglip2_flops, "cosmos": cost.cosmos_flops}[config.target.kind]
-        return count(config.target.checkpoint, config.model, stage.frames)
-    side, total, width = config.model.image_size, 0.0, VAE_WIDTHS[0]
-    total += _convolution(3, width, side)
-    for level, wider in enumerate(VAE_WIDTHS):
-        if level:
-            side //= 2
-            total += _convolution(width, width, side)  # stride 2
-        total += _residual(width, wider, side) + _residual(wider, wider, side)
-        width = wider
-    attention = 2 * 4 * width**2 * side**2 + 4 * width * side**4
-    total += 2 * attention  # one behind each residual block of the last level
-    total += 2 * _residual(width, width, side) + attention
-    total += _convolution(width, 2 * VAE_CHANNELS, side) + 2 * (2 * VAE_CHANNELS) ** 2 * side**2
-    return total * (stage.frames - config.model.tubelet_size)
+    count = {"va_vae": cost.va_vae_flops, "siglip2": cost.siglip2_flops, "cosmos": cost.cosmos_flops}[kind]
+    return count(config.target.checkpoint, config.model, stage.frames)
 
 
 def _linear(inputs: int, outputs: int) -> int:
@@ -182,16 +164,6 @@ def _mlp(shape: TransformerShape) -> int:
 
 def _norm(width: int) -> int:
     return 2 * width
-
-
-def _convolution(inputs: int, outputs: int, side: int) -> float:
-    """A 3 x 3 convolution whose output is side x side."""
-    return 2.0 * 9 * inputs * outputs * side**2
-
-
-def _residual(inputs: int, outputs: int, side: int) -> float:
-    shortcut = 0 if inputs == outputs else 2 * inputs * outputs * side**2
-    return _convolution(inputs, outputs, side) + _convolution(outputs, outputs, side) + shortcut
 
 
 def _encoder(model: ModelConfig, v: float, frames: int) -> float:

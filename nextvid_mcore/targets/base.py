@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nextvid_mcore.config import ConfigError, ModelConfig, RunConfig, require
+from nextvid_mcore.targets.autoencoder import AutoencoderShape
 
 
 @runtime_checkable
@@ -55,19 +56,25 @@ def target_channels(config: RunConfig) -> int:
         return siglip2.Siglip2.channels_for(config.model, siglip2.read_config(target.checkpoint))
     if target.kind == "cosmos":
         return cosmos.Cosmos.channels_for(config.model, cosmos.read_config(target.checkpoint))
-    if target.kind == "va_vae":  # without its file (a plan, a conversion elsewhere) it is VA-VAE's own
-        there = target.checkpoint is not None and Path(target.checkpoint).is_file()
-        shape = va_vae.shape_of(target.checkpoint) if there else va_vae.VA_VAE
+    if target.kind == "va_vae":
         try:
-            return va_vae.VaVae.channels_for(config.model, shape)
+            return va_vae.VaVae.channels_for(config.model, vae_shape(target.checkpoint))
         except ConfigError as error:
-            if there or target.checkpoint is None:
+            if target.checkpoint is None or Path(target.checkpoint).is_file():
                 raise
             raise ConfigError(
                 f"--target.checkpoint {target.checkpoint}: no such file, and VA-VAE's own would not fit: "
                 f"{error}"
             ) from None
     return pixels.Pixels.channels_for(config.model)
+
+
+def vae_shape(checkpoint: str | None) -> AutoencoderShape:
+    """Sizes of target va_vae's network; without its file (a plan, a conversion elsewhere) VA-VAE's own."""
+    from nextvid_mcore.targets import va_vae
+
+    there = checkpoint is not None and Path(checkpoint).is_file()
+    return va_vae.shape_of(checkpoint) if there else va_vae.VA_VAE
 
 
 def width_note(config: RunConfig) -> str | None:

@@ -1,7 +1,7 @@
-"""FLOPs of a published target on one training clip, two a multiply-add, from its config.json alone.
+"""FLOPs of a target's network on one training clip, two a multiply-add, from its sizes alone.
 
-SigLIP2 is a plain ViT, so by formula. Cosmos is counted: the network runs on the meta device, where tensors
-have shapes and no numbers, under torch's own counter of convolutions, products and attention.
+SigLIP2 is a plain ViT, so by formula. Autoencoders are counted: the network runs on the meta device, where
+tensors have shapes and no numbers, under torch's own counter of convolutions, products and attention.
 """
 
 from __future__ import annotations
@@ -13,7 +13,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nextvid_mcore.config import ModelConfig
 from nextvid_mcore.targets import cosmos, siglip2
+from nextvid_mcore.targets.autoencoder import AutoencoderKL, AutoencoderShape
+from nextvid_mcore.targets.base import vae_shape
 from nextvid_mcore.targets.folder import need_package
+
+
+def va_vae_flops(checkpoint: str | None, model: ModelConfig, frames: int) -> float:
+    """Of the predicted frames alone: frame 0's latents are never asked for."""
+    return (frames - model.tubelet_size) * _image_flops(vae_shape(checkpoint), model.image_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _image_flops(shape: AutoencoderShape, size: int) -> float:
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        AutoencoderKL(shape).encode(torch.empty(1, 3, size, size))
+    return float(counter.get_total_flops())
 
 
 def siglip2_flops(folder: str, model: ModelConfig, frames: int) -> float:

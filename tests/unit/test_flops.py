@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from unit.narrow_vae import clip, make_narrow
 
 from nextvid_mcore import flops, recipes
 from nextvid_mcore.config import MaskConfig, TargetConfig
+from nextvid_mcore.targets.va_vae import VaVae
 
 PAPER = ("vit_l", "vit_h", "vit_g")
 
@@ -144,3 +147,16 @@ def test_target_flops():
     pixels = replace(config, target=TargetConfig(kind="pixels"))
     assert flops.target_flops(pixels, config.stages[2]) == 0
     assert flops.target_channels(pixels) == 1536
+
+
+def test_an_autoencoder_of_ones_own_is_counted_by_its_sizes(tmp_path):
+    """Not by VA-VAE's, but as torch counts it at work (but the CPU's fused attention, which it doesn't)."""
+    narrow, file = make_narrow(), tmp_path / "autoencoder.pt"
+    torch.save(narrow.state_dict(), file)
+    tiny = recipes.get("tiny").altered(
+        model={"patch_size": 16}, target={"kind": "va_vae", "checkpoint": str(file)}
+    )
+    target = VaVae(tiny.model, narrow, torch.zeros(4), torch.ones(4))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        target.latents(clip((1, 3, tiny.stages[0].frames, 64, 64)), first=1)
+    assert flops.target_flops(tiny, tiny.stages[0]) == counter.get_total_flops() > 1e6
