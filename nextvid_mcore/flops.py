@@ -15,9 +15,9 @@ import math
 from dataclasses import dataclass
 
 from nextvid_mcore.config import ModelConfig, RunConfig, StageConfig, TransformerShape
+from nextvid_mcore.flow import TAU_WIDTH
 from nextvid_mcore.masking import mean_shares
 
-TAU_FEATURES = 256  # width of the sinusoids that enter the decoder's tau embedding
 VAE_CHANNELS = 32  # VA-VAE f16d32: per video frame and latent position
 KNN_SHARE = 0.02  # of a run's work that the online kNN may take
 
@@ -82,7 +82,7 @@ def parameters(model: ModelConfig, channels: int) -> Parameters:
     decoder_layer = _linear(E, 3 * E) + _linear(E, E) + _mlp(d) + _linear(E, 6 * E)
     decoder = (
         _linear(entry, E)
-        + _linear(TAU_FEATURES, E)
+        + _linear(TAU_WIDTH, E)
         + _linear(E, E)
         + d.depth * decoder_layer
         + _linear(E, 2 * E)
@@ -199,5 +199,5 @@ def _decoder(model: ModelConfig, channels: int, frames: int) -> float:
     layer += 4 * E * n * keys + 2 * 6 * E * E
     entry = channels + (E if model.condition == "concat" else 0)
     edges = 2 * entry * E * n + 2 * E * channels * n
-    condition = 2 * (TAU_FEATURES * E + E * E) + 2 * 2 * E * E
+    condition = 2 * (TAU_WIDTH * E + E * E) + 2 * 2 * E * E
     return frames * (model.decoder.depth * layer + edges + condition)

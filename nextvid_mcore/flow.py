@@ -22,6 +22,7 @@ from nextvid_mcore.transfer import to_device
 
 TAU_SCALE = 1000.0  # Table 8: timesteps
 MAX_PERIOD = 10000.0
+TAU_WIDTH = 256  # of the sinusoidal embedding, as in DiT
 
 Velocity = Callable[[Tensor, float], Tensor]  # (x, tau) -> dx / dtau, shaped like x
 

@@ -31,6 +31,7 @@ from nextvid_mcore import hub  # noqa: E402
 from nextvid_mcore.config import ConfigError, require  # noqa: E402
 from nextvid_mcore.data.digits_source import is_digits, side_of  # noqa: E402
 from nextvid_mcore.data.guard import DataError  # noqa: E402
+from nextvid_mcore.data.transforms import normalize  # noqa: E402
 from nextvid_mcore.evaluation import clips, knn  # noqa: E402
 from nextvid_mcore.evaluation.results import picture_file  # noqa: E402
 from nextvid_mcore.rng import numpy_rng  # noqa: E402
@@ -62,7 +63,7 @@ def digit_features(  # noqa: ANN201
     with torch.no_grad():
         for first in range(0, items, 16):
             video, label = source.clips(range(first, min(first + 16, items)), frames)
-            features.append(encoder(video.float() / 127.5 - 1).mean(1))
+            features.append(encoder(normalize(video)).mean(1))
             labels.append(label[:, list(TASKS).index(task)])
     names = DIRECTIONS if task == "direction" else tuple(str(digit) for digit in range(TASKS[task]))
     return torch.cat(features), torch.cat(labels), names

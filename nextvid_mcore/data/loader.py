@@ -326,11 +326,11 @@ def _explain(error: RuntimeError, timeout: float) -> str:
 
 
 def build_loader(
-    config: RunConfig, requests: Iterable[Request | tuple[int, Sequence[int]]], train: bool = True
+    config: RunConfig, requests: Iterable[Request | tuple[int, Sequence[int]]]
 ) -> Iterator[ClipBatch]:
-    """`iterate` with everything taken from the configuration."""
+    """`iterate` over training clips with everything taken from the configuration."""
     return iterate(
-        build_dataset(config, train),
+        build_dataset(config),
         requests,
         workers=config.data.workers,
         prefetch=config.data.prefetch,

@@ -116,14 +116,13 @@ def rank_batches(
     data_rank: int,
     data_size: int,
     clips: Callable[[PointLike], int],
-    stop_step: int | None = None,
 ) -> Iterator[Request]:
     """The micro-batches of one data-parallel rank from `start_step` on, in order, of `clips(point)` clips.
 
     Clip i of micro-batch m on rank r is sample samples_before + (m * data_size + r) * micro + i,
     so that a step is the same set of samples in every layout.
     """
-    for step in range(start_step, schedule.total_steps if stop_step is None else stop_step):
+    for step in range(start_step, schedule.total_steps):
         point = schedule.at(step)
         micro_batch = clips(point)
         wave = micro_batch * data_size

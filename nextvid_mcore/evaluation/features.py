@@ -25,6 +25,7 @@ from torch import Tensor
 from nextvid_mcore.config import ConfigError, require
 from nextvid_mcore.data.guard import BadFileLog
 from nextvid_mcore.data.loader import iterate
+from nextvid_mcore.data.transforms import normalize
 from nextvid_mcore.evaluation.datasets import VIEWS, ProbeBatch, ProbeData, Request
 from nextvid_mcore.evaluation.encoders import Encoder, identity
 from nextvid_mcore.evaluation.presets import ProbeConfig
@@ -73,7 +74,7 @@ class Extractor:
         clips = video.flatten(0, 2)
         parts = []
         for part in clips.split(self.encode_batch):
-            part = part.float() / 127.5 - 1.0
+            part = normalize(part)
             with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.half):
                 tokens = torch.cat(self.encoder(part, self.layers), dim=1)  # [clips, layers * s, D]
             self.passes += len(part)

@@ -154,9 +154,9 @@ def read_checkpoint(path: str | Path, role: str | None = None) -> dict[str, Tens
     return whole[there[0]]
 
 
-def from_checkpoint(path: str | Path, role: str | None = None, heads: int | None = None) -> VJEPA2:
+def from_checkpoint(path: str | Path, heads: int | None = None) -> VJEPA2:
     """The encoder of a published checkpoint."""
-    config, state = convert(read_checkpoint(path, role), heads)
+    config, state = convert(read_checkpoint(path), heads)
     return build(config, state, str(path))
 
 

@@ -19,13 +19,11 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from nextvid_mcore.config import ModelConfig
-from nextvid_mcore.flow import timestep_embedding
+from nextvid_mcore.flow import TAU_WIDTH, timestep_embedding
 from nextvid_mcore.models import carried, fused, specs
 from nextvid_mcore.models.adaln import CrossSelfAdaLNLayer, Modulation, join
 from nextvid_mcore.models.norm import mark_sequence_parallel
 from nextvid_mcore.rope import angles, grid_positions, turns
-
-TAU_WIDTH = 256  # of the sinusoidal embedding, as in DiT
 
 
 class Decoder(MegatronModule):

@@ -73,11 +73,7 @@ def check_loaded(info: dict[str, Any], folder: str, spare: tuple[str, ...] = ())
     info: what `from_pretrained(..., output_loading_info=True)` reports; spare: prefixes of weights that the
     folder may hold besides.
     """
-    surplus = (
-        sorted(k for k in info["unexpected_keys"] if not k.startswith(spare))
-        if spare
-        else sorted(info["unexpected_keys"])
-    )
+    surplus = sorted(k for k in info["unexpected_keys"] if not k.startswith(spare))
     reshaped = sorted(
         str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"]
     )

@@ -73,8 +73,9 @@ class Engine:
         self.device = next(model.parameters()).device
         self.groups = seats.of("student") or seats.of("reference") or seats.home
         self.schedule = get_forward_backward_func(self.groups.layout.pipeline, None)
-        source, home = seats.placement.encoder.layout, seats.placement.seats[-1].layout
-        self.shares = 1 if seats.placement.separate else home.data // source.data
+        source, last = seats.placement.encoder.layout, seats.placement.seats[-1].layout
+        # replicas of colocated predictor and decoder that share an encoder replica's micro-batch
+        self.shares = 1 if seats.placement.separate else last.data // source.data
         self.share_number = self.groups.tensor_rank // (self.groups.layout.tensor // self.shares)
         self.ahead = Ahead(self.device)
         self.graphs: Graphs | None = None  # where micro-batches are recorded

@@ -17,6 +17,7 @@ from nextvid_mcore.masking import draw_masks
 from nextvid_mcore.models import fused
 from nextvid_mcore.models.nextvid import MicroBatch
 from nextvid_mcore.models.sequences import patchify, visible_patches
+from nextvid_mcore.parallel.split import DTYPES
 from nextvid_mcore.targets import Target
 from nextvid_mcore.transfer import to_device
 
@@ -40,7 +41,7 @@ class Outline:
 
 def patches_of(config: RunConfig, video: Tensor) -> Tensor:
     """Every patch of clips uint8 [B, 3, T, H, W]: [B, t * n, patch_dim] in [-1, 1], the run's precision."""
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = DTYPES[config.train.precision]
     return patchify(video, config.model, lambda x: fused.pixels(x, dtype))
 
 

@@ -1,4 +1,4 @@
-"""The base install alone (torch, einops, safetensors) loads an exported encoder.
+"""The base install alone (torch, safetensors) loads an exported encoder.
 
 A fresh virtual environment gets what pip would put there for the base: this package, built and installed
 by pip from a copy of the source, and the closure of its declared dependencies and nothing else. Those
@@ -97,8 +97,8 @@ def pip(python: Path, *arguments: str) -> str:
 def test_requirements_are_met_by_the_base_alone(base_python: Path) -> None:
     assert "No broken requirements" in pip(base_python, "check")
     names = {canonicalize_name(d["name"]) for d in json.loads(pip(base_python, "list", "--format", "json"))}
-    assert {"nextvid-mcore", "torch", "einops", "safetensors"} <= names
-    assert not names & {"megatron-core", "decord", "tyro", "pyarrow", "wandb", "pytest"}
+    assert {"nextvid-mcore", "torch", "safetensors"} <= names
+    assert not names & {"megatron-core", "einops", "decord", "tyro", "pyarrow", "wandb", "pytest"}
 
 
 def test_an_encoder_loads_and_gives_the_same_features(base_python: Path, tmp_path: Path) -> None:
