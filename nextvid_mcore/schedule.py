@@ -10,7 +10,7 @@ samples are counted from the start of the whole schedule, also in a run that beg
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from nextvid_mcore.config import ConfigError, RunConfig, StageConfig, require
@@ -88,6 +88,15 @@ class Schedule:
         )
         index = min(bisect_right(self._starts, step) - 1, len(self.stages) - 1)
         return self._samples[index] + (step - self._starts[index]) * self._batches[index]
+
+    def stages_of_run(self) -> tuple[StageConfig, ...]:
+        """The stages that this run enters, each with the number of steps that it takes there."""
+        found = []
+        for stage, start in zip(self.stages, self._starts, strict=False):
+            steps = min(start + stage.steps, self.total_steps) - max(start, self.first_step_of_run)
+            if steps > 0:
+                found.append(replace(stage, steps=steps))
+        return tuple(found)
 
     def first_step(self, stage_name: str) -> int:
         """The step with which a stage begins."""

@@ -153,16 +153,13 @@ def _schedule(config: RunConfig, placement: Placement, notes: list[str]) -> Iter
     yield (
         "  stage         steps  frames  batch  micro-batches  tau       learning rate  flow LR  TFLOP/clip"
     )
-    samples = tokens = work = executed = 0.0
+    samples = tokens = work = 0.0
     for stage in config.stages:
         batch, clip = config.batch(stage), flops.clip_flops(config, stage)
         clips = stage.steps * batch
         samples += clips
         tokens += clips * config.model.token_frames(stage.frames) * config.model.tokens_per_frame
         work += clips * clip.total
-        executed += clips * (
-            flops.clip_flops(config, stage, executed=True).total + flops.target_flops(config, stage)
-        )
         rate = f"{stage.lr_start:g} -> {stage.lr_end:g}"
         passes = f"{memory.micro_batches(config, placement, stage)} x {config.micro_batch(stage)}"
         flow = "main" if stage.flow_lr is None else f"{stage.flow_lr:g}"
@@ -175,18 +172,19 @@ def _schedule(config: RunConfig, placement: Placement, notes: list[str]) -> Iter
         f"  in all {schedule.schedule_steps:,} steps, {_count(samples)} clips, {_count(tokens)} tokens, "
         f"{work:.3g} FLOP"
     )
-    hours = executed / (SHARE * H100) / 3600 / run_speed(config, placement)
+    start, end = schedule.first_step_of_run, schedule.total_steps
+    if (start, end) != (0, schedule.schedule_steps):
+        yield f"  this run takes steps {start + 1:,} to {end:,}"
+    hours = _hours(config, placement, schedule)
     if hours >= 1:
         each = hours / placement.world
         wall = f"{each / 24:,.1f} days" if each > 48 else f"{each:,.1f} hours"
+        wall = f"{60 * each:,.0f} minutes" if each < 1 else wall
         gpus = f"{placement.world} GPU{'s' * (placement.world > 1)}"
         waits = " and the waits below" * (len(placement.seats) > 1)
         rate = f"{SHARE:.0%} of an H100's bf16 peak{waits}"
         yield f"  about {hours:,.0f} GPU-hours, {wall} on {gpus}, at {rate}"
     yield from (f"  {note}" for note in notes)
-    start, end = schedule.first_step_of_run, schedule.total_steps
-    if (start, end) != (0, schedule.schedule_steps):
-        yield f"  this run takes steps {start + 1:,} to {end:,}"
     if config.eval.knn_every:
         yield f"  {flops.knn_note(config)}"
     yield ""
@@ -198,6 +196,18 @@ def _schedule(config: RunConfig, placement: Placement, notes: list[str]) -> Iter
         columns = "".join(f"{_tera(x):>{w}}" for x, w in zip(numbers, (9, 11, 11, 10, 10, 11), strict=True))
         yield f"  {stage.name:<11}{columns}{_tera(flops.target_flops(config, stage)):>15}"
     yield "  (model: the paper's step; executed: no context of the last frame, exact mask counts)"
+
+
+def _hours(config: RunConfig, placement: Placement, schedule: Schedule) -> float:
+    """GPU-hours of the steps that this run takes, which need not be the whole schedule's."""
+    taken = config.altered(stages=schedule.stages_of_run(), train={"steps": None, "start_stage": None})
+    work = sum(
+        stage.steps
+        * config.batch(stage)
+        * (flops.clip_flops(config, stage, executed=True).total + flops.target_flops(config, stage))
+        for stage in taken.stages
+    )
+    return work / (SHARE * H100) / 3600 / run_speed(taken, placement)
 
 
 def _count(number: float) -> str:

@@ -97,6 +97,23 @@ def test_memory_that_no_gpu_has_and_waiting_that_costs_hours_are_said():
     assert max(map(len, crowded.splitlines())) <= WIDTH
 
 
+def gpu_hours(line: str, world: int = 96) -> float:
+    """As the plan says them."""
+    text = describe(cli.parse([*line.split(), "--dry-run"])[0], world)
+    return float(re.search(r"about ([\d,]+) GPU-hours", text)[1].replace(",", ""))
+
+
+def test_hours_are_of_the_steps_that_the_run_takes():
+    whole, first = gpu_hours("vit_l"), gpu_hours("vit_l --train.steps 60000")
+    rest = gpu_hours("vit_l --stages.2.steps 60000 --start-stage stable2")
+    assert first + rest == pytest.approx(whole, abs=2)
+    assert gpu_hours("vit_l --start-stage cooldown") < 0.2 * whole
+    config = recipes.get("table2_gen")  # 15,000 of 132,000 steps
+    stage = config.stages[0]
+    clip = flops.clip_flops(config, stage, executed=True).total + flops.target_flops(config, stage)
+    assert gpu_hours("table2_gen") == pytest.approx(15_000 * 3072 * clip / (0.4 * 989e12) / 3600, abs=1)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -95,6 +95,22 @@ def test_start_stage_begins_there_and_counts_from_the_whole_schedule():
         Schedule(run(TINY, start_stage="cooldown", steps=21))
 
 
+@pytest.mark.parametrize(
+    "train, taken",
+    [
+        ({}, {"warmup": 20, "stable1": 40, "stable2": 40, "cooldown": 20}),
+        ({"steps": 70}, {"warmup": 20, "stable1": 40, "stable2": 10}),
+        ({"steps": 60}, {"warmup": 20, "stable1": 40}),
+        ({"start_stage": "stable2", "steps": 45}, {"stable2": 40, "cooldown": 5}),
+    ],
+)
+def test_stages_of_a_run_have_the_steps_that_it_takes(train, taken):
+    schedule = Schedule(run(TINY, **train))
+    assert {stage.name: stage.steps for stage in schedule.stages_of_run()} == taken
+    seen = [schedule.at(step).stage.name for step in range(schedule.first_step_of_run, schedule.total_steps)]
+    assert {name: seen.count(name) for name in dict.fromkeys(seen)} == taken
+
+
 def test_unknown_stage_lists_what_there_is():
     with pytest.raises(ConfigError, match="'decay'.*warmup, stable1, stable2, cooldown"):
         Schedule(run(TINY, start_stage="decay"))
