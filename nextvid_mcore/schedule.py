@@ -13,7 +13,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from nextvid_mcore.config import ConfigError, RunConfig, StageConfig, require
+from nextvid_mcore.config import ConfigError, ProfileConfig, RunConfig, StageConfig, require
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,15 @@ class Schedule:
                 f"schedule{where}; ask for {left} or fewer, or give a stage more steps",
             )
         self.total_steps = self.first_step_of_run + (left if asked is None else asked)
+        self._check_profile(config.profile)
+
+    def _check_profile(self, profile: ProfileConfig) -> None:
+        """ConfigError unless the run takes all the steps that are to be recorded."""
+        first, last = self.first_step_of_run + 1, self.total_steps
+        require(
+            profile.span is None or first <= profile.span[0] <= profile.span[1] <= last,
+            f"profile steps {profile.steps}: this run takes steps {first} to {last}; choose among them",
+        )
 
     def at(self, step: int) -> StagePoint:
         """The point of the step that follows `step` finished steps, 0 <= step < schedule_steps."""

@@ -52,13 +52,6 @@ class RunConfig:
         if self.mask.static:
             self.mask.counts(self.model.tokens_per_frame)
         self._check_fp8()
-        if self.profile.span is not None:
-            steps = sum(stage.steps for stage in self.stages)
-            steps = min(steps, self.train.steps or steps)
-            require(
-                self.profile.span[1] <= steps,
-                f"profile steps {self.profile.steps} go past the run's last step, {steps}",
-            )
 
     def _check_fp8(self) -> None:
         named = ", ".join(f"{role} {recipe}" for role, recipe in self.fp8.used.items())

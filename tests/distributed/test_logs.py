@@ -12,6 +12,7 @@ from test_pretrain import data, pretrain, rows, words  # noqa: F401  (`data` is 
 
 from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, ProfileConfig
+from nextvid_mcore.schedule import Schedule
 
 # ruff: noqa: F811
 
@@ -60,10 +61,17 @@ def test_profile_steps_that_cannot_be(steps: str, message: str):
         ProfileConfig(steps)
 
 
-def test_profile_steps_past_the_end_of_the_run():
-    import dataclasses
-
-    tiny = recipes.get("tiny")
-    with pytest.raises(ConfigError, match="profile steps 120-121 go past the run's last step, 120"):
-        dataclasses.replace(tiny, profile=ProfileConfig("120-121"))
-    assert dataclasses.replace(tiny, profile=ProfileConfig("120")).profile.span == (120, 120)
+@pytest.mark.parametrize(
+    ("train", "steps", "first", "last"),
+    [
+        ({}, "120-121", 1, 120),
+        ({"steps": 3}, "3-4", 1, 3),
+        ({"start_stage": "cooldown"}, "100-102", 101, 120),
+        ({"start_stage": "cooldown", "steps": 4}, "104-105", 101, 104),
+    ],
+)
+def test_profile_steps_that_the_run_does_not_take(train: dict, steps: str, first: int, last: int):
+    config = recipes.get("tiny").altered(train=train, profile={"steps": steps})
+    with pytest.raises(ConfigError, match=f"profile steps {steps}: this run takes steps {first} to {last};"):
+        Schedule(config)
+    Schedule(config.altered(profile={"steps": f"{first}-{last}"}))
