@@ -15,6 +15,7 @@ from nextvid_mcore.config import RunConfig, StageConfig
 from nextvid_mcore.parallel.groups import Layout, sequences
 from nextvid_mcore.parallel.placement import Placement, Seat, recorded
 from nextvid_mcore.parallel.stages import stage_layers
+from nextvid_mcore.schedule import Schedule
 
 GIB = 2**30
 LARGEST = 79.6 * GIB  # what a GPU of "80 GB" has in all
@@ -204,7 +205,8 @@ def table(config: RunConfig, placement: Placement, width: int) -> Iterator[str]:
     def most(point: StageConfig) -> float:
         return max(rank_memory(config, placement, ranks[0], point).total for _, ranks in kinds(placement))
 
-    heaviest = max(config.stages, key=most)
+    taken = {stage.name for stage in Schedule(config).stages_of_run()}
+    heaviest = max((stage for stage in config.stages if stage.name in taken), key=most)
     yield f"Memory of a rank in GiB, at its largest (stage {heaviest.name}): an estimate"
     names = [field.name for field in dataclasses.fields(RankMemory)]
     columns = [(name, len(name) + 2) for name in [*names, "total"]]

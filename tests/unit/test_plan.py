@@ -114,6 +114,12 @@ def test_hours_are_of_the_steps_that_the_run_takes():
     assert gpu_hours("table2_gen") == pytest.approx(15_000 * 3072 * clip / (0.4 * 989e12) / 3600, abs=1)
 
 
+def test_memory_is_of_a_stage_that_the_run_comes_to():
+    for steps, stage in (("60000", "stable2"), ("40000", "warmup")):
+        text = describe(cli.parse(["vit_l", "--dry-run", "--train.steps", steps])[0], 96)
+        assert f"at its largest (stage {stage})" in text
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
