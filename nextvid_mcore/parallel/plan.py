@@ -22,6 +22,13 @@ from nextvid_mcore.schedule import Schedule
 WIDTH = 100
 H100, SHARE = 989e12, 0.4  # its dense bf16 FLOP/s, and about what the step has reached with VA-VAE beside it
 
+TARGETS = {
+    "pixels": "pixels",
+    "va_vae": "VA-VAE latents",
+    "siglip2": "SigLIP2 features",
+    "cosmos": "Cosmos latents",
+}
+
 
 def check(config: RunConfig, world_size: int, dry_run: bool = False) -> Placement:
     """The run's placement. Raises ConfigError, before anything starts, if the run cannot be.
@@ -133,10 +140,8 @@ def _model(config: RunConfig) -> Iterator[str]:
         f"  clips of {model.image_size} x {model.image_size} pixels in patches of {model.patch_size} x "
         f"{model.patch_size} x {model.tubelet_size}; {model.tokens_per_frame} tokens a frame"
     )
-    names = {"pixels": "pixels", "siglip2": "SigLIP2 features", "cosmos": "Cosmos latents"}
-    target = names.get(config.target.kind, "VA-VAE latents")
     if model.generate:
-        yield f"  target: {target}, {flops.target_channels(config)} values a token"
+        yield f"  target: {TARGETS[config.target.kind]}, {flops.target_channels(config)} values a token"
     else:
         yield "  target: none, there is no generation"
     yield f"  {backend_note(model.backend)} on this machine"
