@@ -107,7 +107,7 @@ def test_their_step_beside_ours(tmp_path: Path):
         text = text.replace(old, new)
     (tmp_path / "tiny.yaml").write_text(text)
     run = ["--checkout", CHECKOUT, "--config", str(tmp_path / "tiny.yaml"), "--batch", "2"]
-    run += ["--steps", "2", "--warmup", "1", "tiny", "--train.micro-batch", "3"]
+    run += ["--steps", "2", "--warmup", "1", "--accumulate", "2", "tiny", "--train.micro-batch", "3"]
     refused = compare(*run, "--model.image-size", "128")
     assert refused.returncode == 2 and "64 pixels and ours 128" in refused.stderr
     done = compare(*run, "--model.image-size", "64")
@@ -115,7 +115,7 @@ def test_their_step_beside_ours(tmp_path: Path):
     theirs, mine = done.stdout.splitlines()[-2:]
     assert theirs.startswith("V-JEPA 2, eager") and mine.startswith("ours, local")
     columns = [line[22:].split() for line in (theirs, mine)]
-    assert [row[0] for row in columns] == ["2", "3"] and columns[0][4] == "1.00"
+    assert [row[0] for row in columns] == ["2", "6"] and columns[0][4] == "1.00"
     rates, losses = ([float(row[i]) for row in columns] for i in (1, 5))
     assert float(columns[1][4]) == pytest.approx(rates[1] / rates[0], rel=0.02)
     assert 0.5 < losses[0] < 1  # L1 of layer-normed features from a mean of zero
