@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
 import sys
@@ -42,6 +43,7 @@ from torch import Tensor  # noqa: E402
 
 from nextvid_mcore import flops  # noqa: E402
 from nextvid_mcore.config import ConfigError, Fp8Config, RunConfig, is_made, require  # noqa: E402
+from nextvid_mcore.evaluation import clips as clip_files  # noqa: E402
 from nextvid_mcore.evaluation.results import writable_folder  # noqa: E402
 from nextvid_mcore.hub import FILES, HubError, export, load_decoder, load_encoder, load_predictor  # noqa: E402
 from nextvid_mcore.hub.hf import write as hf  # noqa: E402
@@ -51,8 +53,7 @@ if TYPE_CHECKING:
     from nextvid_mcore.parallel.groups import RoleGroups
 
 CLIPS = 2  # compared
-VIDEO = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg"}
-IMAGE = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+TRIED = 50  # files, until so many are decoded
 
 
 class Mismatch(Exception):
@@ -74,26 +75,6 @@ class Difference:
 # The clips ---------------------------------------------------------------------------------------
 
 
-def _files(config: RunConfig, clips: str | None) -> Iterator[tuple[str, str]]:
-    """(path, kind) of what can be read, best first."""
-    if clips is not None:
-        require(Path(clips).exists(), f"--clips {clips}: no such file or folder")
-        paths = [Path(clips)] if Path(clips).is_file() else sorted(Path(clips).rglob("*"))
-        for path in paths:
-            if path.suffix.lower() in VIDEO | IMAGE:
-                yield str(path), "video" if path.suffix.lower() in VIDEO else "image"
-        return
-    from nextvid_mcore.data.manifest import Manifest
-
-    manifest = Manifest.open(config.data.manifest)
-    for kind in ("video", "image"):
-        for name, table in manifest.sets.items():
-            for index in range(min(table.rows, 50)):
-                item = manifest.item(name, index)
-                if item.kind == kind:
-                    yield item.path, kind
-
-
 def compared_clips(config: RunConfig, clips: str | None) -> tuple[Tensor, str]:
     """Clips [B, 3, T, H, W] in [-1, 1], T of the shortest stage, and where they come from."""
     frames, size = min(stage.frames for stage in config.stages), config.model.image_size
@@ -109,25 +90,11 @@ def compared_clips(config: RunConfig, clips: str | None) -> tuple[Tensor, str]:
         missing = "names no manifest" if manifest is None else f"read {manifest}, which isn't here"
         return video, f"SYNTHETIC clips (seeded noise): the run {missing}; give real ones with --clips"
 
-    from nextvid_mcore.data import decode
-    from nextvid_mcore.data.transforms import centre_crop, normalize, resize_clip
-
-    found: list[Tensor] = []
-    for path, kind in _files(config, clips):
-        try:
-            if kind == "image":
-                pixels = decode.read_image(path)[None].repeat(frames, 0)
-            else:
-                video = decode.Video(path)
-                step = decode.frame_step(video.fps, config.data.fps)
-                pixels = video.read(decode.clip_indices(video.frames, step, frames, None))
-        except decode.BadFile as error:
-            print(f"skipped: {error}")
-            continue
-        found.append(normalize(resize_clip(pixels, centre_crop(*pixels.shape[1:3]), size, False)))
-        if len(found) == CLIPS:
-            break
+    require(clips is None or Path(clips).exists(), f"--clips {clips}: no such file or folder")
     source = clips or manifest
+    items = sorted(clip_files.find(source, TRIED).items, key=lambda item: item.kind != "video")
+    read = clip_files.read_all(clip_files.Items(items), frames, size, config.data.fps)
+    found = [clip.video for clip in itertools.islice(read, CLIPS)]
     require(len(found) > 0, f"{source} holds no clip that can be decoded; give others with --clips")
     return torch.stack(found), f"real clips of {source}"
 
@@ -377,7 +344,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--format", choices=("torch", "hf"), default="torch", help="hf: a folder for transformers' AutoModel"
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier export in DIR")
-    parser.add_argument("--clips", metavar="PATH", help="compare on this video or image, or a folder of them")
+    parser.add_argument(
+        "--clips", metavar="PATH", help="compare on this video, image, folder, list or manifest"
+    )
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference (default: 1e-4)")
     args = parser.parse_args(argv)
     from nextvid_mcore.pretrain import quiet

@@ -40,10 +40,6 @@ def use(on: bool) -> None:
     _state["on"] = on
 
 
-def on() -> bool:
-    return _state["on"]
-
-
 def meant(config: TransformerConfig) -> bool:
     """Whether MLPs of `config` go this way on a GPU."""
     return (
