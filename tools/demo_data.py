@@ -20,9 +20,7 @@ many digits, so the training list names each video many times: a draw starts it 
 from __future__ import annotations
 
 import argparse
-import gzip
 import importlib.util
-import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -39,6 +37,7 @@ from nextvid_mcore.data.avi import write_avi  # noqa: E402
 from nextvid_mcore.data.build import Build  # noqa: E402
 from nextvid_mcore.data.decode import Video  # noqa: E402
 from nextvid_mcore.data.manifest import Manifest  # noqa: E402
+from nextvid_mcore.data.moving_digits import mnist_file, read_pickle  # noqa: E402
 from nextvid_mcore.data.sources import Source  # noqa: E402
 from nextvid_mcore.evaluation.results import writable_folder  # noqa: E402
 
@@ -98,8 +97,7 @@ def write_clips(train: Path, val: Path) -> None:
 
 
 def write_digits(train: Path, val: Path) -> None:
-    with gzip.open(needed("mnist", "data", "mnist.pkl.gz")) as file:
-        splits = pickle.load(file, encoding="latin1")  # ((train, labels), (validation, ...), (test, ...))
+    splits = read_pickle(mnist_file())  # ((train, labels), (validation, ...), (test, ...))
     for folder, (pixels, labels), count in ((train, splits[0], TRAIN_DIGITS), (val, splits[2], VAL_DIGITS)):
         for digit in range(10):
             (folder / str(digit)).mkdir(parents=True, exist_ok=True)
