@@ -25,8 +25,10 @@ from nextvid_mcore import __version__
 from nextvid_mcore.config import ModelConfig, RunConfig, is_made
 from nextvid_mcore.hub import FILES, FORMAT_VERSION, HubError, check_config
 
-# Settings of earlier versions of a configuration's parts, at the value that is the only one now.
-RETIRED = {"Fp8Config": {"wgrad": True}}
+RETIRED = {  # settings of earlier versions of a part, at the values with which it computes what it does now
+    "Fp8Config": {"wgrad": (True,)},
+    "TargetConfig": {"recorded": (False, True)},
+}
 
 LAYER = {  # inside block.layers.{i} -> inside blocks.{i}
     "input_layernorm": "norm1",
@@ -93,7 +95,7 @@ def run_config(plain: Mapping[str, Any]) -> RunConfig:
 def _rebuild(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         hints, gone = typing.get_type_hints(kind), RETIRED.get(kind.__name__, {})
-        value = {name: x for name, x in value.items() if name not in gone or x != gone[name]}
+        value = {name: x for name, x in value.items() if x not in gone.get(name, ())}
         unknown = sorted(value.keys() - hints.keys())
         if unknown:
             raise HubError(
