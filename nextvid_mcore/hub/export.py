@@ -28,6 +28,7 @@ from nextvid_mcore.hub import FILES, FORMAT_VERSION, HubError, check_config
 RETIRED = {  # settings of earlier versions of a part, at the values with which it computes what it does now
     "Fp8Config": {"wgrad": (True,)},
     "TargetConfig": {"recorded": (False, True)},
+    "TrainConfig": {"reference_stream": ("shared", "own")},
 }
 
 LAYER = {  # inside block.layers.{i} -> inside blocks.{i}

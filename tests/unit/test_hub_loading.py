@@ -92,9 +92,13 @@ def test_a_run_or_a_transformers_folder_is_told_so(tmp_path: Path) -> None:
 
 
 def test_a_retired_setting_at_its_last_value_is_passed_over() -> None:
-    plain = json.loads(json.dumps(dataclasses.asdict(recipes.get("tiny"))))
-    plain["fp8"]["wgrad"], plain["target"]["recorded"] = True, True  # how, not what
-    assert export.run_config(plain) == recipes.get("tiny")
+    config = recipes.get("tiny")
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    parts = {type(part).__name__: name for name, part in vars(config).items()}
+    for part, settings in export.RETIRED.items():
+        for name, values in settings.items():
+            for plain[parts[part]][name] in values:
+                assert export.run_config(plain) == config
     plain["fp8"]["wgrad"] = False
     with pytest.raises(hub.HubError, match="fp8 has 'wgrad'"):
         export.run_config(plain)
