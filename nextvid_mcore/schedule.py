@@ -21,8 +21,6 @@ class StagePoint:
     """Where a run stands when it is about to take `step`."""
 
     stage: StageConfig
-    stage_index: int
-    step_in_stage: int
     step: int
     samples_before: int  # clips of all earlier steps; also the global index of this step's first sample
     batch: int  # clips of this step, over all ranks
@@ -79,8 +77,6 @@ class Schedule:
         lr = _line(stage.lr_start, stage.lr_end, done, stage.steps - 1)
         return StagePoint(
             stage=stage,
-            stage_index=index,
-            step_in_stage=done,
             step=step,
             samples_before=self.samples_before(step),
             batch=self._batches[index],

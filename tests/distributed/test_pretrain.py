@@ -131,7 +131,7 @@ def full_memory(line: list[str], where: str, ranks: tuple[int, ...] = (0, 1)) ->
     take = getattr(owner, where)
 
     def full(self, *given, **named):
-        if int(os.environ["RANK"]) in ranks and (where != "run" or given[0].stage_index == 1):
+        if int(os.environ["RANK"]) in ranks and (where != "run" or given[0].stage.name == "stable1"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
         return take(self, *given, **named)
 
