@@ -13,9 +13,10 @@ from nextvid_mcore.training import checkpoint
 
 def going_on(state: dict[str, Any], config: RunConfig, out: Path) -> list[str]:
     """What is to be said before a run goes on from a checkpoint of this state.json. ConfigError if not."""
+    step, schedule = int(state["step"]), Schedule(config)
     check_start_stage(state["config"], config, out)
-    notes = samples_notes(int(state["step"]), int(state["samples"]), Schedule(config))
-    return changes(state["config"], config) + notes
+    check_length(step, schedule, out)
+    return changes(state["config"], config) + samples_notes(step, int(state["samples"]), schedule)
 
 
 def changes(old: dict[str, Any], config: RunConfig) -> list[str]:
@@ -53,9 +54,18 @@ def check_start_stage(old: dict[str, Any], config: RunConfig, out: Path) -> None
     )
 
 
+def check_length(step: int, schedule: Schedule, out: Path) -> None:
+    """ConfigError where by this start's settings the run is past its end: nothing would be trained."""
+    require(
+        step <= schedule.schedule_steps,
+        f"{out} holds a run of {step:,} steps, and the stages of this start have "
+        f"{schedule.schedule_steps:,}: nothing is left to train; give them more steps, or name another --out",
+    )
+
+
 def samples_notes(step: int, samples: int, schedule: Schedule) -> list[str]:
     """What is to be said where batches or stages have changed, and with them which samples come next."""
-    now = schedule.samples_before(min(step, schedule.schedule_steps))
+    now = schedule.samples_before(step)
     if now == samples:
         return []
     what = f"{samples - now:,} are drawn again" if now < samples else f"{now - samples:,} are left out"

@@ -11,7 +11,13 @@ from nextvid_mcore import recipes
 from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig
 from nextvid_mcore.parallel.placement import settled
 from nextvid_mcore.schedule import Schedule
-from nextvid_mcore.training.start import changes, check_start_stage, find_checkpoint, samples_notes
+from nextvid_mcore.training.start import (
+    changes,
+    check_length,
+    check_start_stage,
+    find_checkpoint,
+    samples_notes,
+)
 
 
 def saved(config: RunConfig, micro: int | None = None) -> dict:
@@ -82,8 +88,17 @@ def test_other_batches_draw_other_samples_and_it_is_said() -> None:
     said = "note: 96 samples were drawn; by this start's settings it goes on at"
     assert samples_notes(12, 96, half) == [f"{said} 48, so 48 are drawn again"]
     assert samples_notes(12, 96, double) == [f"{said} 192, so 96 are left out"]
-    short = Schedule(config.altered(stages=config.stages[:1]))  # of 20 steps, 40 were made
-    assert samples_notes(40, 320, short) == [f"{said.replace('96', '320')} 160, so 160 are drawn again"]
+
+
+def test_stages_shorter_than_what_was_trained_are_refused() -> None:
+    config = recipes.get("tiny")
+    short = Schedule(config.altered(stages=config.stages[:1]))
+    check_length(20, short, Path("runs/a"))
+    check_length(40, Schedule(config.altered(train={"steps": 30})), Path("runs/a"))  # it has stopped
+    with pytest.raises(
+        ConfigError, match="runs/a holds a run of 21 steps, and the stages of this start have 20"
+    ):
+        check_length(21, short, Path("runs/a"))
 
 
 def test_an_export_is_no_beginning(tmp_path: Path) -> None:
