@@ -50,7 +50,7 @@ from nextvid_mcore.evaluation.generation import (  # noqa: E402
 from nextvid_mcore.evaluation.pictures import HIDDEN, visible_map  # noqa: E402
 from nextvid_mcore.evaluation.results import writable_folder  # noqa: E402
 from nextvid_mcore.evaluation.strips import Panel, Strip  # noqa: E402
-from nextvid_mcore.hub.export import flat_config, run_config  # noqa: E402
+from nextvid_mcore.hub.export import check_generator, flat_config, run_config  # noqa: E402
 from nextvid_mcore.masking import draw_masks  # noqa: E402
 from nextvid_mcore.targets import Target, build_target  # noqa: E402
 
@@ -78,6 +78,7 @@ def settings(args: argparse.Namespace) -> tuple[RunConfig, Path, Path]:
             config.model.generate,
             f"{args.folder} was trained without a decoder; there is nothing to generate",
         )
+        check_generator(config.model)  # before an export that could not be made is asked for
         require(
             export.exists(),
             f"{export} does not exist; export the run first: python tools/convert_to_torch.py {args.folder} "

@@ -121,7 +121,7 @@ def check_generator(model: ModelConfig) -> None:
     if other:
         raise HubError(
             f"predictor and decoder are exported of the full model only; this run has {', '.join(other)}: "
-            "leave --all out to export its encoder"
+            "its encoder alone can be exported, without --all"
         )
 
 

@@ -221,6 +221,10 @@ def test_mistakes_are_one_sentence(
     assert ended.returncode == 2 and ended.stderr == (
         f"generate: {ablation} was trained without a decoder; there is nothing to generate\n"
     )
+    settings["model"] |= {"generate": True, "align": False}
+    (ablation / "config.json").write_text(json.dumps(settings))
+    ended = start(str(ablation))
+    assert ended.returncode == 2 and "this run has model.align False: its encoder alone" in ended.stderr
     encoder_alone = write_export(tmp_path / "encoder", roles=("encoder",))
     with pytest.raises(hub.HubError, match="convert with --all"):
         module.Networks.load(encoder_alone)
