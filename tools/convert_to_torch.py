@@ -139,6 +139,20 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
+@contextlib.contextmanager
+def still_there(path: Path) -> Iterator[None]:
+    """A run that goes on deletes its old checkpoints: that is why one can't be read, and is said."""
+    try:
+        yield
+    except Exception as error:
+        if path.exists():
+            raise
+        raise ConfigError(
+            f"{path} was deleted while it was read: the run goes on and keeps its newest checkpoints alone; "
+            "convert again, or let it keep more with --checkpoint.keep"
+        ) from error
+
+
 def load_model(path: Path, weights: str, everything: bool) -> tuple[NextVid, int]:
     """The training model of a checkpoint of any layout, and its finished steps.
 
@@ -295,7 +309,8 @@ def convert(args: argparse.Namespace) -> None:
     check_out(out, args.force)
     writable_folder(out.absolute().parent, "the folder of --out,")
     path = find_checkpoint(Path(args.run))
-    model, step = load_model(path, args.weights, args.all)
+    with still_there(path):
+        model, step = load_model(path, args.weights, args.all)
     print(f"{path}: step {step} of {model.run.recipe}, {args.weights} weights of the encoder")
     config = export.flat_config(model.run, flops.target_channels(model.run), step, args.weights)
     with finished_or_nothing(out) as folder:

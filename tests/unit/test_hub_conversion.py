@@ -127,6 +127,18 @@ def test_a_checkpoint_may_be_named_from_inside(tmp_path: Path, monkeypatch: pyte
         assert convert_to_torch.last_rows(Path(path), 2, "ema") == [{"step": 2, "loss": 0.5}, None]
 
 
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_told(tmp_path: Path) -> None:
+    for there, said in ((True, "torn"), (False, "was deleted while it was read: the run goes on")):
+        (tmp_path / "step_00000002").mkdir(exist_ok=True)
+        with (
+            pytest.raises((OSError, ConfigError), match=said),
+            convert_to_torch.still_there(tmp_path / "step_00000002"),
+        ):
+            if not there:
+                (tmp_path / "step_00000002").rmdir()
+            raise OSError("torn")
+
+
 def test_a_folder_is_replaced_only_when_asked_and_only_an_export(tmp_path: Path) -> None:
     check = convert_to_torch.check_out
     check(tmp_path / "new", False)
