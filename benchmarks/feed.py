@@ -72,7 +72,11 @@ def configure(args: argparse.Namespace, folder: Path, world: int) -> RunConfig:
     if not folder.exists():
         with SetWriter(folder, "s") as writer:
             for path in videos:
-                writer.add([Item(str(path.resolve()), "video", 0, *decode.probe(str(path), "video"))])
+                try:
+                    seen = decode.probe(str(path), "video")
+                except decode.BadFile as error:
+                    raise SystemExit(f"{error}; remove it, or leave it out with --videos") from None
+                writer.add([Item(str(path.resolve()), "video", 0, *seen)])
     replicas = resolve_placement(config, world).encoder.layout.data
     batch = config.micro_batch(config.stages[0]) * replicas * args.accumulate
     stage = dataclasses.replace(config.stages[0], batch=batch, steps=10**6)  # more than are taken

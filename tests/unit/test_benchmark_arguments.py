@@ -1,5 +1,6 @@
 """What benchmarks refuse, or leave out, before they measure."""
 
+import argparse
 import importlib
 import sys
 from pathlib import Path
@@ -169,3 +170,12 @@ def test_videos_that_cannot_be_read_are_left_out(tmp_path: Path, capsys: pytest.
     (tmp_path / "a.mp4").unlink()
     with pytest.raises(SystemExit, match="no .mp4 file to read"):
         decode.readable(tmp_path)
+
+
+def test_a_video_that_cannot_be_fed_is_named(tmp_path: Path) -> None:
+    import feed
+
+    (tmp_path / "b.mp4").write_bytes(b"junk")
+    args = argparse.Namespace(settings=["tiny"], folder=tmp_path, videos="*.mp4", accumulate=1)
+    with pytest.raises(SystemExit, match=r"b\.mp4: .*; remove it, or leave it out with --videos"):
+        feed.configure(args, tmp_path / "manifest", 1)
