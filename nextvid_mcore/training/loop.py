@@ -75,7 +75,6 @@ class Trainer:
         init_distributed(patience)
         config, self.notes = settled(config, dist.get_world_size())
         self.config, self.out = config, out
-        self.schedule = Schedule(config)
         self.rank = dist.get_rank()
         self.placement = resolve_placement(config, dist.get_world_size())
         self.seats = build_seats(self.placement, patience)
@@ -103,6 +102,7 @@ class Trainer:
         self.train_step = TrainStep(config, self.seats)
         watchdog.enter("loading a checkpoint")
         newest, self.step, notes = self._stand()
+        config = self.config  # of a run that goes on, as it began
         watchdog.enter("starting", self.step)
         self.progress = Progress(
             self.schedule.total_steps, self.step, config.train.log_every, config.train.progress, self.rank
@@ -144,17 +144,18 @@ class Trainer:
         config = self.config
         newest, passed = checkpoint.resumable(self.checkpoints)
         if newest is not None:
-            notes = passed + going_on(checkpoint.read_state(newest), config, self.out)
-            progress = checkpoint.load(newest, config, self.train_step.optimizers, verified=True)
-            self.guard.load_state_dict(progress.extra.get("bad_window", []))
-            self.skipped = int(progress.extra.get("skipped", 0))
-            return newest, progress.step, [*notes, f"going on after step {progress.step}, from {newest}"]
+            self.config, notes = going_on(checkpoint.read_state(newest), config, self.out)
+            self.schedule = Schedule(self.config)
+            there = checkpoint.load(newest, config, self.train_step.optimizers, verified=True)
+            self.guard.load_state_dict(there.extra.get("bad_window", []))
+            self.skipped = int(there.extra.get("skipped", 0))
+            return newest, there.step, [*passed, *notes, f"going on after step {there.step}, from {newest}"]
         if passed:
             raise CheckpointError(
                 f"none of the checkpoints in {self.checkpoints} is whole; move them away to start over "
                 f"({passed[0]})"
             )
-        notes = []
+        self.schedule, notes = Schedule(config), []
         if config.train.init_from is not None:
             source = find_checkpoint(Path(config.train.init_from))
             checkpoint.load(source, config, self.train_step.optimizers, weights_only=True)

@@ -11,12 +11,17 @@ from nextvid_mcore.schedule import Schedule
 from nextvid_mcore.training import checkpoint
 
 
-def going_on(state: dict[str, Any], config: RunConfig, out: Path) -> list[str]:
-    """What is to be said before a run goes on from a checkpoint of this state.json. ConfigError if not."""
-    step, schedule = int(state["step"]), Schedule(config)
+def going_on(state: dict[str, Any], config: RunConfig, out: Path) -> tuple[RunConfig, list[str]]:
+    """The run as it goes on from a checkpoint of this state.json, and what is to be said first.
+
+    It began at the stage that it began at, whether this start says so again or not: `train.steps` counts from
+    there. ConfigError where it can't go on.
+    """
     check_start_stage(state["config"], config, out)
+    config = config.altered(train={"start_stage": state["config"]["train"].get("start_stage")})
+    step, schedule = int(state["step"]), Schedule(config)
     check_length(step, schedule, out)
-    return changes(state["config"], config) + samples_notes(step, int(state["samples"]), schedule)
+    return config, changes(state["config"], config) + samples_notes(step, int(state["samples"]), schedule)
 
 
 def changes(old: dict[str, Any], config: RunConfig) -> list[str]:

@@ -296,6 +296,21 @@ def test_how_runs_end(data: Path, whole: Path, tmp_path: Path):
     assert abs(first[0]["loss"] - trained) < 0.2 * abs(fresh - trained)  # the weights came along
 
 
+def test_a_branch_goes_on_without_its_stage_said_again(data: Path, whole: Path, tmp_path: Path):
+    """--train.steps counts from the stage that it began at, then and in the start after."""
+    out, stages = tmp_path / "branch", "--stages.3.steps 3"
+    begin = f"--init-from {whole} --start-stage cooldown"
+
+    def start(*lines: str) -> list[int]:
+        starts = [words(data, out, f"{stages} {line}") for line in lines]
+        return shared(1).run(pretrain, starts, timeout=400)[0]
+
+    assert start(f"{begin} --train.steps 1", "--train.steps 2") == [0, 0]
+    assert [row["step"] for row in read(out / "metrics.jsonl")] == [6, 7]
+    assert start(begin) == [0]
+    assert [row["step"] for row in read(out / "metrics.jsonl")] == [6, 7, 8]
+
+
 def test_data_and_folders_are_looked_at_before_networks_are_built(data: Path, whole: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")

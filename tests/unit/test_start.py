@@ -16,6 +16,7 @@ from nextvid_mcore.training.start import (
     check_length,
     check_start_stage,
     find_checkpoint,
+    going_on,
     samples_notes,
 )
 
@@ -78,6 +79,13 @@ def test_a_branch_needs_a_folder_of_its_own() -> None:
         ConfigError, match="--start-stage cooldown: runs/a holds a run that began at its first"
     ):
         check_start_stage(saved(whole), branch, Path("runs/a"))
+
+
+def test_a_branch_goes_on_as_one_whether_it_is_said_again_or_not() -> None:
+    branch = recipes.get("tiny").altered(train={"start_stage": "cooldown", "steps": 4})
+    state = {"step": 102, "samples": 808, "config": saved(branch)}
+    for again in (branch, branch.altered(train={"start_stage": None})):
+        assert going_on(state, again, Path("runs/a")) == (branch, [])
 
 
 def test_other_batches_draw_other_samples_and_it_is_said() -> None:
