@@ -32,6 +32,7 @@ from nextvid_mcore.config import ConfigError, require  # noqa: E402
 from nextvid_mcore.evaluation.pictures import save  # noqa: E402
 from nextvid_mcore.evaluation.results import picture_file  # noqa: E402
 from nextvid_mcore.evaluation.scaling import (  # noqa: E402
+    STEEPEST,
     VALUES,
     Best,
     Cost,
@@ -47,6 +48,7 @@ from nextvid_mcore.evaluation.scaling import (  # noqa: E402
 from nextvid_mcore.hub import export  # noqa: E402
 from nextvid_mcore.training import metrics  # noqa: E402
 
+LABELS = {"loss_flow": "flow loss", "loss_align": "alignment loss", "loss": "loss"}
 FARTHER = (10.0, 100.0)  # budgets over the largest run's
 WIDER = 10.0  # sizes that are tried, beyond the runs'
 
@@ -101,7 +103,10 @@ def told(law: Law, others: Sequence[Law]) -> list[str]:
     lines = [f"L = {law.E:.4g} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}"]
     for key in ("E", "alpha", "beta") if others else ():
         found = [getattr(other, key) for other in others]
-        lines.append(f"  {key} is {min(found):.3g} to {max(found):.3g} without any one of the runs")
+        line = f"  {key} is {min(found):.3g} to {max(found):.3g} without any one of the runs"
+        if key != "E" and not 0.01 < min(found) <= max(found) < 0.99 * STEEPEST:
+            line += ": they do not settle it"
+        lines.append(line)
     return lines
 
 
@@ -123,8 +128,10 @@ def figure(
             axes[0].plot(
                 D * mine[0].flops / mine[0].clips, law.loss(size, D), color=colours[size], linewidth=1.2
             )
-    axes[0].set_ylabel(f"held-out {value.replace('_', ' ')} (EMA)", fontsize=9)
+    axes[0].set_ylabel(f"held-out {LABELS[value]} (EMA)", fontsize=9)
     axes[0].set_yscale("log")
+    for axis_format in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+        axis_format("{x:g}")
     if bests:
         axes[0].plot(
             [b.flops for b in bests], [b.loss for b in bests], "k--", linewidth=1, label="best by the law"

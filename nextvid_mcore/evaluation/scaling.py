@@ -26,6 +26,7 @@ from nextvid_mcore.config import RunConfig
 from nextvid_mcore.schedule import Schedule
 
 HUBER = 1e-3  # of log L: from where a residual counts by its size and not by its square
+STEEPEST = 3.0  # exponents that are looked for end here
 LEAST_RUNS, LEAST_KINDS = 6, 3  # for five numbers; different sizes, and different numbers of clips
 VALUES = ("loss_flow", "loss_align", "loss")  # of eval.jsonl
 
@@ -127,7 +128,8 @@ def fit(ends: Sequence[End], near: Law | None = None) -> Law:
         e, a, alpha, b, beta = x
         return logsumexp(np.stack([np.full_like(n, e), a - alpha * n, b - beta * d]), axis=0) - wanted
 
-    low, high = np.array([[least - 12, least - 12, 0, least - 12, 0], [least, least + 3, 3, least + 3, 3]])
+    low = np.array([least - 12, least - 12, 0, least - 12, 0])
+    high = np.array([least, least + 3, STEEPEST, least + 3, STEEPEST])
     grid = itertools.product((0.3, 0.8), (0.2, 0.6), (0.2, 0.6))
     starts = [[least + math.log(share), least - 2, alpha, least - 2, beta] for share, alpha, beta in grid]
     if near is not None:

@@ -123,6 +123,17 @@ def test_ends_that_do_not_count():
     assert "1 runs count" in lacking([one]) and "1 different sizes" in lacking([one] * 6)
 
 
+def test_an_exponent_that_the_runs_do_not_settle_is_told_as_such(tmp_path):
+    module, found = tool("scaling_laws"), ends(ladder(tmp_path))
+    told = module.told(LAW, without_one(found, fit(found)))
+    assert len(told) == 4 and not any("settle" in line for line in told)
+    flat = [dataclasses.replace(e, loss=LAW.loss(1e6, e.clips)) for e in found]  # no size matters
+    law = fit(flat)
+    assert any(
+        line.startswith("  alpha") and "settle" in line for line in module.told(law, without_one(flat, law))
+    )
+
+
 def call(monkeypatch, *arguments: object) -> int:
     """The tool's exit status."""
     monkeypatch.setattr(sys, "argv", ["scaling_laws.py", *map(str, arguments)])
