@@ -8,6 +8,7 @@ of the model that owns one can pick their weights up.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -71,10 +72,17 @@ def target_channels(config: RunConfig) -> int:
 
 def vae_shape(checkpoint: str | None) -> AutoencoderShape:
     """Sizes of target va_vae's network; without its file (a plan, a conversion elsewhere) VA-VAE's own."""
+    if checkpoint is None or not Path(checkpoint).is_file():
+        return AutoencoderShape()
+    return _shape_of(checkpoint, Path(checkpoint).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _shape_of(checkpoint: str, written: int) -> AutoencoderShape:
+    """Read once: a plan asks for it a hundred times."""
     from nextvid_mcore.targets import va_vae
 
-    there = checkpoint is not None and Path(checkpoint).is_file()
-    return va_vae.shape_of(checkpoint) if there else va_vae.VA_VAE
+    return va_vae.shape_of(checkpoint)
 
 
 def width_note(config: RunConfig) -> str | None:

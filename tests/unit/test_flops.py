@@ -1,6 +1,7 @@
 """flops.py: the paper's parameter counts, the known FLOPs per clip, and both against real torch modules."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from unit.narrow_vae import clip, make_narrow
 
 from nextvid_mcore import flops, recipes
 from nextvid_mcore.config import MaskConfig, TargetConfig
+from nextvid_mcore.targets import va_vae
 from nextvid_mcore.targets.va_vae import VaVae
 
 PAPER = ("vit_l", "vit_h", "vit_g")
@@ -160,3 +162,5 @@ def test_an_autoencoder_of_ones_own_is_counted_by_its_sizes(tmp_path):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         target.latents(clip((1, 3, tiny.stages[0].frames, 64, 64)), first=1)
     assert flops.target_flops(tiny, tiny.stages[0]) == counter.get_total_flops() > 1e6
+    with mock.patch.object(va_vae, "read_tensors", side_effect=AssertionError("read again")):
+        assert flops.target_channels(tiny) == 8
