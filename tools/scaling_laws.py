@@ -64,7 +64,7 @@ def read(folders: Sequence[Path], value: str) -> list[End]:
         file = folder / "config.json"
         require(file.is_file(), f"{folder} has no config.json; give the folders of runs")
         config = export.run_config(json.loads(file.read_text()))
-        mine = json.loads(json.dumps(measured_by(config)))
+        mine = json.loads(json.dumps(measured_by(config, value)))
         first = first or (folder, mine)
         for key, here in mine.items():
             require(

@@ -22,7 +22,7 @@ from scipy.optimize import least_squares
 from scipy.special import logsumexp
 
 from nextvid_mcore import flops
-from nextvid_mcore.config import RunConfig
+from nextvid_mcore.config import RunConfig, is_made
 from nextvid_mcore.schedule import Schedule
 
 HUBER = 1e-3  # of log L: from where a residual counts by its size and not by its square
@@ -75,20 +75,25 @@ def training_flops(config: RunConfig, steps: int) -> float:
     return total
 
 
-def measured_by(config: RunConfig) -> dict[str, Any]:
-    """What the held-out loss is a loss of, by setting: runs that differ in it can't be compared."""
+def measured_by(config: RunConfig, value: str) -> dict[str, Any]:
+    """What the held-out `value` is a loss of, by setting: runs that differ in it can't be compared."""
+    data, loss = config.data, config.loss
     model = {key: getattr(config.model, key) for key in ("image_size", "patch_size", "tubelet_size")}
     target = {key: getattr(config.target, key) for key in ("kind", "checkpoint", "statistics", "pixel_scale")}
     mask = dataclasses.asdict(config.mask)
     evaluated = {key: getattr(config.eval, key) for key in ("samples", "tau_bins")}
     return {
-        **{f"model.{key}": value for key, value in model.items()},
-        **{f"target.{key}": value for key, value in target.items()},
-        **{f"mask.{key}": value for key, value in mask.items()},
-        **{f"eval.{key}": value for key, value in evaluated.items()},
-        "data.eval_manifest": config.data.eval_manifest,
+        **{f"model.{key}": x for key, x in model.items()},
+        **{f"target.{key}": x for key, x in target.items()},
+        **{f"mask.{key}": x for key, x in mask.items()},
+        **{f"eval.{key}": x for key, x in evaluated.items()},
+        "data.eval_manifest": data.eval_manifest,
+        "data.sets": [f"{each.name}={each.weight:g}" for each in data.sets],  # in what shares clips are drawn
+        "data.fps": data.fps,
+        # made clips that are held out are as large as the training's
+        "data.manifest": data.manifest if data.eval_manifest and is_made(data.eval_manifest) else None,
         "stages.0.frames": config.stages[0].frames,
-    }
+    } | ({"loss.flow": loss.flow, "loss.align": loss.align} if value == "loss" else {})
 
 
 @dataclass(frozen=True)

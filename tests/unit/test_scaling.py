@@ -12,7 +12,7 @@ import pytest
 from tool import tool
 
 from nextvid_mcore import flops, recipes
-from nextvid_mcore.config import RunConfig, TransformerShape
+from nextvid_mcore.config import RunConfig, SetConfig, TransformerShape
 from nextvid_mcore.evaluation.scaling import (
     Cost,
     End,
@@ -158,7 +158,21 @@ def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a", run(128, 100), 0.5)
     write(tmp_path / "b", run(128, 100).altered(eval={"samples": 64}), 0.5)
+    held_out = {  # what is drawn from it, in what shares and at what pace, and the size of made clips
+        "c": {"data": {"sets": (SetConfig("own", 1.0),)}},
+        "d": {"data": {"fps": 8.0}},
+        "e": {"data": {"manifest": "moving-digits:32:14"}},
+        "f": {"loss": {"align": 0.5}},
+    }
+    for name, change in held_out.items():
+        write(tmp_path / name, run(128, 100).altered(**change), 0.5)
+    assert call(monkeypatch, "a", "f") == 0 and call(monkeypatch, "a", "f", "--value", "loss_align") == 0
+    (tmp_path / "scaling.png").unlink()
     for wrong, words in (
+        (["a", "c"], "c has --data.sets ['own=1'] and a []: their held-out losses can't be compared"),
+        (["a", "d"], "d has --data.fps 8.0 and a 4.0"),
+        (["a", "e"], "e has --data.manifest moving-digits:32:14 and a moving-digits:32:22"),
+        (["a", "f", "--value", "loss"], "f has --loss.align 0.5 and a 1.0"),
         (["a", "b"], "b has --eval.samples 64 and a 128: their held-out losses can't be compared"),
         (["a", "."], ". has no config.json"),
         (["a", "--out", "law.txt"], "no picture's name"),
