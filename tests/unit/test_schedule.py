@@ -129,3 +129,19 @@ def test_a_stage_of_one_step():
     schedule = Schedule(replace(TINY, stages=stages, train=TrainConfig()))
     assert [schedule.at(step).lr for step in range(3)] == [1e-3, 1e-4, 1e-5]
     assert [schedule.samples_before(step) for step in range(4)] == [0, 2, 5, 8]
+
+
+@pytest.mark.parametrize(
+    "train, taken, others",
+    [
+        ({"steps": 25}, ("1", "25", "1-25"), ("26", "25-26")),
+        ({"start_stage": "cooldown"}, ("101-120",), ("100",)),
+    ],
+)
+def test_profiled_steps_are_steps_that_the_run_takes(train, taken, others):
+    config = run(TINY, **train)
+    for steps in taken:
+        Schedule(config.altered(profile={"steps": steps}))
+    for steps in others:
+        with pytest.raises(ConfigError, match=f"profile steps {steps}: this run takes steps"):
+            Schedule(config.altered(profile={"steps": steps}))
