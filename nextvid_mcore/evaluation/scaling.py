@@ -140,12 +140,13 @@ def fit(ends: Sequence[End], near: Law | None = None) -> Law:
     if near is not None:
         a, b = math.log(near.A) - near.alpha * n_mean, math.log(near.B) - near.beta * d_mean
         starts = [np.clip([math.log(near.E), a, near.alpha, b, near.beta], low + 1e-6, high - 1e-6)]
-    found = [
+    tries = [
         least_squares(off, start, bounds=(low, high), loss="huber", f_scale=HUBER, max_nfev=500)
         for start in starts
     ]
-    e, a, alpha, b, beta = min(found, key=lambda each: each.cost).x
-    return Law(math.exp(e), math.exp(a + alpha * n_mean), alpha, math.exp(b + beta * d_mean), beta)
+    e, a, alpha, b, beta = min(tries, key=lambda each: each.cost).x
+    found = (math.exp(e), math.exp(a + alpha * n_mean), alpha, math.exp(b + beta * d_mean), beta)
+    return Law(*map(float, found))
 
 
 def without_one(ends: Sequence[End], law: Law) -> list[Law]:
