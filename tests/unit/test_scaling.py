@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tool import tool
+from tool import TOOLS, tool
 
-from nextvid_mcore import flops, recipes
+from nextvid_mcore import cli, flops, recipes
 from nextvid_mcore.config import RunConfig, SetConfig, TransformerShape
 from nextvid_mcore.evaluation.scaling import (
     Cost,
@@ -182,3 +184,45 @@ def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(monkeypatch, "a", "--budget", "0")
     assert "no number of FLOPs" in capsys.readouterr().err and not (tmp_path / "scaling.png").exists()
+
+
+RECORDER = f"""#!{sys.executable}
+import json, os, pathlib, sys
+with open(os.environ["RECORD"], "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+if sys.argv[1] == "-m":
+    out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+    if out.name == "w64_s30":
+        sys.exit("out of luck")
+    (out / "config.json").write_text("{{}}")
+"""
+
+
+def test_the_ladder_runs_every_size_at_every_length(tmp_path):
+    """With a recorder in python's place; each command's settings are read as pretrain reads them."""
+    (tmp_path / "python").write_text(RECORDER)
+    (tmp_path / "python").chmod(0o755)
+    ladder = {
+        "PYTHON": str(tmp_path / "python"),
+        "RECORD": str(tmp_path / "record"),
+        "OUT": str(tmp_path / "out"),
+    }
+    said = subprocess.run(
+        ["bash", str(TOOLS.parent / "examples/scaling/run.sh"), "--train.seed", "3"],
+        env=os.environ | ladder | {"WIDTHS": "32 64", "STEPS": "10 30", "PARALLEL": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode != 0 and "w64_s30 failed" in said.stderr and "out of luck" in said.stderr
+    *runs, law = [json.loads(line) for line in (tmp_path / "record").read_text().splitlines()]
+    found = {}
+    for call in runs:
+        assert call[:2] == ["-m", "nextvid_mcore.pretrain"]
+        config, _ = cli.parse([*call[2:], "--dry-run"])
+        shape, total = config.model.encoder, sum(stage.steps for stage in config.stages)
+        assert shape.mlp == 4 * shape.width and config.train.seed == 3
+        assert config.eval.every == config.checkpoint.every == total and config.data.eval_manifest
+        found[shape.width, total] = [stage.steps for stage in config.stages]
+    assert found == {(w, s): steps for w in (32, 64) for s, steps in ((10, [2, 5, 3]), (30, [6, 15, 9]))}
+    there = [f"{tmp_path}/out/{name}" for name in ("w32_s10", "w32_s30", "w64_s10")]  # what ended well
+    assert law[0] == "tools/scaling_laws.py" and law[1:4] == there
