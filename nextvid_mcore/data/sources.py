@@ -81,7 +81,7 @@ class Source:
         if not self.path.is_dir():
             return ()
         with os.scandir(self.path) as entries:
-            return tuple(sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".")))
+            return tuple(sorted(e.name for e in entries if e.is_dir() and self._enters(self.path, e.name)))
 
     def entries(self, classes: tuple[str, ...]) -> Iterator[Entry]:
         """Every file in a fixed order. `classes`: of the whole set, which may have several sources."""
@@ -90,12 +90,22 @@ class Source:
     def _walk(self, classes: tuple[str, ...]) -> Iterator[Entry]:
         numbers = {name: number for number, name in enumerate(classes)}
         for folder, folders, files in os.walk(self.path, onerror=_raise, followlinks=True):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = sorted(name for name in folders if self._enters(folder, name))
             top = os.path.relpath(folder, self.path).split(os.sep)[0]
             for name in sorted(files):
                 kind = kind_of(name)
                 if not name.startswith(".") and kind is not None and self.kind in (None, kind):
                     yield Entry(os.path.join(folder, name), kind, numbers.get(top, -1))
+
+    def _enters(self, folder: str | Path, name: str) -> bool:
+        """Not what is hidden, nor a link back to where the walk stands: all files would be listed again and
+        again, until the system says that there are too many links."""
+        path = os.path.join(folder, name)
+        if name.startswith(".") or not os.path.islink(path):
+            return not name.startswith(".")
+        there, steps = os.path.realpath(path), Path(folder).relative_to(self.path).parts
+        on_the_way = (os.path.realpath(self.path.joinpath(*steps[:n])) for n in range(len(steps) + 1))
+        return all(os.path.commonpath([there, place]) != there for place in on_the_way)
 
     def _read(self) -> Iterator[Entry]:
         # -sig: editors of tables put a mark before the first line, which is no part of a path

@@ -65,6 +65,21 @@ def test_a_folder_with_labels(tmp_path: Path, folder: Path) -> None:
     assert Manifest.open(tmp_path / "m").sets["all"].classes == ("cat food", "dog")
 
 
+def test_links_are_followed_but_not_in_a_circle(tmp_path: Path, folder: Path) -> None:
+    media.image(tmp_path / "elsewhere" / "e.png")
+    (folder / "linked").symlink_to("../elsewhere")
+    for place, target in (("again", "."), ("dog/up", "../.."), ("dog/deep/cat", "../../cat food")):
+        (folder / place).symlink_to(target)
+    (folder / "cat food" / "dog").symlink_to("../dog")  # with dog/deep/cat a circle of two
+    run(Build(tmp_path / "m"), f"all={folder}")
+    found = [str(Path(item.path).relative_to(folder)) for item in items(tmp_path / "m", "all")]
+    assert found == [
+        *("top.JPG", "cat food/x 1.avi", "cat food/dog/z.png", "cat food/dog/deep/y.avi"),
+        *("dog/z.png", "dog/deep/y.avi", "dog/deep/cat/x 1.avi", "linked/e.png"),
+    ]
+    assert Manifest.open(tmp_path / "m").sets["all"].classes == ("cat food", "dog", "linked")
+
+
 def test_a_kind_takes_only_its_files_and_probing_fills_the_row(tmp_path: Path, folder: Path) -> None:
     reports = run(Build(tmp_path / "m", probe=True), f"v={folder}:video", f"i={folder}:image")
     assert [dict(report.kinds) for report in reports] == [{"video": 2}, {"image": 2}]
