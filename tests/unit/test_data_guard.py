@@ -22,8 +22,10 @@ def test_a_file_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_one_bad_sample_in_the_first_step_stops_nothing() -> None:
     guard = BadShareGuard(0.05, 100)
     guard.update(4, 1)
-    for _ in range(60):
+    for _ in range(24):
         guard.update(4, 0)
+    assert guard.share == 0.01  # the window is full, and it is the first of it
+    guard.update(4, 0)
     assert guard.share == 0
 
 
