@@ -102,7 +102,7 @@ def find_checkpoint(source: Path) -> Path:
         found = checkpoint.latest(folder) if folder.is_dir() else None
         if found is not None:
             return found
-    said = "there is no whole checkpoint"
+    said = "there is no whole checkpoint" if source.exists() else "no such folder; give a run or a checkpoint"
     if (source / "model.safetensors").exists():
         said = "this is an export, which holds no optimizer; give the run or the checkpoint it was made of"
     require(False, f"--init-from {source}: {said}")

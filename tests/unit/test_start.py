@@ -112,6 +112,8 @@ def test_stages_shorter_than_what_was_trained_are_refused() -> None:
 def test_an_export_is_no_beginning(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--init-from .*: there is no whole checkpoint$"):
         find_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match="--init-from .*/none: no such folder; give a run or a checkpoint$"):
+        find_checkpoint(tmp_path / "none")
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ConfigError, match="this is an export, which holds no optimizer; give the run or"):
         find_checkpoint(tmp_path)
