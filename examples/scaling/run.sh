@@ -3,8 +3,8 @@
 # has its own schedule to the end, since a law of runs that are cut off before their cool-down is another one.
 #     bash examples/scaling/run.sh [flags of pretrain ...]
 # PARALLEL runs at a time share a GPU (start CUDA MPS first: nvidia-cuda-mps-control -d). Run again, it goes on.
-# Needs the extras train, demo and tools. A minute or two on a GPU with PARALLEL=16, hours on a laptop's CPU:
-# there WIDTHS="32 64 96" STEPS="20 40 80" shows how it works.
+# Needs the extras train, demo and tools. Two minutes on an H100 with PARALLEL=16. To see it work on a laptop:
+#     WIDTHS="32 64 96" STEPS="10 20 40" bash examples/scaling/run.sh --train.global-batch 8 --eval.samples 32
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 OUT=${OUT:-runs/scaling}
