@@ -10,7 +10,7 @@ A process ends with one of these codes (torchrun itself answers 1 when one of it
     2    the settings can't work; nothing was started or changed, or a GPU's memory is full
     3    too many non-finite steps in a row (optim.max_skipped)
     4    the data can't be read: too many bad files, or a loader failed
-    5    a checkpoint can't be read or written, or another program is in the folder
+    5    a checkpoint can't be read or written, the disk is full, or another program is in the folder
     6    a rank died or hung, or nothing went on for parallel.timeout seconds (parallel/watchdog.py)
     138  saved and ended because of SIGUSR1, as 143 SIGTERM, 130 Ctrl-C, 129 a terminal that was closed;
          130 too where Ctrl-C came twice, or before the first step: ended at once
@@ -20,6 +20,7 @@ Heavy imports stand inside `main`: loader processes import this module again.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -34,6 +35,7 @@ from nextvid_mcore.data.workers import orphaned, signal_at_parents_death
 EXIT_NON_FINITE = 3
 EXIT_DATA = 4
 EXIT_CHECKPOINT = 5
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no room, a quota, read-only: for a line of metrics too
 
 
 def quiet() -> None:
@@ -92,6 +94,11 @@ def train(config: RunConfig, options: cli.Options) -> int:
         cli.fail(error, EXIT_CHECKPOINT)
     except ConfigError as error:
         cli.fail(error, everywhere=True)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        said = f"{options.out}: {error.strerror}; make room, and the same command goes on from what was saved"
+        cli.fail(said, EXIT_CHECKPOINT, everywhere=True)
     except KeyboardInterrupt:
         saved = "what was saved stays, and the same command goes on from there"
         cli.fail(f"ended at once by Ctrl-C; {saved}", 128 + signal.SIGINT, everywhere=True)

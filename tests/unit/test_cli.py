@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from nextvid_mcore import cli, recipes
+from nextvid_mcore import cli, pretrain, recipes
 from nextvid_mcore.config import ConfigError, SetConfig
 
 DRY = "--dry-run"
@@ -175,3 +177,24 @@ def test_torchruns_last_words_are_the_message(tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2 and "22 heads" in capsys.readouterr().err
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(report))
     assert failure.message == "22 heads can't be split"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EBADF])
+def test_a_full_disk_under_the_metrics_is_a_sentence(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint's is saving.py's; a line of metrics.jsonl or the picture at the end can meet it too."""
+
+    def full(config: object, out: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("nextvid_mcore.training.loop.Trainer", full)
+    config, options = recipes.get("tiny"), cli.Options(tmp_path, False, 1)
+    if number != errno.ENOSPC:  # a fault of ours: its traceback is wanted
+        with pytest.raises(OSError):
+            pretrain.train(config, options)
+        return
+    with pytest.raises(SystemExit) as ended:
+        pretrain.train(config, options)
+    assert ended.value.code == pretrain.EXIT_CHECKPOINT
+    assert f"{tmp_path}: No space left on device; make room, and the same" in capsys.readouterr().err
