@@ -82,9 +82,11 @@ def train(config: RunConfig, options: cli.Options) -> int:
     from nextvid_mcore.training.feed import LoaderError
     from nextvid_mcore.training.loop import NonFiniteError, Trainer
     from nextvid_mcore.training.manifest import CheckpointError
+    from nextvid_mcore.training.start import check_init_from
 
     joined = dist.is_initialized()
     try:
+        check_init_from(config, options.out)
         return Trainer(config, options.out).run()
     except (DataError, LoaderError) as error:
         cli.fail(error, EXIT_DATA, everywhere=True)

@@ -23,6 +23,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from shlex import quote
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -81,8 +82,8 @@ def settings(args: argparse.Namespace) -> tuple[RunConfig, Path, Path]:
         check_generator(config.model)  # before an export that could not be made is asked for
         require(
             export.exists(),
-            f"{export} does not exist; export the run first: python tools/convert_to_torch.py {args.folder} "
-            f"--out {export} --all",
+            f"{export} does not exist; export the run first: python tools/convert_to_torch.py "
+            f"{quote(str(args.folder))} --out {quote(str(export))} --all",
         )
         made = hub.load_config(export)
         wanted = flat_config(config, made["target_channels"], made["step"], made["weights"])

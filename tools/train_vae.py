@@ -27,6 +27,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -319,8 +320,8 @@ def main() -> int:
     print(f" on {found['samples']} clips drawn after training")
     stride = settings.shape.stride
     print(
-        f"use it with --target.kind va_vae --target.checkpoint {args.out}/autoencoder.pt "
-        f"--target.statistics {args.out}/latents_stats.pt --model.patch-size {stride}"
+        f"use it with --target.kind va_vae --target.checkpoint {quote(str(args.out / 'autoencoder.pt'))} "
+        f"--target.statistics {quote(str(args.out / 'latents_stats.pt'))} --model.patch-size {stride}"
     )
     return 0
 

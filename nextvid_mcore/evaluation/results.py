@@ -41,6 +41,10 @@ def score(correct: int, total: int, unreadable: int, classes: int) -> dict[str, 
 
 def writable_folder(path: Path, flag: str = "--out") -> Path:
     """`path`, made where it isn't there. ConfigError, before any work, where nothing can be written in it."""
+    require(
+        path.suffix.lower() not in PICTURES or path.exists(),
+        f"{flag} {path} is a picture's name, and several files are written; name a folder",
+    )
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as file:

@@ -51,7 +51,7 @@ from nextvid_mcore.training.online_knn import OnlineKnn
 from nextvid_mcore.training.profiling import StepProfiler
 from nextvid_mcore.training.progress import Progress
 from nextvid_mcore.training.saving import Saver
-from nextvid_mcore.training.start import find_checkpoint, going_on
+from nextvid_mcore.training.start import CHECKPOINTS, find_checkpoint, going_on
 from nextvid_mcore.training.step import StepResult, TrainStep
 from nextvid_mcore.training.together import together
 from nextvid_mcore.training.told import Told
@@ -86,7 +86,7 @@ class Trainer:
         self.guard = BadShareGuard(config.data.max_bad_share, config.data.bad_window)
         self.skipped = 0  # steps skipped in a row
         self.told = Told(says=self.rank == 0)
-        self.checkpoints = out / "checkpoints"
+        self.checkpoints = out / CHECKPOINTS
         self.lock = together(f"starting in {out}", self._lock)
         self.watch.start()
         try:

@@ -10,6 +10,8 @@ from nextvid_mcore.config import RunConfig, require
 from nextvid_mcore.schedule import Schedule
 from nextvid_mcore.training import checkpoint
 
+CHECKPOINTS = "checkpoints"  # of a run's folder
+
 
 def going_on(state: dict[str, Any], config: RunConfig, out: Path) -> tuple[RunConfig, list[str]]:
     """The run as it goes on from a checkpoint of this state.json, and what is to be said first.
@@ -94,11 +96,17 @@ def _in_force(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"train": train, "stages": stages}
 
 
+def check_init_from(config: RunConfig, out: Path) -> None:
+    """ConfigError, before anything is built, where a run that begins in `out` finds nothing to begin from."""
+    if config.train.init_from is not None and checkpoint.latest(out / CHECKPOINTS) is None:
+        find_checkpoint(Path(config.train.init_from))
+
+
 def find_checkpoint(source: Path) -> Path:
     """`--init-from`: a checkpoint, a run's checkpoints folder, or a run."""
     if (source / checkpoint.STATE).exists():
         return source
-    for folder in (source / "checkpoints", source):
+    for folder in (source / CHECKPOINTS, source):
         found = checkpoint.latest(folder) if folder.is_dir() else None
         if found is not None:
             return found

@@ -129,6 +129,9 @@ def test_features_as_colours_over_time(folder, tmp_path, monkeypatch, capsys):
         assert image.n_frames == 6
     monkeypatch.setattr(sys, "argv", ["pca", *arguments, "--layers", "9"])
     assert module.main() == 2 and "0 to 3" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["pca", *arguments, "--out", str(folder / "x.png")])
+    assert module.main() == 2 and "is a picture's name, and several files" in capsys.readouterr().err
+    assert not (folder / "x.png").exists()
     monkeypatch.setattr(sys, "argv", ["pca", *arguments, "--frames", "5"])
     assert module.main() == 2 and "T (frames) must be a multiple of 2" in capsys.readouterr().err
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from nextvid_mcore import recipes
+from nextvid_mcore import cli, pretrain, recipes
 from nextvid_mcore.config import ConfigError, RoleParallel, RunConfig
 from nextvid_mcore.parallel.placement import settled
 from nextvid_mcore.schedule import Schedule
+from nextvid_mcore.training import checkpoint, loop
 from nextvid_mcore.training.start import (
     changes,
+    check_init_from,
     check_length,
     check_start_stage,
     find_checkpoint,
@@ -117,3 +119,18 @@ def test_an_export_is_no_beginning(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ConfigError, match="this is an export, which holds no optimizer; give the run or"):
         find_checkpoint(tmp_path)
+
+
+def test_where_a_run_begins_is_looked_up_before_anything_is_built(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def built(config: RunConfig, out: Path) -> None:
+        raise AssertionError("the networks were built")
+
+    monkeypatch.setattr(loop, "Trainer", built)
+    config = recipes.get("tiny").altered(train={"init_from": str(tmp_path / "none")})
+    with pytest.raises(SystemExit) as ended:
+        pretrain.train(config, cli.Options(tmp_path / "new", dry_run=False, world_size=1))
+    assert ended.value.code == 2 and "no such folder; give a run" in capsys.readouterr().err
+    monkeypatch.setattr(checkpoint, "latest", lambda folder: folder / "step_00000004")
+    check_init_from(config, tmp_path / "goes on")  # from its own checkpoint: --init-from is not read
