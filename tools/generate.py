@@ -51,19 +51,12 @@ from nextvid_mcore.evaluation.generation import (  # noqa: E402
 from nextvid_mcore.evaluation.pictures import HIDDEN, visible_map  # noqa: E402
 from nextvid_mcore.evaluation.results import writable_folder  # noqa: E402
 from nextvid_mcore.evaluation.strips import Panel, Strip  # noqa: E402
-from nextvid_mcore.hub.export import check_generator, flat_config, run_config  # noqa: E402
+from nextvid_mcore.hub.export import check_generator, flat_config, read_run  # noqa: E402
 from nextvid_mcore.masking import draw_masks  # noqa: E402
 from nextvid_mcore.targets import Target, build_target  # noqa: E402
 
 # Keys of an export's config.json that may differ from its run's settings: the rest shapes the pictures.
 ITS_OWN = ("version", "recipe", "step", "weights", "frames", "clips")
-
-
-def read_run(run: Path) -> RunConfig:
-    """The settings that a run wrote."""
-    path = run / "config.json"
-    require(path.exists(), f"{path} does not exist; give a run, the --out of nextvid_mcore.pretrain")
-    return run_config(json.loads(path.read_text()))
 
 
 def settings(args: argparse.Namespace) -> tuple[RunConfig, Path, Path]:

@@ -30,6 +30,7 @@ from nextvid_mcore.evaluation.pictures import (  # noqa: E402
     LOSSES,
     draw_losses,
     mark_lost,
+    plain,
     running_mean,
     save,
     shade_stages,
@@ -161,9 +162,7 @@ def figure(runs: list[Run], keys: list[str]) -> Figure:
         knn = f"online kNN, {panel.removeprefix(KNN)} (%)" if panel.startswith(KNN) else panel
         ax.set_title(TITLES.get(panel, knn), pad=18, fontsize=10)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
-        ax.grid(axis="y", color="#dddddd", linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
+        plain(ax)
         ax.set_xlabel("step", fontsize=9)
         ax.tick_params(which="both", labelsize=8)
     for ax in list(axes):

@@ -25,12 +25,11 @@ if str(ROOT) not in sys.path:
 
 import numpy as np  # noqa: E402
 from matplotlib import colormaps  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from nextvid_mcore.config import ConfigError, require  # noqa: E402
-from nextvid_mcore.evaluation.pictures import save  # noqa: E402
-from nextvid_mcore.evaluation.results import picture_file  # noqa: E402
+from nextvid_mcore.evaluation.pictures import plain, save  # noqa: E402
+from nextvid_mcore.evaluation.results import picture_file, writable_folder, write_json  # noqa: E402
 from nextvid_mcore.evaluation.scaling import (  # noqa: E402
     STEEPEST,
     VALUES,
@@ -45,7 +44,7 @@ from nextvid_mcore.evaluation.scaling import (  # noqa: E402
     measured_by,
     without_one,
 )
-from nextvid_mcore.hub import export  # noqa: E402
+from nextvid_mcore.hub import HubError, export  # noqa: E402
 from nextvid_mcore.training import metrics  # noqa: E402
 
 LABELS = {"loss_flow": "flow loss", "loss_align": "alignment loss", "loss": "loss"}
@@ -57,13 +56,11 @@ def read(folders: Sequence[Path], value: str) -> list[End]:
     """The ends of runs that can be compared, by size and clips.
 
     Raises:
-        ConfigError: a folder is no run's, or two runs measure their held-out loss on different things.
+        ConfigError, HubError: a folder is no run's, or two runs measure their losses on different things.
     """
     ends, first = [], None
     for folder in folders:
-        file = folder / "config.json"
-        require(file.is_file(), f"{folder} has no config.json; give the folders of runs")
-        config = export.run_config(json.loads(file.read_text()))
+        config = export.read_run(folder)
         mine = json.loads(json.dumps(measured_by(config, value)))
         first = first or (folder, mine)
         for key, here in mine.items():
@@ -110,9 +107,7 @@ def told(law: Law, others: Sequence[Law]) -> list[str]:
     return lines
 
 
-def figure(
-    ends: Sequence[End], law: Law | None, cost: Cost | None, bests: Sequence[Best], value: str
-) -> Figure:
+def figure(ends: Sequence[End], law: Law | None, bests: Sequence[Best], value: str) -> Figure:
     """Losses by FLOPs, a colour a size; with a law its lines, and what is best at every budget."""
     out = Figure(figsize=(11 if bests else 6.2, 4.2), dpi=110, layout="constrained")
     axes = out.subplots(1, 2 if bests else 1, squeeze=False)[0]
@@ -143,18 +138,12 @@ def figure(
         axes[1].set_ylabel("parameters of the encoder", fontsize=9)
         axes[1].set_yscale("log")
     for ax in axes:
-        dress(ax)
+        ax.set_xscale("log")
+        plain(ax, grid="both")
+        ax.set_xlabel("FLOPs of training", fontsize=9)
+        ax.tick_params(which="both", labelsize=8)
+        ax.legend(frameon=False, fontsize=8)
     return out
-
-
-def dress(ax: Axes) -> None:
-    ax.set_xscale("log")
-    ax.set_xlabel("FLOPs of training", fontsize=9)
-    ax.grid(which="both", color="#eeeeee", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(which="both", labelsize=8)
-    ax.legend(frameon=False, fontsize=8)
 
 
 def bought(law: Law, cost: Cost, ends: Sequence[End], budgets: Sequence[float]) -> list[Best]:
@@ -172,7 +161,7 @@ def report(ends: Sequence[End], value: str, budgets: Sequence[float] | None, out
     most = max(e.flops for e in counted)
     if law is None:
         print(f"no law: {reason}")
-        save(figure(counted, None, None, [], value), out)
+        save(figure(counted, None, [], value), out)
         return {"runs": [vars(e) for e in ends], "law": None}
     print("\n".join(["", *told(law, without_one(counted, law)), ""]))
     cost = Cost.of(counted)
@@ -183,9 +172,9 @@ def report(ends: Sequence[End], value: str, budgets: Sequence[float] | None, out
         notes += ["the best size lies beyond those tried: the law sees no optimum there"] if b.edge else []
         line = f"{b.flops:>9.2e} {amount(b.parameters):>7} {amount(b.clips):>7} {b.loss:>8.4f}"
         print(f"{line}  {'; '.join(notes)}")
-    budgets = np.geomspace(min(e.flops for e in counted), max(most, *(b.flops for b in wanted)), 60)
-    inside = [b for b in bought(law, cost, counted, budgets) if not b.edge]
-    save(figure(counted, law, cost, inside, value), out)
+    drawn = np.geomspace(min(e.flops for e in counted), max(most, *(b.flops for b in wanted)), 60)
+    inside = [b for b in bought(law, cost, counted, drawn) if not b.edge]
+    save(figure(counted, law, inside, value), out)
     return {"runs": [vars(e) for e in ends], "law": vars(law), "best": [vars(b) for b in wanted]}
 
 
@@ -211,10 +200,12 @@ def main() -> int:
     args = parser.parse_args()
     try:
         picture_file(args.out)
+        if args.json:
+            writable_folder(args.json.parent, "--json")
         found = report(read(args.runs, args.value), args.value, args.budget, args.out)
         if args.json:
-            args.json.write_text(json.dumps(metrics.strict(found), indent=2) + "\n")
-    except (ConfigError, OSError) as error:
+            write_json(args.json, metrics.strict(found))
+    except (ConfigError, HubError, OSError) as error:
         print(f"scaling_laws: {error}", file=sys.stderr)
         return 2
     print(f"wrote {args.out}")

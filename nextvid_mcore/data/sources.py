@@ -101,8 +101,10 @@ class Source:
         """Not what is hidden, nor a link back to where the walk stands: all files would be listed again and
         again, until the system says that there are too many links."""
         path = os.path.join(folder, name)
-        if name.startswith(".") or not os.path.islink(path):
-            return not name.startswith(".")
+        if name.startswith("."):
+            return False
+        if not os.path.islink(path):
+            return True
         there, steps = os.path.realpath(path), Path(folder).relative_to(self.path).parts
         on_the_way = (os.path.realpath(self.path.joinpath(*steps[:n])) for n in range(len(steps) + 1))
         return all(os.path.commonpath([there, place]) != there for place in on_the_way)

@@ -88,11 +88,16 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     ax.set_ylabel("loss")
     ax.set_title("Training loss", pad=20)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    ax.grid(axis="y", color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    plain(ax)
     ax.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
     return figure
+
+
+def plain(ax: Axes, grid: str = "y") -> None:
+    """No frame but the axes, and pale lines behind what is drawn, along `grid`: x, y or both."""
+    ax.grid(axis=grid, color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def shade_stages(ax: Axes, stages: list[str], steps: np.ndarray) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nextvid_mcore import __version__
-from nextvid_mcore.config import ModelConfig, RunConfig, is_made
+from nextvid_mcore.config import ConfigError, ModelConfig, RunConfig, is_made, require
 from nextvid_mcore.hub import FILES, FORMAT_VERSION, HubError, check_config
 
 RETIRED = {  # settings of earlier versions of a part, at the values with which it computes what it does now
@@ -91,6 +91,22 @@ def run_config(plain: Mapping[str, Any]) -> RunConfig:
     error.
     """
     return _rebuild(RunConfig, plain, "the checkpoint's configuration")
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The settings that a run wrote.
+
+    Raises:
+        ConfigError: there are none, or the file is damaged.
+        HubError: one of them is unknown here.
+    """
+    path = folder / "config.json"
+    require(path.exists(), f"{path} does not exist; give a run, the --out of nextvid_mcore.pretrain")
+    try:
+        plain = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); start the run again, which writes it anew") from None
+    return run_config(plain)
 
 
 def _rebuild(kind: Any, value: Any, where: str) -> Any:

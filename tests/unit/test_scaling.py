@@ -170,14 +170,20 @@ def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch, capsys):
         write(tmp_path / name, run(128, 100).altered(**change), 0.5)
     assert call(monkeypatch, "a", "f") == 0 and call(monkeypatch, "a", "f", "--value", "loss_align") == 0
     (tmp_path / "scaling.png").unlink()
+    for name, text in (("damaged", "ViT"), ("later", '{"later": 1}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
     for wrong, words in (
         (["a", "c"], "c has --data.sets ['own=1'] and a []: their held-out losses can't be compared"),
         (["a", "d"], "d has --data.fps 8.0 and a 4.0"),
         (["a", "e"], "e has --data.manifest moving-digits:32:14 and a moving-digits:32:22"),
         (["a", "f", "--value", "loss"], "f has --loss.align 0.5 and a 1.0"),
         (["a", "b"], "b has --eval.samples 64 and a 128: their held-out losses can't be compared"),
-        (["a", "."], ". has no config.json"),
+        (["a", "."], "scaling_laws: config.json does not exist; give a run, the --out of"),
         (["a", "--out", "law.txt"], "no picture's name"),
+        (["a", "damaged"], "damaged/config.json is damaged (Expecting value: line 1"),
+        (["a", "later"], "has 'later', which this version of the code doesn't know"),
+        (["a", "--json", "a/config.json/law.json"], "--json a/config.json cannot be written"),
     ):
         assert call(monkeypatch, *wrong) == 2
         assert words in capsys.readouterr().err
